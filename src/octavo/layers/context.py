@@ -1,0 +1,42 @@
+"""The one implicit state: what the step's forward needs besides its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from octavo.kernels.metadata import AttentionMetadata
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """``kv_cache`` is the whole ``[layers, pages, 2, kv_heads, page_size, head_dim]`` (see `kernels.metadata`)."""
+
+    attention: AttentionMetadata
+    kv_cache: torch.Tensor
+
+
+_current: ForwardContext | None = None
+
+
+def current() -> ForwardContext:
+    """The context of the running forward; an error outside of one."""
+    if _current is None:
+        raise RuntimeError("no forward is running: wrap the call in layers.context.use(...)")
+    return _current
+
+
+@contextmanager
+def use(context: ForwardContext) -> Iterator[None]:
+    """Makes ``context`` the current one; nesting is an error."""
+    global _current
+    if _current is not None:
+        raise RuntimeError("a forward is already running")
+    _current = context
+    try:
+        yield
+    finally:
+        _current = None

@@ -1,0 +1,46 @@
+"""The five calls between the engine core and a device. `worker.Worker` is the real one, `stub.StubWorker` the tests'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from octavo.config import EngineConfig, ModelConfig
+from octavo.types import StepPlan, StepResult
+
+Progress = Callable[[str, float], None]  # (phase, share done 0..1)
+
+
+class Pending(Protocol):
+    """Tokens that are being sampled."""
+
+    def result(self) -> StepResult:
+        """Waits for the device and returns the tokens of the step."""
+        ...
+
+
+class WorkerBase(Protocol):
+    """Calls come in this order: init, load, plan_memory, then step and sample in turn.
+
+    ``step(N+1)`` may be called before ``sample(N).result()``: the worker feeds a decoding row its own last token.
+    """
+
+    def init(self, config: EngineConfig) -> ModelConfig:
+        """Resolves and reads the model's config, picks device and dtype; nothing large is allocated."""
+        ...
+
+    def load(self, progress: Progress) -> None:
+        """Builds the model and reads its weights."""
+        ...
+
+    def plan_memory(self) -> tuple[int, int]:
+        """Allocates the KV cache; returns (pages for the pool, longest sequence)."""
+        ...
+
+    def step(self, plan: StepPlan) -> None:
+        """Launches the forward of ``plan`` up to the logits of the items that sample."""
+        ...
+
+    def sample(self) -> Pending:
+        """Launches sampling for the last `step`."""
+        ...

@@ -1,0 +1,361 @@
+"""The vocabulary: what a request is, what a step is, and the messages between frontend and core.
+
+Everything here crosses a process boundary or could (msgspec structs, msgpack), and imports nothing of octavo but errors.
+Text never reaches the core: `SamplingParams` is what a user writes, `Sampling` is the part of it that the core sees.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import msgspec
+
+from octavo.errors import RequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20  # same default limit as vLLM's --max-logprobs
+MAX_N = 128
+MAX_STOP = 64
+MAX_LOGIT_BIAS = 1024
+MAX_BAD_WORDS = 1024
+SEED_LIMIT = 2**63
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How to sample; names and defaults are those of vLLM's class of this name.
+
+    Raises `RequestError` from `validate` (called by every entry point) with the field, the value and the limit.
+    """
+
+    n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1 both mean: all tokens
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+
+    def stops(self) -> list[str]:
+        """The stop strings as a list."""
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    def validate(self) -> None:
+        """Checks every field that needs neither tokenizer nor model."""
+        _within("n", self.n, 1, MAX_N)
+        _within("temperature", self.temperature, 0.0, 100.0)
+        _within("top_p", self.top_p, 0.0, 1.0, above=True)
+        _within("top_k", self.top_k, -1, 2**31 - 1)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _within("seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
+        _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}.",
+                "Lower min_tokens or raise max_tokens.",
+                param="min_tokens",
+            )
+        _at_most("stop", self.stops(), MAX_STOP)
+        _at_most("logit_bias", self.logit_bias or (), MAX_LOGIT_BIAS)
+        _at_most("bad_words", self.bad_words or (), MAX_BAD_WORDS)
+        if any(not s for s in self.stops()):
+            raise RequestError("stop contains an empty string.", "Remove it.", param="stop")
+        if self.stops() and not self.detokenize:
+            raise RequestError("stop strings need text, but detokenize is false.", "Set detokenize=True.", param="stop")
+        for token, bias in (self.logit_bias or {}).items():
+            _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError("allowed_token_ids is empty.", "Name at least one token.", param="allowed_token_ids")
+
+
+def _within(name: str, value: float | None, low: float, high: float, *, above: bool = False) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RequestError(f"{name} is {value!r}, not a finite number.", f"Give a number up to {high:g}.", param=name)
+    if value > high or value < low or (above and value == low):
+        raise RequestError(
+            f"{name} is {value!r}, outside {'(' if above else '['}{low:g}, {high:g}].",
+            "Give a value in that range.",
+            param=name,
+        )
+
+
+def _at_most(name: str, values: Any, limit: int) -> None:
+    if len(values) > limit:
+        raise RequestError(f"{name} has {len(values)} entries, more than {limit}.", "Send fewer.", param=name)
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The part of `SamplingParams` that the core acts on, all in token ids, all validated."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0  # always set by the frontend: drawn at submission when the user gave none
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    end_ids: tuple[int, ...] = ()  # a sampled token of these ends the request (eos set unless ignored, stop_token_ids)
+    masked_until_min: tuple[int, ...] = ()  # cannot be sampled before min_tokens
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Frontend to core. ``page_hashes`` holds one 16-byte key for each full page of the prompt (`cache.prefix`)."""
+
+    id: str
+    token_ids: bytes  # int32, little endian
+    page_hashes: bytes
+    sampling: Sampling
+    priority: int = 0  # lower runs first
+    salt: bytes = b""  # keeps prefix pages of different tenants apart
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one position: of the token itself, then of the best ones, best first."""
+
+    token: int
+    logprob: float
+    rank: int  # 1 is the likeliest
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Core to frontend: what one step added to one request. ``finish_reason`` makes it the terminal message."""
+
+    id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    finish_reason: FinishReason | None = None
+    cached: int = 0  # prompt tokens found in the prefix cache
+    error: str = ""  # with finish_reason "error": cause and remedy
+    status: int = 0  # with finish_reason "error": the HTTP status of the error
+
+
+# --- the step: the only thing between scheduler and worker -----------------------------------------------------------
+
+
+class RowStart(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence enters row ``row``: first admission, or again after a preemption (then tokens hold its output too)."""
+
+    row: int
+    tokens: list[int]
+    prompt_len: int
+    pages: list[int]
+    sampling: Sampling
+
+
+class PageGrant(msgspec.Struct, frozen=True, array_like=True):
+    """``ids`` become entries ``first``, ``first + 1``, … of row ``row``'s block table."""
+
+    row: int
+    first: int
+    ids: list[int]
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One step, as deltas. Item b computes ``counts[b]`` tokens of row ``rows[b]``, from position ``computed[b]`` on.
+
+    Rows that decode (count 1, input is the row's last sampled token) come first. ``samples[b]`` says whether the item
+    reaches the end of what is known and so samples a token. ``ended`` rows are free before anything else happens.
+    """
+
+    step: int
+    starts: list[RowStart]
+    pages: list[PageGrant]
+    rows: list[int]
+    counts: list[int]
+    computed: list[int]
+    samples: list[bool]
+    ended: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+
+class StepResult(msgspec.Struct, kw_only=True):
+    """What a step produced, in the order of the plan's items.
+
+    ``tokens[b]`` is -1 where nothing was sampled. ``bad`` lists items whose logits were not finite.
+    """
+
+    tokens: list[int]
+    logprobs: dict[int, TokenLogprobs] = {}  # item -> of the sampled token
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # item -> of the prompt tokens this chunk predicts
+    bad: list[int] = []
+
+
+# --- messages (tagged; see core/transport.py) --------------------------------------------------------------------------
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    requests: list[Request]
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    ids: list[str]
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """Asks the core loop for a `Pong`: proof that the loop turns, not only that the socket is open."""
+
+    nonce: int
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset"):
+    nonce: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Stop at once; pending requests are finished with ``abort``."""
+
+
+CoreInput = Submit | Abort | Ping | ResetPrefixCache | Shutdown
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a ready core tells its frontends."""
+
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    vocab_size: int
+    hash_key: bytes  # secret of this start: keys the prefix hashes
+    dtype: str
+    device: str
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefix_caching: bool
+    log: list[str] = []  # the start-up log, one line a decision
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Gauges are of now; counters only grow."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0  # referenced by a request
+    pages_total: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    slots_allocated: int = 0  # summed over steps: slots of the pages that requests hold …
+    slots_filled: int = 0  # … and how many of those hold a token; their ratio is 1 - waste
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    info: EngineInfo
+
+
+class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    outputs: list[TokenOutput]
+    stats: Stats | None = None
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    nonce: int
+    stats: Stats
+    ok: bool = True
+
+
+class Dead(msgspec.Struct, frozen=True, tag="dead"):
+    """The core is going down. ``kind`` is the class name of the error and ``exit_code`` its code."""
+
+    cause: str
+    remedy: str = ""
+    kind: str = "EngineDead"
+    exit_code: int = 1
+
+
+CoreOutput = Ready | Outputs | Pong | Dead
+
+
+# --- results that a user sees ------------------------------------------------------------------------------------------
+
+
+class Logprob(msgspec.Struct, frozen=True):
+    """As vLLM's: of one candidate token at one position."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    index: int
+    text: str = ""
+    token_ids: list[int] = []
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+class RequestMetrics(msgspec.Struct, kw_only=True):
+    """Seconds on the monotonic clock of the process that made the request."""
+
+    arrival_time: float = 0.0
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """A request as its user sees it: cumulative, one `CompletionOutput` for each of ``n``."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics = msgspec.field(default_factory=RequestMetrics)
