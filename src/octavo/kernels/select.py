@@ -1,0 +1,105 @@
+"""Which kernels run: chosen once for a device and a type, from an ordered list of candidates that may refuse.
+
+Layers call the functions of the `Ops` that `ops` returns; nobody else asks what the machine can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol
+
+import torch
+
+from octavo.kernels import reference
+from octavo.kernels.metadata import AttentionMetadata
+
+
+class Linear(Protocol):
+    """See `reference.linear`."""
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+class Attention(Protocol):
+    """See `reference.attention`."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        meta: AttentionMetadata,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
+class PackedLinear(Protocol):
+    """A weight in the layout its kernel reads, the only copy of it."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``x[T, in] @ weight.T + bias``."""
+        ...
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """``weight[ids]``, for an embedding that shares its weight with the head; ``ids[T]`` -> ``[T, in]``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The operators of `kernels.reference` by the same names, and what only some platforms have.
+
+    ``pack_linear(weight[out, in], bias[out] | None)`` returns the packed product, or None where packing brings nothing;
+    after it the caller drops ``weight``.
+    """
+
+    name: str
+    linear: Linear
+    rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+    silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    gelu_tanh_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    store_kv_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    attention: Attention
+    pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
+
+
+def _never_packs(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
+    return None
+
+
+REFERENCE = Ops(
+    name="torch reference",
+    linear=reference.linear,
+    rms_norm=reference.rms_norm,
+    add_rms_norm=reference.add_rms_norm,
+    silu_and_mul=reference.silu_and_mul,
+    gelu_tanh_and_mul=reference.gelu_tanh_and_mul,
+    rotary=reference.rotary,
+    store_kv_=reference.store_kv_,
+    attention=reference.attention,
+    pack_linear=_never_packs,
+)
+
+_report: dict[str, None] = {}  # insertion-ordered set of lines
+
+
+@cache
+def ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The best operators for activations of ``dtype`` on ``device``; the reasons are in `report`."""
+    _note(f"{device.type} kernels: {REFERENCE.name}")
+    return REFERENCE
+
+
+def report() -> list[str]:
+    """One line for each choice made so far, for the start-up log."""
+    return list(_report)
+
+
+def _note(line: str) -> None:
+    _report[line] = None
