@@ -1,0 +1,47 @@
+"""The one interface between a service and an engine, wherever that engine runs.
+
+`core_client.CoreClient` is the one over ZeroMQ; tests use a fake. A client never sees text: token ids in, token ids out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from octavo.types import EngineInfo, Request, Stats, TokenOutput
+
+
+class EngineClient(Protocol):
+    """Every accepted request gets exactly one terminal `TokenOutput`, whatever happens to it.
+
+    A refusal by the core (queue full, no memory for the prompt) is a terminal output too: ``finish_reason="error"``
+    with the message in ``error`` and the HTTP status in ``status``. Only the death of the engine raises, `EngineDead`.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the core said when it was ready."""
+        ...
+
+    async def submit(self, request: Request) -> AsyncIterator[TokenOutput]:
+        """Sends ``request``; the iterator ends after the terminal output. The id must not be in use.
+
+        Raises `EngineDead`, here or while iterating. Dropping the iterator does not abort: call `abort`.
+        """
+        ...
+
+    async def abort(self, ids: Sequence[str]) -> None:
+        """Ends requests early; unknown and finished ids are ignored. Each ends with ``finish_reason="abort"``."""
+        ...
+
+    async def health(self) -> Stats:
+        """Statistics from a turn of the core's loop; raises `EngineDead` when there is none in time."""
+        ...
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; False when requests still hold pages."""
+        ...
+
+    async def close(self) -> None:
+        """Stops the engine and waits for it. May be called twice."""
+        ...
