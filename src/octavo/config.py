@@ -72,7 +72,9 @@ class LimitOptions:
 class MemoryOptions:
     """memory"""
 
-    gpu_memory_utilization: float = option(0.9, "share of the GPU's memory to use", alias=("device_memory_utilization",))
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory to use", alias=("device_memory_utilization",)
+    )
     kv_cache_memory_bytes: int | None = option(None, "memory of the KV cache (2G, 512M); overrides the share")
     block_size: int = option(16, "tokens in a page of the KV cache", choices=("16", "32", "64", "128"))
     enable_prefix_caching: bool = option(True, "reuse pages of equal prompt prefixes")
@@ -103,7 +105,8 @@ class EngineConfig:
         if unknown:
             near = [n for n in homes if any(u in n or n in u for u in unknown)]
             raise ConfigError(
-                f"unknown option {', '.join(unknown)}.", f"Did you mean {', '.join(near) or 'one of octavo serve --help'}?"
+                f"unknown option {', '.join(unknown)}.",
+                f"Did you mean {', '.join(near) or 'one of octavo serve --help'}?",
             )
         parts = {
             part.name: typing.get_type_hints(cls)[part.name](**{k: v for k, v in flat.items() if homes[k] == part.name})

@@ -231,6 +231,8 @@ class StepResult(msgspec.Struct, kw_only=True):
 
 # --- messages (tagged; see core/transport.py) --------------------------------------------------------------------------
 
+MAX_MESSAGE_BYTES = 256 * 2**20  # a longer message is not sent, and a peer that sends one is cut off
+
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
     requests: list[Request]
@@ -305,12 +307,13 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
 
 
 class Dead(msgspec.Struct, frozen=True, tag="dead"):
-    """The core is going down. ``kind`` is the class name of the error and ``exit_code`` its code."""
+    """The core is going down. ``kind`` is the class name of the error, ``id`` and ``exit_code`` are its own."""
 
     cause: str
     remedy: str = ""
     kind: str = "EngineDead"
     exit_code: int = 1
+    id: str = ""
 
 
 CoreOutput = Ready | Outputs | Pong | Dead

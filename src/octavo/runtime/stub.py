@@ -1,0 +1,111 @@
+"""A worker without a model, for tests of everything above it; imports no torch.
+
+It keeps token ids where a real one keeps K and V, and its next token is a checksum of what it finds in a sequence's
+pages: a page that was shared, moved, freed or overwritten wrongly changes the answer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.config import EngineConfig, LayerSpec, ModelConfig
+from octavo.runtime.base import Progress
+from octavo.types import StepPlan, StepResult
+
+VOCAB = 256
+MAX_LEN = 2048
+
+
+def next_token(context: npt.NDArray[np.int32], vocab: int = VOCAB) -> int:
+    """What the stub answers to ``context``: printable ASCII if the vocabulary is bytes."""
+    return 32 + zlib.crc32(context.tobytes()) % (min(vocab, 127) - 32)
+
+
+@dataclass
+class _Done:
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
+
+
+class StubWorker:
+    """``num_pages`` is what `plan_memory` reports; ``pages[p, i]`` holds the token in slot i of page p."""
+
+    def __init__(self, num_pages: int = 1024, max_len: int = MAX_LEN) -> None:
+        self.num_pages = num_pages
+        self.max_len = max_len
+        self.fail_at: int | None = None  # a step whose `step` raises, to test faults
+
+    def init(self, config: EngineConfig) -> ModelConfig:
+        """A model of one layer over bytes."""
+        self.page_size = int(config.memory.block_size)
+        rows = config.limits.max_num_seqs
+        self.max_len = min(self.max_len, config.model.max_model_len or self.max_len)
+        self.pages = np.full((self.num_pages, self.page_size), -1, np.int32)
+        self.table = np.full((rows, -(-self.max_len // self.page_size)), -1, np.int32)
+        self.last = np.zeros(rows, np.int32)
+        self.known: dict[int, npt.NDArray[np.int32]] = {}
+        return ModelConfig(
+            architecture="Stub",
+            model_type="stub",
+            vocab_size=VOCAB,
+            hidden_size=1,
+            intermediate_size=1,
+            layers=(LayerSpec(heads=1, kv_heads=1, head_dim=1),),
+            max_len=self.max_len,
+            max_len_reason="stub",
+            dtype="float32",
+            dtype_reason="stub",
+            eos_ids=(),
+            norm_eps=0.0,
+            hidden_act="none",
+            tie_embeddings=True,
+            hf={},
+        )
+
+    def load(self, progress: Progress) -> None:
+        """Nothing to load."""
+        progress("load", 1.0)
+
+    def plan_memory(self) -> tuple[int, int]:
+        """(pages, longest sequence)."""
+        return self.num_pages, self.max_len
+
+    def step(self, plan: StepPlan) -> None:
+        """Writes the step's tokens into pages and computes the next ones."""
+        if plan.step == self.fail_at:
+            raise RuntimeError("the stub was told to fail here")
+        for row in plan.ended:
+            self.known.pop(row, None)
+            self.table[row] = -1
+        for start in plan.starts:
+            self.known[start.row] = np.asarray(start.tokens, np.int32)
+            self.table[start.row, : len(start.pages)] = start.pages
+        for grant in plan.pages:
+            self.table[grant.row, grant.first : grant.first + len(grant.ids)] = grant.ids
+        self._tokens = [
+            self._compute(row, computed, count, samples)
+            for row, count, computed, samples in zip(plan.rows, plan.counts, plan.computed, plan.samples, strict=True)
+        ]
+
+    def sample(self) -> _Done:
+        """The tokens of the last `step`."""
+        return _Done(StepResult(tokens=self._tokens))
+
+    def _compute(self, row: int, computed: int, count: int, samples: bool) -> int:
+        known = self.known[row]
+        position = np.arange(computed, computed + count)
+        tokens = known[position] if computed < len(known) else self.last[row : row + 1]
+        table, size = self.table[row], self.page_size
+        self.pages[table[position // size], position % size] = tokens
+        if not samples:
+            return -1
+        length = computed + count
+        context = self.pages[table[: -(-length // size)]].reshape(-1)[:length]
+        self.last[row] = next_token(context)
+        return int(self.last[row])

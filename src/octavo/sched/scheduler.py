@@ -1,0 +1,370 @@
+"""Decides what a step computes. Pure Python over counters and pages; never sees a tensor or a text.
+
+A step hands out at most ``max_tokens`` tokens: first one to every sequence that decodes, so that a long prompt cannot
+stall a stream, then chunks to prompts under way, then to waiting requests, first come, first served within a priority.
+When pages run out, the latest arrival of the lowest priority is preempted: its pages are released (their content stays
+findable until it is overwritten) and it is recomputed later. The first in line can always run: the pool holds at least
+one longest sequence (the engine sees to that), and everybody else can be preempted.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from octavo.cache.pages import Page, PagePool
+from octavo.cache.prefix import page_key
+from octavo.sched.sequence import SequenceState, Status
+from octavo.types import FinishReason, PageGrant, Request, RowStart, Stats, StepPlan, StepResult, TokenOutput
+
+
+@dataclass(frozen=True)
+class SchedulerLimits:
+    """``max_len`` is the longest sequence; ``max_rows`` and ``max_tokens`` bound one step."""
+
+    max_rows: int
+    max_tokens: int
+    max_len: int
+    page_size: int
+    num_pages: int
+    prefix_caching: bool = True
+
+
+@dataclass(slots=True)
+class _Item:
+    """A sequence's part of a step. ``epoch`` tells a later commit whether its pages are still the same."""
+
+    seq: SequenceState
+    count: int
+    samples: bool
+    epoch: int
+
+
+@dataclass
+class Counters:
+    """Totals since the start; see `types.Stats`."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    slots_allocated: int = 0
+    slots_filled: int = 0
+
+
+class Scheduler:
+    """`add` and `abort` requests, `schedule` a plan, `commit` its result; plans are committed in their order."""
+
+    def __init__(self, limits: SchedulerLimits, hash_key: bytes) -> None:
+        self.limits = limits
+        self.pool = PagePool(limits.num_pages)
+        self.counters = Counters()
+        self._hash_key = hash_key
+        self._sequences: dict[str, SequenceState] = {}
+        self._waiting: list[tuple[tuple[int, int], SequenceState]] = []  # heap; entries that are not WAITING are stale
+        self._num_waiting = 0
+        self._running: list[SequenceState] = []  # in the order of admission
+        self._free_rows = list(range(limits.max_rows - 1, -1, -1))
+        self._ended: list[int] = []
+        self._claims: dict[bytes, SequenceState] = {}  # key -> the running sequence that is computing that page
+        self._launched: list[list[_Item]] = []  # plans not committed yet, oldest first
+        self._arrivals = 0
+        self._step = 0
+
+    # --- requests -------------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Queues a request; its prompt is shorter than ``max_len`` and its id is new."""
+        seq = SequenceState(request, self._arrivals)
+        self._arrivals += 1
+        self._sequences[seq.id] = seq
+        self._wait(seq)
+
+    def abort(self, ids: Iterable[str]) -> list[TokenOutput]:
+        """Ends requests; unknown and finished ids are ignored. Their pages are free at once."""
+        outputs = []
+        for id in ids:
+            seq = self._sequences.get(id)
+            if seq is not None:
+                self._finish(seq, "abort")
+                outputs.append(TokenOutput(id=id, finish_reason="abort", cached=seq.cached))
+        return outputs
+
+    @property
+    def num_waiting(self) -> int:
+        return self._num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        """Whether a request is unfinished or a plan uncommitted."""
+        return bool(self._sequences) or bool(self._launched)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._sequences
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed so far will be found again; running requests keep their pages but share no more of them."""
+        self.pool.forget()
+        self._claims.clear()
+        for seq in self._running:
+            seq.published = self.limits.max_len  # above any page count: offers none of its pages any more
+
+    # --- a step ---------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute now."""
+        items: list[_Item] = []
+        grants: list[PageGrant] = []
+        budget = self.limits.max_tokens
+        decodes, chunks = [], []
+        for seq in self._running:
+            if seq.todo == 1 and not self._will_end(seq):
+                decodes.append(seq)
+            elif seq.todo > 1:
+                chunks.append(seq)
+        for seq in (*decodes, *chunks):
+            if budget == 0:
+                break
+            count = min(seq.todo, budget)
+            if seq.status is Status.RUNNING and self._grow(seq, count, grants):
+                items.append(_Item(seq, count, seq.advance(count), seq.epoch))
+                budget -= count
+        for item in items:  # preempted for the sake of an earlier one, after it had its turn
+            if item.epoch != item.seq.epoch:
+                item.seq.inflight -= item.samples
+        items = [item for item in items if item.epoch == item.seq.epoch]
+        starts: list[RowStart] = []
+        self._admit(self.limits.max_tokens - sum(item.count for item in items), items, starts)
+        return self._plan(items, starts, grants)
+
+    def commit(self, result: StepResult) -> list[TokenOutput]:
+        """Reads back the oldest uncommitted plan: appends tokens, publishes pages, ends what has ended."""
+        outputs = []
+        for index, item in enumerate(self._launched.pop(0)):
+            seq = item.seq
+            if seq.status is Status.DONE:
+                continue
+            if item.samples:
+                seq.append(result.tokens[index])
+            if seq.epoch == item.epoch:
+                seq.committed += item.count
+                self._publish(seq)
+            prompt_logprobs = result.prompt_logprobs.get(index, [])
+            if index in result.bad:
+                self._finish(seq, "error")
+                cause = "The model produced logits that are not finite for this request."
+                outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=cause, status=500))
+            elif item.samples:
+                outputs.append(self._sampled(seq, index, result))
+            elif prompt_logprobs:
+                outputs.append(TokenOutput(id=seq.id, prompt_logprobs=prompt_logprobs, cached=seq.cached))
+        return outputs
+
+    def fail_running(self, cause: str, status: int) -> list[TokenOutput]:
+        """Ends every request that is in a launched or running state, with an error; waiting ones stay."""
+        self._launched.clear()
+        outputs = []
+        for seq in list(self._running):
+            self._finish(seq, "error")
+            outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=cause, status=status))
+        for seq in self._sequences.values():
+            seq.inflight = 0
+        return outputs
+
+    def stats(self) -> Stats:
+        """Gauges of now and counters since the start."""
+        return Stats(
+            running=len(self._running),
+            waiting=self._num_waiting,
+            pages_used=self.limits.num_pages - self.pool.num_free,
+            pages_total=self.limits.num_pages,
+            **vars(self.counters),
+        )
+
+    def check(self) -> None:
+        """Asserts the invariants between sequences, rows and pages; for tests and debugging."""
+        self.pool.check()
+        refs = [0] * self.limits.num_pages
+        for seq in self._running:
+            assert seq.status is Status.RUNNING and seq.row >= 0, f"{seq.id} is {seq.status} among the running"
+            assert seq.committed <= seq.computed <= seq.known, f"{seq.id}: {seq.committed} {seq.computed} {seq.known}"
+            assert len(seq.pages) * self.limits.page_size >= seq.computed, f"{seq.id} computed beyond its pages"
+            for page in seq.pages:
+                refs[page.id] += 1
+        assert refs == [page.refs for page in self.pool.pages], "reference counts do not match the running sequences"
+        rows = [seq.row for seq in self._running]
+        assert sorted(rows + self._free_rows) == list(range(self.limits.max_rows)), "a row is lost or used twice"
+        waiting = sum(seq.status is Status.WAITING for seq in self._sequences.values())
+        assert waiting == self._num_waiting, f"{waiting} waiting, {self._num_waiting} counted"
+        assert len(self._sequences) == waiting + len(rows), "a sequence is neither waiting nor running"
+
+    # --- parts of a step ------------------------------------------------------------------------------------
+
+    def _will_end(self, seq: SequenceState) -> bool:
+        """Whether the token in flight is the last one, whatever its value."""
+        return bool(seq.inflight) and (seq.outputs >= seq.sampling.max_tokens or seq.known >= self.limits.max_len)
+
+    def _grow(self, seq: SequenceState, count: int, grants: list[PageGrant]) -> bool:
+        """Gives ``seq`` pages for ``count`` more tokens; preempts others if need be. False: it was preempted itself."""
+        missing = -(-(seq.computed + count) // self.limits.page_size) - len(seq.pages)
+        if missing <= 0:
+            return True
+        while missing > self.pool.num_free:
+            victim = max(self._running, key=lambda s: s.order)
+            self._preempt(victim)
+            grants[:] = [g for g in grants if g.row not in self._ended]
+            if victim is seq:
+                return False
+        pages = self.pool.take(missing)
+        grants.append(PageGrant(seq.row, len(seq.pages), [page.id for page in pages]))
+        seq.pages.extend(pages)
+        return True
+
+    def _admit(self, budget: int, items: list[_Item], starts: list[RowStart]) -> None:
+        passed: list[SequenceState] = []
+        while budget > 0 and self._free_rows and self._waiting:
+            seq = heapq.heappop(self._waiting)[1]
+            if seq.status is not Status.WAITING:
+                continue
+            self._num_waiting -= 1
+            hit = self._find(seq)
+            if hit is None:
+                passed.append(seq)
+                continue
+            # Pages for all that is known and one token more: a smaller reserve would admit what the next step preempts.
+            needed = -(-(seq.known + 1) // self.limits.page_size) - len(hit)
+            if needed + sum(page.refs == 0 for page in hit) > self.pool.num_free:
+                passed.append(seq)
+                break
+            items.append(self._start(seq, hit, budget, starts))
+            budget -= items[-1].count
+        for seq in passed:
+            self._wait(seq)
+
+    def _find(self, seq: SequenceState) -> list[Page] | None:
+        """The pages that ``seq`` can reuse. None: it waits for a token in flight or a page that another computes."""
+        if seq.inflight:
+            return None
+        if not self.limits.prefix_caching or seq.sampling.prompt_logprobs is not None:
+            return []
+        self._extend_keys(seq, seq.known)
+        usable = (seq.known - 1) // self.limits.page_size  # at least one token is computed: its logits are needed
+        keys = seq.keys[:usable]
+        hit = self.pool.match(keys)
+        if len(hit) < len(keys) and keys[len(hit)] in self._claims:
+            return None
+        return hit
+
+    def _start(self, seq: SequenceState, hit: list[Page], budget: int, starts: list[RowStart]) -> _Item:
+        first = seq.preemptions == 0
+        self.pool.reuse(hit)
+        seq.start(self._free_rows.pop(), hit, self.limits.page_size)
+        count = min(seq.todo, budget)
+        seq.pages.extend(self.pool.take(-(-(seq.computed + count) // self.limits.page_size) - len(hit)))
+        self._running.append(seq)
+        if self.limits.prefix_caching:
+            for key in seq.keys[len(hit) :]:
+                self._claims.setdefault(key, seq)
+        if first:
+            self.counters.prompt_tokens += seq.prompt_len
+            self.counters.cached_tokens += seq.cached
+        starts.append(RowStart(seq.row, list(seq.tokens), seq.prompt_len, [p.id for p in seq.pages], seq.sampling))
+        return _Item(seq, count, seq.advance(count), seq.epoch)
+
+    def _plan(self, items: list[_Item], starts: list[RowStart], grants: list[PageGrant]) -> StepPlan | None:
+        if not items:
+            return None
+        items.sort(key=lambda item: item.count > 1)  # stable: single tokens first
+        self._step += 1
+        self._launched.append(items)
+        ended, self._ended = self._ended, []
+        self.counters.steps += 1
+        self.counters.slots_allocated += self.limits.page_size * sum(len(seq.pages) for seq in self._running)
+        self.counters.slots_filled += sum(seq.computed for seq in self._running)
+        return StepPlan(
+            step=self._step,
+            starts=starts,
+            pages=grants,
+            rows=[item.seq.row for item in items],
+            counts=[item.count for item in items],
+            computed=[item.seq.computed - item.count for item in items],
+            samples=[item.samples for item in items],
+            ended=ended,
+        )
+
+    def _sampled(self, seq: SequenceState, index: int, result: StepResult) -> TokenOutput:
+        token, reason = seq.tokens[-1], self._reason(seq)
+        self.counters.generation_tokens += 1
+        if reason is not None:
+            self._finish(seq, reason)
+        logprobs = result.logprobs.get(index)
+        return TokenOutput(
+            id=seq.id,
+            token_ids=[token],
+            logprobs=[logprobs] if logprobs else [],
+            prompt_logprobs=result.prompt_logprobs.get(index, []),
+            finish_reason=reason,
+            cached=seq.cached,
+        )
+
+    def _reason(self, seq: SequenceState) -> FinishReason | None:
+        if seq.tokens[-1] in seq.sampling.end_ids and len(seq.tokens) - seq.prompt_len >= seq.sampling.min_tokens:
+            return "stop"
+        if len(seq.tokens) - seq.prompt_len >= seq.sampling.max_tokens or len(seq.tokens) >= self.limits.max_len:
+            return "length"
+        return None
+
+    # --- bookkeeping ----------------------------------------------------------------------------------------
+
+    def _publish(self, seq: SequenceState) -> None:
+        if not self.limits.prefix_caching:
+            return
+        full = min(seq.committed, len(seq.tokens)) // self.limits.page_size
+        if full <= seq.published:
+            return
+        self._extend_keys(seq, full * self.limits.page_size)
+        for index in range(seq.published, full):
+            key = seq.keys[index]
+            self.pool.publish(seq.pages[index], key)
+            if self._claims.get(key) is seq:
+                del self._claims[key]
+        seq.published = full
+
+    def _extend_keys(self, seq: SequenceState, length: int) -> None:
+        size = self.limits.page_size
+        while (len(seq.keys) + 1) * size <= min(length, len(seq.tokens)):
+            start = len(seq.keys) * size
+            parent = seq.keys[-1] if seq.keys else seq.salt
+            seq.keys.append(page_key(self._hash_key, parent, array("i", seq.tokens[start : start + size]).tobytes()))
+
+    def _preempt(self, seq: SequenceState) -> None:
+        self._vacate(seq)
+        self.pool.release(seq.preempt())
+        self.counters.preemptions += 1
+        self._wait(seq)
+
+    def _finish(self, seq: SequenceState, reason: FinishReason) -> None:
+        if seq.status is Status.RUNNING:
+            self._vacate(seq)
+        else:
+            self._num_waiting -= 1  # its heap entry is stale from here on
+        self.pool.release(seq.finish(reason))
+        del self._sequences[seq.id]
+
+    def _vacate(self, seq: SequenceState) -> None:
+        self._running.remove(seq)
+        self._free_rows.append(seq.row)
+        self._ended.append(seq.row)
+        for key in seq.keys[seq.published :]:
+            if self._claims.get(key) is seq:
+                del self._claims[key]
+
+    def _wait(self, seq: SequenceState) -> None:
+        heapq.heappush(self._waiting, (seq.order, seq))
+        self._num_waiting += 1

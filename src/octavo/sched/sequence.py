@@ -1,0 +1,127 @@
+"""One request inside the scheduler, and the only functions that move it forward.
+
+    0          computed              len(tokens)   known
+    ├──────────────┼──────────────────────┼──────────┤
+    │ K/V in pages │ todo: a step computes the next of these
+    │ (or in flight)                      │ inflight: sampled, value not read yet
+
+There are no phases: a prompt, its chunks, a recomputation and a decode all close the gap between computed and known.
+"""
+
+from __future__ import annotations
+
+from array import array
+from enum import Enum
+
+from octavo.cache.pages import Page
+from octavo.cache.prefix import split_keys
+from octavo.types import FinishReason, Request
+
+
+class Status(Enum):
+    WAITING = 0
+    RUNNING = 1
+    DONE = 2
+
+
+class SequenceState:
+    """State of one request. ``epoch`` counts admissions: results of an earlier epoch no longer concern the pages."""
+
+    __slots__ = (
+        "cached",
+        "committed",
+        "computed",
+        "epoch",
+        "finish_reason",
+        "id",
+        "inflight",
+        "keys",
+        "order",
+        "pages",
+        "preemptions",
+        "prompt_len",
+        "published",
+        "row",
+        "salt",
+        "sampling",
+        "status",
+        "tokens",
+    )
+
+    def __init__(self, request: Request, order: int) -> None:
+        tokens = array("i")
+        tokens.frombytes(request.token_ids)
+        self.id = request.id
+        self.sampling = request.sampling
+        self.salt = request.salt
+        self.order = (request.priority, order)  # smaller runs first and is preempted last
+        self.tokens: list[int] = tokens.tolist()
+        self.prompt_len = len(self.tokens)
+        self.keys = split_keys(request.page_hashes)  # keys of full pages, as far as anyone needed them
+        self.status = Status.WAITING
+        self.row = -1
+        self.pages: list[Page] = []
+        self.computed = 0  # tokens whose K/V is computed or launched
+        self.committed = 0  # … and whose step has been read back
+        self.published = 0  # pages offered for reuse
+        self.inflight = 0
+        self.cached = 0
+        self.epoch = 0
+        self.preemptions = 0
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def known(self) -> int:
+        return len(self.tokens) + self.inflight
+
+    @property
+    def todo(self) -> int:
+        return self.known - self.computed
+
+    @property
+    def outputs(self) -> int:
+        """Output tokens, the one in flight included."""
+        return self.known - self.prompt_len
+
+    def start(self, row: int, hit: list[Page], page_size: int) -> None:
+        """Admission to ``row``, with the pages that the prefix cache had."""
+        self.status = Status.RUNNING
+        self.row = row
+        self.epoch += 1
+        self.pages = hit
+        self.computed = self.committed = len(hit) * page_size
+        self.published = len(hit)
+        if self.preemptions == 0:
+            self.cached = self.computed
+
+    def advance(self, count: int) -> bool:
+        """``count`` more tokens are launched; returns whether that reaches the end of the known: one is sampled."""
+        self.computed += count
+        if self.computed < self.known:
+            return False
+        self.inflight += 1
+        return True
+
+    def append(self, token: int) -> None:
+        """The value of the token in flight."""
+        self.inflight -= 1
+        self.tokens.append(token)
+
+    def preempt(self) -> list[Page]:
+        """Back to waiting; returns the pages to release. A token in flight stays: it was computed rightly."""
+        self.status = Status.WAITING
+        self.preemptions += 1
+        return self._leave()
+
+    def finish(self, reason: FinishReason) -> list[Page]:
+        """The end; returns the pages to release."""
+        self.status = Status.DONE
+        self.finish_reason = reason
+        return self._leave()
+
+    def _leave(self) -> list[Page]:
+        pages, self.pages = self.pages, []
+        self.row = -1
+        self.epoch += 1
+        self.computed = self.committed = self.published = 0
+        return pages

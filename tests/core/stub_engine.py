@@ -1,0 +1,62 @@
+"""An engine core over the stub worker, and the answers it must give."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from octavo.cache.prefix import page_hashes
+from octavo.config import EngineConfig
+from octavo.core.engine import EngineCore
+from octavo.runtime.stub import StubWorker, next_token
+from octavo.types import Request, Sampling, TokenOutput
+
+
+def make_engine(*, pages: int = 64, max_len: int = 256, overlap: bool = False, **options: object) -> EngineCore:
+    flat = {"model": "stub", "max_num_seqs": 4, "max_num_batched_tokens": 32, **options}
+    return EngineCore(EngineConfig.of(**flat), StubWorker(pages, max_len), overlap=overlap)
+
+
+def make_request(core: EngineCore, id: str, tokens: list[int], **sampling: object) -> Request:
+    raw = array("i", tokens).tobytes()
+    priority = sampling.pop("priority", 0)
+    return Request(
+        id=id,
+        token_ids=raw,
+        page_hashes=page_hashes(core.info.hash_key, b"", raw, core.info.page_size),
+        sampling=Sampling(**{"max_tokens": 8, **sampling}),
+        priority=priority,
+    )
+
+
+def expected(tokens: list[int], count: int) -> list[int]:
+    """What the stub generates after ``tokens`` when nothing goes wrong with pages."""
+    context = list(tokens)
+    for _ in range(count):
+        context.append(next_token(np.asarray(context, np.int32)))
+    return context[len(tokens) :]
+
+
+def run(core: EngineCore, *, check: bool = True, limit: int = 100_000) -> list[TokenOutput]:
+    """Steps until nothing is left to do."""
+    outputs: list[TokenOutput] = []
+    for _ in range(limit):
+        if not core.has_work():
+            return outputs
+        outputs += core.step()
+        if check:
+            core.scheduler.check()
+    raise AssertionError("the engine does not come to an end")
+
+
+def collect(outputs: list[TokenOutput]) -> dict[str, list[int]]:
+    """Tokens by request; asserts that nothing follows a terminal message."""
+    texts: dict[str, list[int]] = {}
+    done: set[str] = set()
+    for output in outputs:
+        assert output.id not in done, f"{output.id} was answered after its end"
+        texts.setdefault(output.id, []).extend(output.token_ids)
+        if output.finish_reason is not None:
+            done.add(output.id)
+    return texts

@@ -1,0 +1,195 @@
+"""The scheduler, through the engine core and a worker whose answers reveal any fault in the paging."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.core.engine import EngineCore
+from octavo.types import TokenOutput
+from tests.core.stub_engine import collect, expected, make_engine, make_request, run
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return [(seed * 7919 + i * 31) % 251 for i in range(length)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_gets_the_tokens_it_would_get_alone(overlap: bool) -> None:
+    core = make_engine(overlap=overlap)
+    prompts = {f"r{i}": prompt(i, 5 + 11 * i) for i in range(7)}
+    for id, tokens in prompts.items():
+        assert core.add(make_request(core, id, tokens, max_tokens=20)) is None
+    texts = collect(run(core))
+    assert texts == {id: expected(tokens, 20) for id, tokens in prompts.items()}
+
+
+def test_a_decode_is_not_stalled_by_a_long_prompt() -> None:
+    core = make_engine(max_num_batched_tokens=16)
+    core.add(make_request(core, "short", prompt(1, 3), max_tokens=50))
+    core.step()
+    core.add(make_request(core, "long", prompt(2, 200), max_tokens=1))
+    for _ in range(5):
+        assert [o.id for o in core.step()] == ["short"]
+
+
+def test_a_step_holds_at_most_the_token_budget_and_single_tokens_come_first() -> None:
+    core = make_engine(max_num_batched_tokens=16)
+    for i in range(4):
+        core.add(make_request(core, f"r{i}", prompt(i, 20), max_tokens=30))
+    for _ in range(20):
+        plan = core.scheduler.schedule()
+        assert plan is not None and plan.num_tokens <= 16
+        assert plan.counts == sorted(plan.counts, key=lambda n: n > 1)
+        core._worker.step(plan)
+        core.scheduler.commit(core._worker.sample().result())
+
+
+def test_a_shared_prefix_is_computed_once() -> None:
+    core = make_engine()
+    shared = prompt(3, 64)
+    core.add(make_request(core, "a", [*shared, 1], max_tokens=2))
+    run(core)
+    core.add(make_request(core, "b", [*shared, 2], max_tokens=2))
+    outputs = run(core)
+    assert outputs[0].cached == 64
+    assert collect(outputs)["b"] == expected([*shared, 2], 2)
+
+
+def test_a_burst_with_one_prefix_computes_it_once() -> None:
+    core = make_engine(pages=128)
+    shared = prompt(3, 64)
+    for i in range(4):
+        core.add(make_request(core, f"r{i}", [*shared, i], max_tokens=2))
+    assert collect(run(core)) == {f"r{i}": expected([*shared, i], 2) for i in range(4)}
+    assert core.stats().cached_tokens == 3 * 64
+
+
+def test_a_prompt_that_is_wholly_cached_still_computes_its_last_token() -> None:
+    core = make_engine()
+    for id in ("a", "b"):
+        core.add(make_request(core, id, prompt(5, 32), max_tokens=3))
+        outputs = run(core)
+        assert collect(outputs)[id] == expected(prompt(5, 32), 3)
+    assert outputs[0].cached == 16
+
+
+def test_a_follow_up_turn_reuses_pages_that_generation_filled() -> None:
+    core = make_engine()
+    core.add(make_request(core, "a", prompt(6, 16), max_tokens=40))
+    answer = collect(run(core))["a"]
+    turn = [*prompt(6, 16), *answer, 1, 2, 3]
+    core.add(make_request(core, "b", turn, max_tokens=2))
+    outputs = run(core)
+    assert outputs[0].cached == 48
+    assert collect(outputs)["b"] == expected(turn, 2)
+
+
+def test_reset_forgets_every_prefix() -> None:
+    core = make_engine()
+    core.add(make_request(core, "a", prompt(5, 64), max_tokens=1))
+    run(core)
+    core.reset_prefix_cache()
+    core.add(make_request(core, "b", prompt(5, 64), max_tokens=1))
+    assert run(core)[0].cached == 0
+
+
+def test_pages_of_a_request_that_runs_through_a_reset_are_not_offered_later() -> None:
+    core = make_engine()
+    core.add(make_request(core, "a", prompt(5, 40), max_tokens=20))
+    core.step()
+    core.reset_prefix_cache()
+    run(core)
+    assert core.scheduler.pool.match([*core.scheduler.pool._by_key]) == []
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_preemption_changes_no_token(overlap: bool) -> None:
+    core = make_engine(pages=16, max_len=200, overlap=overlap)
+    prompts = {f"r{i}": prompt(i, 40) for i in range(4)}
+    for id, tokens in prompts.items():
+        core.add(make_request(core, id, tokens, max_tokens=60))
+    texts = collect(run(core))
+    assert core.stats().preemptions > 0
+    assert texts == {id: expected(tokens, 60) for id, tokens in prompts.items()}
+
+
+def test_higher_priority_is_served_first() -> None:
+    core = make_engine(max_num_seqs=1)
+    for id, priority in (("late", 5), ("soon", 1), ("now", 0)):
+        core.add(make_request(core, id, prompt(1, 8), max_tokens=1, priority=priority))
+    assert [o.id for o in run(core)] == ["now", "soon", "late"]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_generation_stops_at_an_end_token_but_not_before_min_tokens(overlap: bool) -> None:
+    core = make_engine(overlap=overlap)
+    answer = expected(prompt(9, 10), 30)
+    core.add(make_request(core, "a", prompt(9, 10), max_tokens=30, end_ids=(answer[4],)))
+    core.add(make_request(core, "b", prompt(9, 10), max_tokens=30, end_ids=(answer[4],), min_tokens=6))
+    outputs = run(core)
+    assert collect(outputs)["a"] == answer[: answer.index(answer[4]) + 1]
+    assert len(collect(outputs)["b"]) >= 6
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_generation_ends_at_the_longest_sequence(overlap: bool) -> None:
+    core = make_engine(max_len=40, overlap=overlap)
+    core.add(make_request(core, "a", prompt(1, 35), max_tokens=100))
+    outputs = run(core)
+    assert len(collect(outputs)["a"]) == 5
+    assert outputs[-1].finish_reason == "length"
+
+
+def test_waste_counts_allocated_slots_without_a_token() -> None:
+    core = make_engine()
+    core.add(make_request(core, "a", prompt(1, 8), max_tokens=1))
+    run(core)
+    assert (core.stats().slots_allocated, core.stats().slots_filled) == (16, 8)
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_random_traffic_keeps_the_invariants_and_the_answers(data: st.DataObject) -> None:
+    overlap = data.draw(st.booleans())
+    core = make_engine(
+        pages=data.draw(st.integers(7, 24)),
+        max_len=100,
+        overlap=overlap,
+        max_num_seqs=data.draw(st.integers(1, 6)),
+        max_num_batched_tokens=data.draw(st.sampled_from([8, 16, 33])),
+        enable_prefix_caching=data.draw(st.booleans()),
+    )
+    prompts: dict[str, tuple[list[int], int]] = {}
+    outputs: list[TokenOutput] = []
+    aborted: set[str] = set()
+    for number in range(data.draw(st.integers(1, 25))):
+        for _ in range(data.draw(st.integers(0, 3))):
+            outputs += core.step()
+            core.scheduler.check()
+        action = data.draw(st.sampled_from(["add", "add", "add", "abort", "reset"]))
+        if action == "add":
+            tokens = [*prompt(data.draw(st.integers(0, 2)), data.draw(st.integers(1, 70))), number]
+            count = data.draw(st.integers(1, 25))
+            prompts[f"r{number}"] = (tokens, count)
+            core.add(make_request(core, f"r{number}", tokens, max_tokens=count, priority=data.draw(st.integers(0, 1))))
+        elif action == "abort" and prompts:
+            victim = data.draw(st.sampled_from(sorted(prompts)))
+            aborted |= {o.id for o in core.abort([victim])}
+        else:
+            core.reset_prefix_cache()
+        core.scheduler.check()
+    outputs += run(core)
+    texts = collect(outputs)
+    for id, (tokens, count) in prompts.items():
+        whole = expected(tokens, min(count, 100 - len(tokens)))
+        assert texts.get(id, []) == whole[: len(texts.get(id, []))]
+        assert id in aborted or texts[id] == whole
+    assert_idle(core)
+
+
+def assert_idle(core: EngineCore) -> None:
+    assert core.stats().pages_used == 0
+    assert core.stats().running == core.stats().waiting == 0
+    assert not core.scheduler._claims
