@@ -1,0 +1,70 @@
+"""What every layer is: a module that says which checkpoint tensors fill it, and that takes its operators once.
+
+The life of a layer: built without memory (its parameters are on the meta device), `materialise`d on a device, filled
+by the loader according to `load_rules`, then `finish`ed. A method of quantisation belongs here too: it gives a layer
+other parameters, other rules and another `finish`; the loader stays as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from octavo.kernels.select import REFERENCE, Ops
+
+Shard = Literal["out", "in"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRule:
+    """Tensor ``source`` of the checkpoint is rows ``start : start + rows`` of the layer's ``parameter``.
+
+    ``shard`` is how tensor parallelism would cut the source: "out" along its rows, "in" along its columns, None not.
+    """
+
+    source: str
+    parameter: str
+    start: int
+    rows: int
+    shard: Shard | None = None
+
+
+class Layer(nn.Module):
+    """Base of the layers that own parameters or call operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Ops = REFERENCE
+
+    def load_rules(self, name: str) -> list[LoadRule]:
+        """Where the parameters come from; ``name`` is the layer's dotted name in the model.
+
+        By default each parameter is the checkpoint tensor of its own name.
+        """
+        return [
+            LoadRule(f"{name}.{parameter}", parameter, 0, tensor.shape[0])
+            for parameter, tensor in self.named_parameters(recurse=False)
+        ]
+
+    def materialise(self, device: torch.device) -> None:
+        """Gives the layer's own parameters memory on ``device``; their content is undefined."""
+        for name, parameter in list(self.named_parameters(recurse=False)):
+            memory = torch.empty_like(parameter, device=device)
+            setattr(self, name, nn.Parameter(memory, requires_grad=False))
+
+    @torch.no_grad()
+    def fill_dummy(self, name: str, generator: torch.Generator) -> None:
+        """Random content for the parameter ``name``: normal with standard deviation 0.02."""
+        self.get_parameter(name).normal_(0.0, 0.02, generator=generator)
+
+    def finish(self, ops: Ops) -> None:
+        """Called once when the parameters are filled: takes the operators, and may re-pack what it holds."""
+        self.ops = ops
+
+
+def parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter without memory."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)

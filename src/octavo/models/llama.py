@@ -1,0 +1,149 @@
+"""Llama and the families that differ from it in a few data: Mistral, Qwen2, Qwen3, SmolLM2, SmolLM3.
+
+    embed_tokens -> layers x [ norm, attention, add; norm, gated MLP, add ] -> norm -> lm_head
+
+Hidden states are ``[T, C]`` over the flat token axis. Each addition is fused with the norm after it, so a layer takes
+and returns a pair: its output, and the residual that this output has yet to be added to. Window and rotary embedding
+are per layer, in its `LayerSpec`; biases and the norm of heads are in `Wiring`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from octavo.config import LayerSpec, ModelConfig
+from octavo.layers.activation import GatedActivation
+from octavo.layers.attention import Attention
+from octavo.layers.embedding import Embedding
+from octavo.layers.linear import Linear
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rotary import Rotary, shared_rotaries
+from octavo.models.base import Model
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Which optional parameters a family has."""
+
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm of each query and key head
+
+
+def wiring(config: ModelConfig) -> Wiring:
+    """A flag of config.json counts only where Transformers' class of that architecture reads it."""
+    attention_bias = bool(config.hf.get("attention_bias", False))
+    mlp_bias = bool(config.hf.get("mlp_bias", False))
+    match config.architecture:
+        case "MistralForCausalLM":
+            return Wiring()
+        case "Qwen2ForCausalLM":
+            return Wiring(qkv_bias=True)
+        case "Qwen3ForCausalLM":
+            return Wiring(qkv_bias=attention_bias, o_bias=attention_bias, qk_norm=True)
+        case _:
+            return Wiring(qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=mlp_bias)
+
+
+class LlamaAttention(nn.Module):
+    def __init__(
+        self, config: ModelConfig, spec: LayerSpec, layer: int, rotary: Rotary | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        has = wiring(config)
+        q_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        self.head_dim = spec.head_dim
+        self.sizes = [q_size, kv_size, kv_size]
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.qkv_proj = Linear(config.hidden_size, parts, bias=has.qkv_bias, shard="out", dtype=dtype)
+        self.q_norm = RMSNorm(spec.head_dim, config.norm_eps, dtype=dtype) if has.qk_norm else None
+        self.k_norm = RMSNorm(spec.head_dim, config.norm_eps, dtype=dtype) if has.qk_norm else None
+        self.rotary_emb = rotary
+        self.attn = Attention(spec, layer)
+        self.o_proj = Linear(q_size, {"o_proj": config.hidden_size}, bias=has.o_bias, shard="in", dtype=dtype)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotary_emb is not None:
+            q, k = self.rotary_emb(q, k, positions)
+        out: torch.Tensor = self.o_proj(self.attn(q, k, v).flatten(1))
+        return out
+
+
+class LlamaMLP(nn.Module):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        bias, inner = wiring(config).mlp_bias, config.intermediate_size
+        parts = {"gate_proj": inner, "up_proj": inner}
+        self.gate_up_proj = Linear(config.hidden_size, parts, bias=bias, shard="out", dtype=dtype)
+        self.act_fn = GatedActivation(config.hidden_act)
+        self.down_proj = Linear(inner, {"down_proj": config.hidden_size}, bias=bias, shard="in", dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.down_proj(self.act_fn(self.gate_up_proj(x)))
+        return out
+
+
+class LlamaDecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.self_attn = LlamaAttention(config, config.layers[layer], layer, rotary, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.mlp = LlamaMLP(config, dtype)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, positions)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class LlamaModel(nn.Module):
+    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        rotaries = shared_rotaries(config.layers, max_len)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tied=config.tie_embeddings, dtype=dtype)
+        self.layers = nn.ModuleList(
+            LlamaDecoderLayer(config, layer, rotary, dtype) for layer, rotary in enumerate(rotaries)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x, residual = self.embed_tokens(token_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, positions)
+        x, _ = self.norm.add(x, residual)
+        return x
+
+
+class LlamaForCausalLM(Model):
+    """``max_len`` is the longest sequence that the engine will run."""
+
+    def __init__(self, config: ModelConfig, max_len: int) -> None:
+        super().__init__(config, max_len)
+        self.model = LlamaModel(config, max_len, self.dtype)
+        self.lm_head: Linear | None = None
+        if config.tie_embeddings:
+            self.unused = (*self.unused, "lm_head.weight")
+        else:
+            parts = {"lm_head": config.vocab_size}
+            self.lm_head = Linear(config.hidden_size, parts, shard="out", dtype=self.dtype)
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.model(token_ids, positions)
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.lm_head is None:
+            return self.model.embed_tokens.logits(hidden)
+        logits: torch.Tensor = self.lm_head(hidden)
+        return logits

@@ -1,0 +1,157 @@
+"""Weights into a model, layer by layer: read, convert to the parameter's type, let the layer re-pack, go on.
+
+Layers say which checkpoint tensors they are made of (`layers.base.LoadRule`); this only executes it. Names and shapes
+are checked before the first byte of a weight is read. The most that is held at once is the model loaded so far, one
+layer before it is re-packed, and one tensor in the checkpoint's type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+
+from octavo.errors import ModelError
+from octavo.kernels import select
+from octavo.layers.base import Layer, LoadRule
+from octavo.models.base import Model
+
+if TYPE_CHECKING:
+    from octavo.hub.checkpoint import Array, Checkpoint, TensorInfo
+
+LISTED = 10  # names that an error message lists
+
+LoadProgress = Callable[[str, float], None]  # (phase, share done 0..1), as `runtime.base.Progress`
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded; ``nbytes`` as they are in the checkpoint."""
+
+    tensors: int
+    nbytes: int
+    seconds: float
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        rate = self.nbytes / max(self.seconds, 1e-9)
+        text = f"{self.tensors} tensors, {self.nbytes / 1e9:.2f} GB in {self.seconds:.2f} s ({rate / 1e9:.2f} GB/s)"
+        return f"{text}; not needed: {', '.join(self.unused[:LISTED])}" if self.unused else text
+
+
+def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: LoadProgress) -> LoadReport:
+    """Fills ``model``, built without memory, on ``device``.
+
+    Raises `ModelError`: HF042 for tensors that the model has no place for, HF043 for parameters that the checkpoint
+    lacks, HF044 for shapes that differ.
+    """
+    start = time.perf_counter()
+    plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
+    tensors = checkpoint.tensors()
+    unused = _check_names([rule for _, rules in plan for rule in rules], tensors, model.unused)
+    _check_shapes(plan, tensors)
+
+    ops = select.ops(device, model.dtype)
+    total = sum(tensors[rule.source].nbytes for _, rules in plan for rule in rules)
+    done = 0
+    for layer, rules in plan:
+        layer.materialise(device)
+        for rule in rules:
+            _target(layer, rule).copy_(as_tensor(checkpoint.read(rule.source)))
+            done += tensors[rule.source].nbytes
+            progress("load", done / total)
+        layer.finish(ops)
+    count = sum(len(rules) for _, rules in plan)
+    return LoadReport(count, total, time.perf_counter() - start, tuple(unused))
+
+
+def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> LoadReport:
+    """Random weights on ``device`` (the CPU by default): normal with std 0.02, norm weights 1.
+
+    A tensor's values depend on the seed, its name, its type and the kind of device.
+    """
+    start = time.perf_counter()
+    device = device or torch.device("cpu")
+    ops = select.ops(device, model.dtype)
+    generator = torch.Generator(device)
+    count = total = 0
+    for name, layer in _layers(model):
+        layer.materialise(device)
+        for parameter, tensor in layer.named_parameters(recurse=False):
+            generator.manual_seed(seed ^ zlib.crc32(f"{name}.{parameter}".encode()))
+            layer.fill_dummy(parameter, generator)
+            count, total = count + 1, total + tensor.nbytes
+        layer.finish(ops)
+    return LoadReport(count, total, time.perf_counter() - start)
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A CPU tensor that shares the array's memory; only to be read."""
+    with warnings.catch_warnings():  # mapped files are not writable, which torch warns of
+        warnings.simplefilter("ignore", UserWarning)
+        tensor = torch.from_numpy(array.data)
+    return tensor.view(torch.bfloat16) if array.dtype == "bfloat16" else tensor
+
+
+def _layers(model: Model) -> list[tuple[str, Layer]]:
+    """In the order of the model, each once even if several modules share it."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
+
+
+def _target(layer: Layer, rule: LoadRule) -> torch.Tensor:
+    return layer.get_parameter(rule.parameter).data.narrow(0, rule.start, rule.rows)
+
+
+def _check_names(rules: Sequence[LoadRule], tensors: Mapping[str, TensorInfo], ignorable: Iterable[str]) -> list[str]:
+    """The tensors that nothing needs and that may be ignored; raises for all others without a counterpart."""
+    wanted = {rule.source for rule in rules}
+    missing = [rule.source for rule in rules if rule.source not in tensors]
+    spare = [name for name in tensors if name not in wanted]
+    ignored = [name for name in spare if any(fnmatchcase(name, pattern) for pattern in ignorable)]
+    unexpected = sorted(set(spare) - set(ignored))
+    if missing:
+        raise ModelError(
+            f"The checkpoint lacks {len(missing)} of the model's {len(rules)} tensors: {_listed(missing, unexpected)}.",
+            "Check that the weights belong to this config.json and that no shard is missing.",
+            id="HF043",
+        )
+    if unexpected:
+        raise ModelError(
+            f"The checkpoint has {len(unexpected)} tensors that the model has no place for:"
+            f" {_listed(unexpected, sorted(wanted))}.",
+            "Check that config.json names the architecture, biases and layers that these weights have.",
+            id="HF042",
+        )
+    return ignored
+
+
+def _listed(names: Sequence[str], candidates: Sequence[str]) -> str:
+    """The first names, each with the likeliest counterpart among ``candidates``."""
+    shown = []
+    for name in names[:LISTED]:
+        near = difflib.get_close_matches(name, candidates, n=1)
+        shown.append(f"{name} (nearest: {near[0]})" if near else name)
+    return ", ".join(shown) + (", …" if len(names) > LISTED else "")
+
+
+def _check_shapes(plan: Sequence[tuple[Layer, list[LoadRule]]], tensors: Mapping[str, TensorInfo]) -> None:
+    wrong = []
+    for layer, rules in plan:
+        for rule in rules:
+            wanted, found = tuple(_target(layer, rule).shape), tuple(tensors[rule.source].shape)
+            if wanted != found:
+                wrong.append(f"{rule.source} is {list(found)} where the model needs {list(wanted)}")
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} tensors have another shape than config.json implies: {'; '.join(wrong[:LISTED])}"
+            f"{'; …' if len(wrong) > LISTED else ''}.",
+            "Check vocab_size, the sizes and the head counts in config.json against the weights.",
+            id="HF044",
+        )
