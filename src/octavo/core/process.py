@@ -1,0 +1,172 @@
+"""The engine-core process: ``python -m octavo.core.process``, started by `frontend.core_process.spawn`.
+
+Life: one line of JSON on standard input says what to run (`Start`); the engine is built and `Ready` sent, or `Dead`
+with the reason; then the loop turns until `Shutdown`. Standard input stays open and is the tie to the parent: its end,
+however the parent ended, ends this process at once. Signals that a terminal or a supervisor sends to all are
+the parent's to handle; they are ignored here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+from octavo import log
+from octavo.config import EngineConfig
+from octavo.core.transport import Channel, ZmqChannel
+from octavo.errors import OctavoError
+from octavo.types import (
+    Abort,
+    CoreInput,
+    Dead,
+    EngineInfo,
+    Outputs,
+    Ping,
+    Pong,
+    Ready,
+    Request,
+    ResetPrefixCache,
+    Shutdown,
+    Stats,
+    Submit,
+    TokenOutput,
+)
+
+if TYPE_CHECKING:
+    from octavo.runtime.base import WorkerBase
+
+
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the parent writes, as one line of JSON."""
+
+    config: EngineConfig
+    worker: Literal["real", "stub"]
+    folder: str  # where the sockets lie: ``in`` carries `CoreInput`, ``out`` carries `CoreOutput`
+    log_level: str
+
+
+class Engine(Protocol):
+    """What the loop needs of `core.engine.EngineCore`."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def add(self, request: Request) -> TokenOutput | None: ...
+
+    def abort(self, ids: list[str]) -> list[TokenOutput]: ...
+
+    def has_work(self) -> bool: ...
+
+    def step(self) -> list[TokenOutput]: ...
+
+    def stats(self) -> Stats: ...
+
+    def reset_prefix_cache(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+def run(build: Callable[[], Engine], channel: Channel) -> int:
+    """Builds an engine and serves ``channel`` with it until told to stop; returns the exit code.
+
+    Any exception, at start-up or in the loop, becomes one `Dead` message: a broken engine does not limp on.
+    """
+    try:
+        engine = build()
+        channel.send(Ready(engine.info))
+        serve(engine, channel)
+        engine.close()
+    except Exception as error:
+        if not isinstance(error, OctavoError):
+            traceback.print_exc()
+        dead = _dead(error)
+        channel.send(dead)
+        return dead.exit_code
+    finally:
+        channel.close()
+    return 0
+
+
+def serve(engine: Engine, channel: Channel) -> None:
+    """The loop: take what has arrived, make one step, send what it produced. Sleeps while there is nothing to do."""
+    while True:
+        outputs: list[TokenOutput] = []
+        for message in channel.receive(wait=not engine.has_work()):
+            if isinstance(message, Shutdown):
+                return
+            outputs += _handle(engine, channel, message)
+        if engine.has_work():
+            outputs += engine.step()
+        if outputs:
+            channel.send(Outputs(outputs, engine.stats()))
+
+
+def _handle(engine: Engine, channel: Channel, message: CoreInput) -> list[TokenOutput]:
+    if isinstance(message, Submit):
+        return [refusal for r in message.requests if (refusal := engine.add(r)) is not None]
+    if isinstance(message, Abort):
+        return engine.abort(message.ids)
+    if isinstance(message, Ping):
+        channel.send(Pong(message.nonce, engine.stats()))
+    elif isinstance(message, ResetPrefixCache):
+        channel.send(Pong(message.nonce, engine.stats(), ok=engine.reset_prefix_cache()))
+    return []
+
+
+def _dead(error: Exception) -> Dead:
+    if isinstance(error, OctavoError):
+        return Dead(error.cause, error.remedy, type(error).__name__, error.exit_code, error.id)
+    return Dead(
+        f"the engine failed with {type(error).__name__}: {error}.",
+        "This is a bug in octavo or in what it runs on; restart, and report it with the traceback on standard error.",
+    )
+
+
+def _build(start: Start) -> Engine:
+    """The imports are inside: they take most of the start, and one that fails is to be reported as `Dead`."""
+    from octavo.core.engine import EngineCore
+
+    worker: WorkerBase
+    if start.worker == "stub":
+        from octavo.runtime.stub import StubWorker
+
+        worker = StubWorker()
+    else:
+        from octavo.runtime.worker import Worker
+
+        worker = Worker()
+    return EngineCore(start.config, worker)
+
+
+def _end_with_parent(folder: str) -> None:
+    while os.read(0, 4096):
+        pass
+    shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot
+    os._exit(1)
+
+
+def main() -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1
+    start = msgspec.json.decode(line, type=Start)
+    threading.Thread(target=_end_with_parent, args=(start.folder,), name="octavo-parent-watch", daemon=True).start()
+    os.dup2(2, 1)  # what libraries print is log, not output
+    log.configure(start.log_level)
+    return run(lambda: _build(start), ZmqChannel(f"ipc://{start.folder}/in", f"ipc://{start.folder}/out"))
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # threads of native libraries have nothing left to do and can take seconds to end

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from octavo.config import EngineConfig
+from octavo.core.process import run
+from octavo.core.transport import MemoryChannel
+from octavo.errors import EngineDead, OutOfMemory, RequestError
+from octavo.frontend.core_client import CoreClient
+from octavo.frontend.core_process import CoreProcess, error_of, spawn
+from octavo.types import (
+    Abort,
+    Dead,
+    Outputs,
+    Ping,
+    Pong,
+    Ready,
+    Request,
+    ResetPrefixCache,
+    Shutdown,
+    Submit,
+    TokenOutput,
+)
+from tests.core.stub_engine import expected, make_engine, make_request
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+CONFIG = EngineConfig.of(model="stub", max_num_seqs=4, max_num_batched_tokens=32)
+
+
+@pytest.fixture(autouse=True)
+def _children_find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+
+
+@pytest.fixture
+def core() -> Iterator[CoreProcess]:
+    made = spawn(CONFIG, "stub", log_level="error")
+    yield made
+    made.stop()
+
+
+def folder_of(core: CoreProcess) -> Path:
+    return core._folder
+
+
+async def tokens_of(client: CoreClient, request: Request) -> tuple[list[int], TokenOutput]:
+    ids: list[int] = []
+    async for output in await client.submit(request):
+        ids += output.token_ids
+        last = output
+    return ids, last
+
+
+# --- the loop, without a process -------------------------------------------------------------------------------------
+
+
+def test_loop_answers_requests_aborts_pings_and_resets_and_ends_on_shutdown() -> None:
+    engine, channel = make_engine(), MemoryChannel()
+    prompt = list(range(40, 60))
+    for message in (
+        Submit([make_request(engine, "a", prompt), make_request(engine, "b", prompt, max_tokens=100)]),
+        Ping(5),
+        Abort(["b"]),
+        ResetPrefixCache(6),
+        Submit([make_request(engine, "", [])]),
+    ):
+        channel.inbox.put(message)
+    original, steps = engine.step, []
+
+    def step() -> list[TokenOutput]:
+        steps.append(1)
+        if len(steps) == 20:
+            channel.inbox.put(Shutdown())
+        return original() if engine.scheduler.has_work() else []
+
+    engine.step = step  # type: ignore[method-assign]
+    engine.has_work = lambda: True  # type: ignore[method-assign]
+    assert run(lambda: engine, channel) == 0
+    messages = []
+    while not channel.outbox.empty():
+        messages.append(channel.outbox.get())
+    assert messages[0] == Ready(engine.info)
+    assert [(m.nonce, m.ok) for m in messages if isinstance(m, Pong)] == [(5, True), (6, True)]
+    outputs = [o for m in messages if isinstance(m, Outputs) for o in m.outputs]
+    assert [t for o in outputs if o.id == "a" for t in o.token_ids] == expected(prompt, 8)
+    ends = {o.id: (o.finish_reason, o.status) for o in outputs if o.finish_reason}
+    assert ends == {"a": ("length", 0), "b": ("abort", 0), "": ("error", 400)}
+
+
+def test_an_exception_in_the_loop_becomes_one_dead_message_and_exit_code_1(capfd: pytest.CaptureFixture[str]) -> None:
+    engine, channel = make_engine(), MemoryChannel()
+
+    def step() -> list[TokenOutput]:
+        raise ZeroDivisionError("seven by zero")
+
+    engine.step = step  # type: ignore[method-assign]
+    channel.inbox.put(Submit([make_request(engine, "a", [1, 2, 3])]))
+    assert run(lambda: engine, channel) == 1
+    assert isinstance(channel.outbox.get_nowait(), Ready)
+    dead = channel.outbox.get_nowait()
+    assert isinstance(dead, Dead)
+    assert "ZeroDivisionError: seven by zero" in dead.cause
+    assert "in step" in capfd.readouterr().err  # the traceback is in the log
+
+
+def test_an_error_at_start_carries_its_class_id_and_exit_code() -> None:
+    channel = MemoryChannel()
+
+    def build() -> object:
+        raise OutOfMemory("12 GB do not fit into 8 GB.", "Use a smaller model.", id="MEM007")
+
+    assert run(build, channel) == 4  # type: ignore[arg-type]
+    error = error_of(channel.outbox.get_nowait())  # type: ignore[arg-type]
+    assert type(error) is OutOfMemory
+    assert (error.cause, error.remedy, error.id) == ("12 GB do not fit into 8 GB.", "Use a smaller model.", "MEM007")
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def test_a_spawned_core_serves_64_requests_at_once_and_is_idle_afterwards(core: CoreProcess) -> None:
+    info = core.wait_ready()
+    assert (info.max_num_seqs, info.vocab_size, len(info.hash_key)) == (4, 256, 32)
+
+    async def session() -> None:
+        client = CoreClient(core, info)
+        prompts = [list(range(i + 1, i + 30)) for i in range(64)]
+        requests = [make_request_for(client, f"r{i}", prompt) for i, prompt in enumerate(prompts)]
+        results = await asyncio.gather(*(tokens_of(client, r) for r in requests))
+        assert [ids for ids, _ in results] == [expected(p, 8) for p in prompts]
+        stats = await client.health()
+        assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
+        assert stats.generation_tokens == 64 * 8
+        assert await client.reset_prefix_cache() is True
+        process = psutil.Process(core.process.pid)
+        before = sum(process.cpu_times()[:2])
+        await asyncio.sleep(0.5)
+        assert sum(process.cpu_times()[:2]) - before <= 0.02
+        await client.close()
+        with pytest.raises(EngineDead):
+            await client.submit(requests[0])
+
+    asyncio.run(session())
+    assert core.process.returncode == 0
+
+
+def make_request_for(client: CoreClient, id: str, prompt: list[int], **sampling: object) -> Request:
+    return make_request(client, id, prompt, **sampling)  # type: ignore[arg-type]
+
+
+def test_abort_ends_a_request_and_frees_its_pages(core: CoreProcess) -> None:
+    async def session() -> None:
+        client = CoreClient(core, core.wait_ready())
+        stream = await client.submit(make_request_for(client, "a", [1, 2, 3], max_tokens=2000))
+        with pytest.raises(RequestError, match="is running"):
+            await client.submit(make_request_for(client, "a", [1]))
+        await anext(stream)
+        await client.abort(["a", "unknown"])
+        reasons = [output.finish_reason async for output in stream]
+        assert reasons[-1] == "abort"
+        stats = await client.health()
+        assert (stats.running, stats.pages_used) == (0, 0)
+        await client.close()
+
+    asyncio.run(session())
+
+
+def test_close_answers_what_is_pending(core: CoreProcess) -> None:
+    async def session() -> None:
+        client = CoreClient(core, core.wait_ready())
+        stream = await client.submit(make_request_for(client, "a", [1, 2, 3], max_tokens=2000))
+        await anext(stream)
+        await client.close()
+        assert [o.finish_reason async for o in stream][-1] == "abort"
+
+    asyncio.run(session())
+
+
+def test_a_killed_engine_ends_every_pending_request_with_an_error(core: CoreProcess) -> None:
+    async def session() -> None:
+        deaths: list[Exception] = []
+        client = CoreClient(core, core.wait_ready(), on_death=deaths.append)
+        streams = [
+            await client.submit(make_request_for(client, f"r{i}", [1, 2, 3], max_tokens=2000)) for i in range(10)
+        ]
+        await anext(streams[0])
+        began = time.monotonic()
+        core.process.kill()
+        for stream in streams:
+            with pytest.raises(EngineDead, match="killed by signal 9"):
+                async for _ in stream:
+                    pass
+        assert time.monotonic() - began < 2
+        assert len(deaths) == 1
+        with pytest.raises(EngineDead):
+            await client.health()
+        with pytest.raises(EngineDead):
+            await client.submit(make_request_for(client, "later", [1]))
+        await client.close()
+
+    asyncio.run(session())
+
+
+def test_a_core_that_cannot_start_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = spawn(EngineConfig.of(model="stub", max_num_seqs=1, block_size=128, max_model_len=100_000), "stub")
+    core.process.kill()
+    with pytest.raises(EngineDead, match="killed by signal 9"):
+        core.wait_ready()
+    core.stop()
+    assert not folder_of(core).exists()
+
+
+def test_sigint_and_sigterm_are_left_to_the_parent(core: CoreProcess) -> None:
+    core.wait_ready()
+    os.kill(core.process.pid, signal.SIGINT)
+    os.kill(core.process.pid, signal.SIGTERM)
+    time.sleep(0.1)
+    assert core.process.poll() is None
+
+
+def test_the_sockets_lie_in_a_private_folder_that_goes_away(core: CoreProcess) -> None:
+    core.wait_ready()
+    assert folder_of(core).stat().st_mode & 0o777 == 0o700
+    core.stop()
+    assert not folder_of(core).exists()
+
+
+def test_a_core_whose_parent_is_killed_ends_at_once_and_removes_the_sockets() -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)}
+    )
+    assert parent.stdout is not None
+    pid, folder = parent.stdout.readline().split()
+    child = psutil.Process(int(pid))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    psutil.wait_procs([child], timeout=2)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert not Path(folder).exists()
+
+
+PARENT = textwrap.dedent(
+    """
+    import time
+    from octavo.config import EngineConfig
+    from octavo.frontend.core_process import spawn
+    core = spawn(EngineConfig.of(model="stub"), "stub", log_level="error")
+    core.wait_ready()
+    print(core.process.pid, core._folder, flush=True)
+    time.sleep(60)
+    """
+)
