@@ -1,6 +1,6 @@
 """The one interface between a service and an engine, wherever that engine runs.
 
-`core_client.CoreClient` is the one over ZeroMQ; tests use a fake. A client never sees text: token ids in, token ids out.
+`core_client.CoreClient` is the one over ZeroMQ; tests use a fake. A client never sees text, only token ids.
 """
 
 from __future__ import annotations

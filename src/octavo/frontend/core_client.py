@@ -14,6 +14,7 @@ import zmq.asyncio
 from octavo.errors import EngineDead, OctavoError, RequestError
 from octavo.frontend.core_process import LAST_WORDS_MS, CoreProcess, decode_output, error_of
 from octavo.types import (
+    MAX_MESSAGE_BYTES,
     Abort,
     CoreInput,
     CoreOutput,
@@ -109,6 +110,8 @@ class CoreClient:
     async def _send(self, message: CoreInput) -> None:
         """Never waits for room, only for the first connection of a core that has just become ready."""
         data = msgspec.msgpack.encode(message)
+        if len(data) > MAX_MESSAGE_BYTES:
+            raise RequestError(f"the request takes {len(data)} bytes, over {MAX_MESSAGE_BYTES}.", "Send less at once.")
         while True:
             if self._death is not None or self._closing:
                 raise self._error()

@@ -1,0 +1,221 @@
+"""From what a user gives to what the core takes: a prompt and `SamplingParams` become `Request`s.
+
+Every limit is checked here, with the numbers in the error, so that the core refuses nothing that got this far except
+for want of room.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import msgspec
+
+from octavo.cache.prefix import page_hashes
+from octavo.errors import RequestError
+from octavo.types import SEED_LIMIT, EngineInfo, Request, Sampling, SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.hub.tokenizer import Tokenizer
+
+# A text, its token ids, or either as vLLM's dicts: {"prompt": str} and {"prompt_token_ids": list[int]}.
+Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request of a user: ``params.n`` requests for the core, and what is needed to read their answers."""
+
+    id: str
+    prompt: str | None  # None when only token ids were given
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    requests: list[Request]
+    arrival_time: float = field(default_factory=time.monotonic)
+
+
+class InputProcessor:
+    """Makes requests for one engine and one tokenizer. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        info: EngineInfo,
+        *,
+        eos_ids: Collection[int] = (),
+        defaults: Mapping[str, Any] | None = None,
+        seeds: random.Random | None = None,
+        clamp_max_tokens: bool = False,
+    ) -> None:
+        """``defaults`` are sampling parameters of the model's own (`default_params`); ``seeds`` draws the seeds of
+        requests that bring none. With ``clamp_max_tokens`` an output that would outgrow the context is cut at its end,
+        as vLLM's ``LLM`` does, instead of refused.
+        """
+        self.tokenizer = tokenizer
+        self.info = info
+        self.eos_ids = frozenset(eos_ids)
+        self._defaults = dict(defaults or {})
+        self._seeds = seeds or random.SystemRandom()
+        self._clamp = clamp_max_tokens
+
+    def default_params(self) -> SamplingParams:
+        """Sampling parameters for requests that bring none: the model's own over those of `SamplingParams`."""
+        return SamplingParams(**self._defaults)
+
+    def process(
+        self, id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, salt: bytes = b""
+    ) -> Prepared:
+        """Checks and converts one request; raises `RequestError` naming the field, its value and the limit."""
+        text, ids = self._split(prompt)
+        if ids is None:
+            ids = self.encode(text or "")
+        return self.process_ids(id, ids, params, text=text, priority=priority, salt=salt)
+
+    def process_ids(
+        self,
+        id: str,
+        ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        text: str | None = None,
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> Prepared:
+        """As `process`, from token ids; ``text`` is what they came from, if known."""
+        params = params or self.default_params()
+        params.validate()
+        ids = list(ids)
+        self._check_ids("prompt", ids)
+        sampling = self._sampling(params, len(ids))
+        packed = pack(ids)
+        info = self.info
+        keys = page_hashes(info.hash_key, salt, packed, info.page_size) if info.prefix_caching else b""
+        requests = [
+            Request(
+                id=id if params.n == 1 else f"{id}_{i}",
+                token_ids=packed,
+                page_hashes=keys,
+                sampling=msgspec.structs.replace(sampling, seed=self._seed(params.seed, i)),
+                priority=priority,
+                salt=salt,
+            )
+            for i in range(params.n)
+        ]
+        return Prepared(id, text, ids, params, requests)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; raises `RequestError` without a tokenizer."""
+        if self.tokenizer is None:
+            raise RequestError(
+                "the prompt is text, but the engine was started without a tokenizer.",
+                "Send prompt_token_ids, or start without skip_tokenizer_init.",
+                param="prompt",
+            )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def _split(self, prompt: Prompt) -> tuple[str | None, list[int] | None]:
+        """(text, ids) of any form of prompt; one of them may be missing."""
+        if isinstance(prompt, str):
+            return prompt, None
+        if isinstance(prompt, Mapping):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+            if not unknown and isinstance(text, str | None) and (ids is not None or text is not None):
+                return text, ids if ids is None else list(ids)
+            what = f"has {', '.join(map(repr, sorted(prompt)))}"
+        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+            return None, list(prompt)
+        else:
+            what = f"is of type {type(prompt).__name__}"
+        raise RequestError(
+            f"a prompt {what}.",
+            'Give a string, a list of token ids, {"prompt": …} or {"prompt_token_ids": […]}.',
+            param="prompt",
+        )
+
+    def _check_ids(self, name: str, ids: Collection[int]) -> None:
+        vocab = self.info.vocab_size
+        for token in ids:
+            if type(token) is not int or not 0 <= token < vocab:
+                raise RequestError(
+                    f"{name} holds {token!r}, which is not a token id in [0, {vocab - 1}].",
+                    "Encode with this model's tokenizer.",
+                    param=name,
+                )
+
+    def _sampling(self, params: SamplingParams, length: int) -> Sampling:
+        extra = tuple(params.stop_token_ids or ())
+        for name, ids in (
+            ("stop_token_ids", extra),
+            ("logit_bias", params.logit_bias or ()),
+            ("allowed_token_ids", params.allowed_token_ids or ()),
+        ):
+            self._check_ids(name, ids)
+        ends = set(extra) if params.ignore_eos else self.eos_ids | set(extra)
+        end_ids = tuple(sorted(ends))
+        return Sampling(
+            max_tokens=self._max_tokens(params, length),
+            min_tokens=params.min_tokens,
+            temperature=float(params.temperature),
+            top_p=float(params.top_p),
+            top_k=max(params.top_k, 0),
+            min_p=float(params.min_p),
+            repetition_penalty=float(params.repetition_penalty),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            end_ids=end_ids,
+            masked_until_min=end_ids if params.min_tokens else (),
+            logit_bias=dict(params.logit_bias or {}),
+            allowed_token_ids=tuple(params.allowed_token_ids or ()),
+            bad_words=self._bad_words(params.bad_words or []),
+            logprobs=params.logprobs,
+            prompt_logprobs=params.prompt_logprobs,
+        )
+
+    def _max_tokens(self, params: SamplingParams, length: int) -> int:
+        limit, wanted = self.info.max_model_len, params.max_tokens
+        room = limit - length
+        if length == 0:
+            raise RequestError("the prompt is empty.", "Send at least one token.", param="prompt")
+        if room < 1 or (wanted is not None and wanted > room and not self._clamp):
+            asked = "at least 1" if wanted is None else wanted
+            raise RequestError(
+                f"the prompt has {length} tokens and max_tokens is {asked}: "
+                f"{length + (wanted or 1)} together, more than max_model_len, which is {limit}.",
+                "Shorten the prompt." if room < 1 else f"Ask for at most {room} tokens, or shorten the prompt.",
+                param="prompt" if room < 1 else "max_tokens",
+            )
+        return room if wanted is None else min(wanted, room)
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """Each word as it is written at the start of a text and after a space."""
+        sequences: dict[tuple[int, ...], None] = {}
+        for word in words:
+            if not word.strip():
+                raise RequestError(f"bad_words holds {word!r}.", "Give words.", param="bad_words")
+            for form in (word.lstrip(), " " + word.lstrip()):
+                sequences[tuple(self.encode(form, add_special_tokens=False))] = None
+        return tuple(s for s in sequences if s)
+
+    def _seed(self, seed: int | None, child: int) -> int:
+        """The seed of output ``child``: the user's own for the first, others derived from it and as good as random."""
+        if seed is None:
+            return self._seeds.randrange(SEED_LIMIT)
+        if child == 0:
+            return seed
+        mixed = blake2b(b"%d/%d" % (seed, child), digest_size=8).digest()
+        return int.from_bytes(mixed, "little", signed=True)
+
+
+def pack(ids: Sequence[int]) -> bytes:
+    """Token ids as int32, little endian."""
+    packed = array("i", ids)
+    if sys.byteorder != "little":
+        packed.byteswap()
+    return packed.tobytes()
