@@ -159,12 +159,15 @@ def make_request_for(client: CoreClient, id: str, prompt: list[int], **sampling:
     return make_request(client, id, prompt, **sampling)  # type: ignore[arg-type]
 
 
-def test_abort_ends_a_request_and_frees_its_pages(core: CoreProcess) -> None:
+def test_abort_ends_a_request_and_frees_its_pages(core: CoreProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     async def session() -> None:
         client = CoreClient(core, core.wait_ready())
         stream = await client.submit(make_request_for(client, "a", [1, 2, 3], max_tokens=2000))
         with pytest.raises(RequestError, match="is running"):
             await client.submit(make_request_for(client, "a", [1]))
+        with monkeypatch.context() as patch, pytest.raises(RequestError, match="over 100"):
+            patch.setattr("octavo.frontend.core_client.MAX_MESSAGE_BYTES", 100)
+            await client.submit(make_request_for(client, "long", [1] * 100))
         await anext(stream)
         await client.abort(["a", "unknown"])
         reasons = [output.finish_reason async for output in stream]

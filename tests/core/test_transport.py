@@ -11,7 +11,7 @@ import zmq
 
 from octavo.core import transport
 from octavo.core.transport import Channel, MemoryChannel, ZmqChannel, open_socket
-from octavo.types import Abort, CoreOutput, Outputs, Ping, Pong, Request, Sampling, Stats, Submit, TokenOutput
+from octavo.types import Abort, CoreOutput, Dead, Outputs, Ping, Pong, Request, Sampling, Stats, Submit, TokenOutput
 
 decode = msgspec.msgpack.Decoder(CoreOutput).decode
 
@@ -107,15 +107,14 @@ def test_a_long_prompt_passes_whole(client: Client) -> None:
     assert message.requests[0].token_ids == tokens
 
 
-def test_a_message_over_the_limit_is_refused_and_the_next_one_arrives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_answer_over_the_limit_is_not_sent_and_the_engine_is_declared_dead(
+    client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "MAX_MESSAGE_BYTES", 1000)
-    client = Client(tmp_path)
-    client.send(Submit([request("long", b"\0" * 2000)]))
-    client.send(Ping(1))
-    assert client.channel.receive(wait=True) == [Ping(1)]
-    client.close()
+    client.channel.send(Outputs([TokenOutput(id="a", token_ids=[70_000] * 1000)]))
+    dead = client.receive()
+    assert isinstance(dead, Dead)
+    assert "over the limit of 1000" in dead.cause
 
 
 def test_memory_channel_is_a_queue_in_each_direction() -> None:

@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from octavo.log import get_logger
-from octavo.types import MAX_MESSAGE_BYTES, CoreInput, CoreOutput
+from octavo.types import MAX_MESSAGE_BYTES, CoreInput, CoreOutput, Dead
 
 FLUSH_MS = 1000  # how long `close` may take to hand over what was sent before
 
@@ -143,7 +143,11 @@ class ZmqChannel:
                 return True
             if message is None:
                 return False
-            self._push.send(encode(message))
+            frame = encode(message)
+            if len(frame) > MAX_MESSAGE_BYTES:  # it would cut the connection for good
+                cause = f"an answer takes {len(frame)} bytes, over the limit of {MAX_MESSAGE_BYTES}."
+                frame = encode(Dead(cause, "Restart, and ask for fewer logprobs at once."))
+            self._push.send(frame)
 
 
 def open_socket(context: zmq.Context[Any], kind: int) -> zmq.Socket[bytes]:
