@@ -25,19 +25,20 @@ def _silent(phase: str, share: float) -> None:
 class EngineCore:
     """Construction loads the model and allocates the cache; then `add`, `abort` and `step` from one thread.
 
-    With ``overlap`` a step is scheduled and launched before the tokens of the one before are read, so that the
+    With ``overlap`` (by default where the worker gains by it) a step is scheduled and launched before the tokens of the one before are read, so that the
     host's work hides behind the device's. Without (a CPU, where both are the same processor) each step is read at once.
     """
 
     def __init__(
-        self, config: EngineConfig, worker: WorkerBase, *, overlap: bool = False, progress: Progress = _silent
+        self, config: EngineConfig, worker: WorkerBase, *, overlap: bool | None = None, progress: Progress = _silent
     ) -> None:
         self._worker = worker
         self._max_waiting = config.limits.max_waiting
-        self._depth = 1 if overlap else 0  # launched steps that may stay unread
         self._pending: deque[Pending] = deque()
         self.phases: dict[str, float] = {}  # seconds of each part of the start, for `octavo bench startup`
         model = self._timed("config", lambda: worker.init(config))
+        # Launched steps that may stay unread.
+        self._depth = int(worker.overlaps if overlap is None else overlap)
         self._timed("weights", lambda: worker.load(progress))
         num_pages, max_len = self._timed("cache", worker.plan_memory)
         limits = SchedulerLimits(
@@ -61,7 +62,7 @@ class EngineCore:
             vocab_size=model.vocab_size,
             hash_key=secrets.token_bytes(32),
             dtype=model.dtype,
-            device=config.device.device,
+            device=worker.device,
             max_num_seqs=limits.max_rows,
             max_num_batched_tokens=limits.max_tokens,
             prefix_caching=limits.prefix_caching,

@@ -1,4 +1,4 @@
-"""The five calls between the engine core and a device. `worker.Worker` is the real one, `stub.StubWorker` the tests'."""
+"""The five calls between the engine core and a device: `worker.Worker` is real, `stub.StubWorker` for tests."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ class WorkerBase(Protocol):
     """Calls come in this order: init, load, plan_memory, then step and sample in turn.
 
     ``step(N+1)`` may be called before ``sample(N).result()``: the worker feeds a decoding row its own last token.
+    ``overlaps``, known after init, says whether that gains anything; ``device`` names the device for people.
     """
+
+    overlaps: bool
+    device: str
 
     def init(self, config: EngineConfig) -> ModelConfig:
         """Resolves and reads the model's config, picks device and dtype; nothing large is allocated."""

@@ -36,6 +36,9 @@ class _Done:
 class StubWorker:
     """``num_pages`` is what `plan_memory` reports; ``pages[p, i]`` holds the token in slot i of page p."""
 
+    overlaps = False
+    device = "stub"
+
     def __init__(self, num_pages: int = 1024, max_len: int = MAX_LEN) -> None:
         self.num_pages = num_pages
         self.max_len = max_len

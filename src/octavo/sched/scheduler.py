@@ -17,7 +17,17 @@ from dataclasses import dataclass
 from octavo.cache.pages import Page, PagePool
 from octavo.cache.prefix import page_key
 from octavo.sched.sequence import SequenceState, Status
-from octavo.types import FinishReason, PageGrant, Request, RowStart, Stats, StepPlan, StepResult, TokenOutput
+from octavo.types import (
+    FinishReason,
+    PageGrant,
+    Request,
+    RowStart,
+    Stats,
+    StepPlan,
+    StepResult,
+    TokenLogprobs,
+    TokenOutput,
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,7 @@ class _Item:
     """A sequence's part of a step. ``epoch`` tells a later commit whether its pages are still the same."""
 
     seq: SequenceState
+    first: int  # position of its first token
     count: int
     samples: bool
     epoch: int
@@ -133,7 +144,7 @@ class Scheduler:
                 break
             count = min(seq.todo, budget)
             if seq.status is Status.RUNNING and self._grow(seq, count, grants):
-                items.append(_Item(seq, count, seq.advance(count), seq.epoch))
+                items.append(_Item(seq, seq.computed, count, seq.advance(count), seq.epoch))
                 budget -= count
         for item in items:  # preempted for the sake of an earlier one, after it had its turn
             if item.epoch != item.seq.epoch:
@@ -155,13 +166,13 @@ class Scheduler:
             if seq.epoch == item.epoch:
                 seq.committed += item.count
                 self._publish(seq)
-            prompt_logprobs = result.prompt_logprobs.get(index, [])
+            prompt_logprobs = self._fresh_scores(item, result.prompt_logprobs.get(index, []))
             if index in result.bad:
                 self._finish(seq, "error")
                 cause = "The model produced logits that are not finite for this request."
                 outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=cause, status=500))
             elif item.samples:
-                outputs.append(self._sampled(seq, index, result))
+                outputs.append(self._sampled(seq, result.logprobs.get(index), prompt_logprobs))
             elif prompt_logprobs:
                 outputs.append(TokenOutput(id=seq.id, prompt_logprobs=prompt_logprobs, cached=seq.cached))
         return outputs
@@ -275,7 +286,7 @@ class Scheduler:
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.cached_tokens += seq.cached
         starts.append(RowStart(seq.row, list(seq.tokens), seq.prompt_len, [p.id for p in seq.pages], seq.sampling))
-        return _Item(seq, count, seq.advance(count), seq.epoch)
+        return _Item(seq, seq.computed, count, seq.advance(count), seq.epoch)
 
     def _plan(self, items: list[_Item], starts: list[RowStart], grants: list[PageGrant]) -> StepPlan | None:
         if not items:
@@ -293,22 +304,29 @@ class Scheduler:
             pages=grants,
             rows=[item.seq.row for item in items],
             counts=[item.count for item in items],
-            computed=[item.seq.computed - item.count for item in items],
+            computed=[item.first for item in items],
             samples=[item.samples for item in items],
             ended=ended,
         )
 
-    def _sampled(self, seq: SequenceState, index: int, result: StepResult) -> TokenOutput:
+    def _fresh_scores(self, item: _Item, scores: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """Those of ``scores`` (of the tokens after the item's first) that were not sent before a preemption."""
+        fresh = scores[max(item.seq.scored - item.first, 0) :]
+        item.seq.scored += len(fresh)
+        return fresh
+
+    def _sampled(
+        self, seq: SequenceState, logprobs: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
+    ) -> TokenOutput:
         token, reason = seq.tokens[-1], self._reason(seq)
         self.counters.generation_tokens += 1
         if reason is not None:
             self._finish(seq, reason)
-        logprobs = result.logprobs.get(index)
         return TokenOutput(
             id=seq.id,
             token_ids=[token],
             logprobs=[logprobs] if logprobs else [],
-            prompt_logprobs=result.prompt_logprobs.get(index, []),
+            prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             cached=seq.cached,
         )

@@ -44,6 +44,7 @@ class SequenceState:
         "row",
         "salt",
         "sampling",
+        "scored",
         "status",
         "tokens",
     )
@@ -65,6 +66,7 @@ class SequenceState:
         self.committed = 0  # … and whose step has been read back
         self.published = 0  # pages offered for reuse
         self.inflight = 0
+        self.scored = 0  # prompt log-probabilities sent
         self.cached = 0
         self.epoch = 0
         self.preemptions = 0

@@ -1,0 +1,41 @@
+"""What differs between devices, apart from kernels. Nothing above this folder and `kernels` asks which device it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from octavo.config import MemoryOptions
+
+
+class HostCopy(Protocol):
+    """A copy from the device that may still be under way."""
+
+    def wait(self) -> torch.Tensor:
+        """The tensor on the host, complete."""
+        ...
+
+
+class Platform(Protocol):
+    """One device. ``overlaps``: it computes while the host goes on, so that steps are worth launching ahead."""
+
+    device: torch.device
+    overlaps: bool
+
+    def describe(self) -> str:
+        """One line for the start-up log."""
+        ...
+
+    def host_buffer(self, count: int) -> torch.Tensor:
+        """int32[count] on the host, from which copies to the device are fastest."""
+        ...
+
+    def to_host(self, tensor: torch.Tensor) -> HostCopy:
+        """Starts a copy to the host."""
+        ...
+
+    def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
+        """(bytes the KV cache may take, the arithmetic behind it). ``measure`` runs the largest step once."""
+        ...

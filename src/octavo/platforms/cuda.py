@@ -1,0 +1,66 @@
+"""One NVIDIA GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from octavo.config import MemoryOptions
+
+KV_MARGIN = 1 << 28  # bytes left for what the measuring step did not show
+
+
+@dataclass(frozen=True)
+class _Copy:
+    tensor: torch.Tensor
+    done: torch.cuda.Event
+
+    def wait(self) -> torch.Tensor:
+        self.done.synchronize()
+        return self.tensor
+
+
+class CudaPlatform:
+    """See `platforms.base.Platform`."""
+
+    overlaps = True
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def describe(self) -> str:
+        """Name, capability and memory of the card."""
+        card = torch.cuda.get_device_properties(self.device)
+        return f"{card.name}, capability {card.major}.{card.minor}, {card.total_memory / 2**30:.1f} GiB"
+
+    def host_buffer(self, count: int) -> torch.Tensor:
+        """Pinned memory, so that the copy to the device is asynchronous."""
+        return torch.empty(count, dtype=torch.int32, pin_memory=True)
+
+    def to_host(self, tensor: torch.Tensor) -> _Copy:
+        """An asynchronous copy on the current stream, and the event that ends it."""
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return _Copy(host, done)
+
+    def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
+        """What the user set, else the share of the card that the weights and the largest step leave."""
+        if memory.kv_cache_memory_bytes is not None:
+            return memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+        torch.cuda.reset_peak_memory_stats(self.device)
+        measure()
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        others = total - free - torch.cuda.memory_reserved(self.device)
+        budget = int(total * memory.gpu_memory_utilization) - others - peak - KV_MARGIN
+        gib = 2**30
+        return budget, (
+            f"{memory.gpu_memory_utilization:.0%} of {total / gib:.1f} GiB - weights and largest step "
+            f"{peak / gib:.1f} - others {others / gib:.1f} - margin {KV_MARGIN / gib:.2f}"
+        )

@@ -1,0 +1,62 @@
+"""How many pages the KV cache gets, and the arithmetic in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.config import ModelConfig
+from octavo.errors import OutOfMemory, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """``num_pages`` for requests (one more is allocated as the dummy), ``max_len`` tokens at most in one of them."""
+
+    num_pages: int
+    page_size: int
+    page_bytes: int
+    max_len: int
+    reason: str
+
+    def allocate(self, config: ModelConfig, device: torch.device) -> torch.Tensor:
+        """The cache, laid out as `kernels.metadata` says; zeros, since masked slots are still multiplied by 0."""
+        layer = config.layers[0]
+        shape = (len(config.layers), self.num_pages + 1, 2, layer.kv_heads, self.page_size, layer.head_dim)
+        return torch.zeros(shape, dtype=getattr(torch, config.dtype), device=device)
+
+
+def plan_cache(
+    config: ModelConfig, budget: int, why: str, *, page_size: int, max_len: int, fixed_len: bool, max_rows: int
+) -> CachePlan:
+    """Divides ``budget`` bytes into pages.
+
+    ``max_len`` shrinks to what one sequence can have, unless it is ``fixed_len`` by the user: then `OutOfMemory`. No
+    more pages are made than ``max_rows`` longest sequences need.
+    """
+    shapes = {(layer.kv_heads, layer.head_dim) for layer in config.layers}
+    if len(shapes) > 1:
+        raise UnsupportedModel(
+            f"The layers of {config.architecture} have different K/V shapes (heads, size): {sorted(shapes)}.",
+            "octavo has one pool of pages for now; such models are not served yet.",
+        )
+    page_bytes = config.kv_bytes_per_token * page_size
+    fitting = max(budget // page_bytes - 1, 0)
+    wanted = -(-max_len // page_size)
+    num_pages = min(fitting, wanted * max_rows)
+    arithmetic = (
+        f"{budget / 2**20:.0f} MiB ({why}) / {page_bytes / 1024:.0f} KiB a page of {page_size} tokens = {fitting} pages"
+    )
+    if num_pages < wanted:
+        needed = f"{(wanted + 1) * page_bytes / 2**20:.0f} MiB"
+        if fixed_len or num_pages < 1:
+            raise OutOfMemory(
+                f"The KV cache gets {arithmetic}; one sequence of {max_len} tokens needs {wanted}, {needed}.",
+                "Lower --max-model-len or raise --kv-cache-memory-bytes.",
+            )
+        max_len = num_pages * page_size
+        arithmetic += f"; max_model_len lowered to {max_len}, {wanted * page_size} would need {needed}"
+    elif num_pages < fitting:
+        arithmetic += f"; {num_pages} are enough for {max_rows} sequences of {max_len} tokens"
+    return CachePlan(num_pages, page_size, page_bytes, max_len, arithmetic)

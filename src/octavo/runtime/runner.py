@@ -1,0 +1,129 @@
+"""Executes step plans on one device: plan to inputs, forward, logits, sampled tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from octavo.kernels.metadata import AttentionMetadata
+from octavo.layers import context
+from octavo.models.base import Model
+from octavo.platforms.base import Platform
+from octavo.runtime.inputs import pack
+from octavo.runtime.sampler import Sampled, SampleItem, Sampler
+from octavo.runtime.tables import Tables
+from octavo.types import StepPlan, StepResult, TokenLogprobs
+
+PROMPT_LOGITS_ROWS = 128  # logits of a prompt are computed in pieces: a row is a whole vocabulary in float32
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A step between its forward and the reading of its tokens."""
+
+    plan: StepPlan
+    items: list[int]  # the plan's items that sample
+    sampled: Sampled | None
+    prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+    def result(self) -> StepResult:
+        tokens = [-1] * len(self.plan.rows)
+        result = StepResult(tokens=tokens, prompt_logprobs=self.prompt_logprobs)
+        if self.sampled is not None:
+            values, logprobs, bad = self.sampled.finish()
+            for item, value in zip(self.items, values, strict=True):
+                tokens[item] = value
+            result.logprobs = {self.items[s]: entry for s, entry in logprobs.items()}
+            result.bad = [self.items[s] for s in bad]
+        return result
+
+
+class Runner:
+    """``cache`` as in `kernels.metadata`; ``max_rows`` sequences of up to ``max_len`` tokens."""
+
+    def __init__(self, model: Model, cache: torch.Tensor, platform: Platform, *, max_rows: int, max_len: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._platform = platform
+        self._page_size = cache.shape[4]
+        self._tables = Tables(max_rows, -(-max_len // self._page_size), platform.device)
+        self._sampler = Sampler(model.config.vocab_size, platform.device)
+        self._scored: dict[int, tuple[list[int], int]] = {}  # row -> (prompt, how many alternatives)
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> None:
+        """Launches the forward of ``plan`` and the logits of the items that sample."""
+        for row in plan.ended:
+            self._sampler.end(row)
+            self._scored.pop(row, None)
+        for start in plan.starts:
+            self._sampler.start(start.row, start.tokens, start.prompt_len, start.sampling)
+            if start.sampling.prompt_logprobs is not None:
+                self._scored[start.row] = (start.tokens[: start.prompt_len], start.sampling.prompt_logprobs)
+        inputs = pack(plan, self._tables, self._platform, self._page_size)
+        with context.use(context.ForwardContext(inputs.attention, self._cache)):
+            hidden = self._model(inputs.token_ids, inputs.positions)
+        self._plan, self._inputs = plan, inputs
+        self._prompt_logprobs = self._score_prompts(plan, hidden)
+        self._logits = self._model.logits(hidden[inputs.logits_at]) if any(plan.samples) else None
+
+    @torch.inference_mode()
+    def sample(self) -> _Launched:
+        """Launches sampling for the last `step`; its rows' next input is the sampled token, read or not."""
+        plan, inputs = self._plan, self._inputs
+        items = [b for b, samples in enumerate(plan.samples) if samples]
+        sampled = None
+        if self._logits is not None:
+            where = [SampleItem(plan.rows[b], plan.computed[b] + plan.counts[b]) for b in items]
+            sampled = self._sampler.sample(self._logits, where)
+            self._tables.last_token[inputs.sampled_rows] = sampled.tokens
+        self._logits = None
+        return _Launched(plan, items, sampled, self._prompt_logprobs)
+
+    def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
+        """Log-probabilities of the prompt tokens that this step's chunks predict."""
+        if not self._scored:
+            return {}
+        scores: dict[int, list[TokenLogprobs]] = {}
+        start = 0
+        for b, (row, count, computed) in enumerate(zip(plan.rows, plan.counts, plan.computed, strict=True)):
+            prompt, alternatives = self._scored.get(row, ([], 0))
+            targets = prompt[computed + 1 : computed + count + 1]
+            if targets:
+                scores[b] = self._score(hidden[start : start + len(targets)], targets, alternatives)
+            start += count
+        return scores
+
+    def _score(self, hidden: torch.Tensor, targets: list[int], alternatives: int) -> list[TokenLogprobs]:
+        entries: list[TokenLogprobs] = []
+        for first in range(0, len(targets), PROMPT_LOGITS_ROWS):
+            piece = slice(first, first + PROMPT_LOGITS_ROWS)
+            logits = self._model.logits(hidden[piece])
+            entries += self._sampler.prompt_logprobs(logits, targets[piece], alternatives)
+        return entries
+
+
+def largest_step(model: Model, num_tokens: int, max_rows: int, page_size: int, platform: Platform) -> None:
+    """Runs a forward of ``num_tokens`` tokens with random ids on a cache of its own, to see what it allocates."""
+    config, device = model.config, platform.device
+    pages = -(-num_tokens // page_size)
+    layer = config.layers[0]
+    shape = (len(config.layers), pages, 2, layer.kv_heads, page_size, layer.head_dim)
+    with torch.inference_mode():
+        cache = torch.zeros(shape, dtype=model.dtype, device=device)
+        positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
+        meta = AttentionMetadata(
+            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
+            rows=torch.zeros(1, dtype=torch.int32, device=device),
+            block_table=torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0),
+            slots=positions,
+            num_decodes=0,
+            max_query=num_tokens,
+            max_seq=num_tokens,
+        )
+        token_ids = torch.randint(config.vocab_size, (num_tokens,), dtype=torch.int32, device=device)
+        with context.use(context.ForwardContext(meta, cache)):
+            hidden = model(token_ids, positions)
+        model.logits(hidden[: min(max_rows, num_tokens)]).float()

@@ -1,0 +1,93 @@
+"""The worker of one device: the five calls of `runtime.base`."""
+
+from __future__ import annotations
+
+import torch
+
+from octavo import platforms
+from octavo.config import EngineConfig, ModelConfig
+from octavo.hub.checkpoint import open_checkpoint
+from octavo.hub.configs import generation_config, max_model_len, model_config, read_hf_dict
+from octavo.hub.resolve import resolve
+from octavo.kernels import select
+from octavo.log import get_logger
+from octavo.models import registry
+from octavo.runtime.base import Pending, Progress
+from octavo.runtime.loader import fill_dummy, load
+from octavo.runtime.memory import plan_cache
+from octavo.runtime.runner import Runner, largest_step
+from octavo.types import StepPlan
+
+
+class Worker:
+    """Owns the model, the cache and the device. Decisions are logged, one line each."""
+
+    def init(self, config: EngineConfig) -> ModelConfig:
+        """See `runtime.base.WorkerBase.init`."""
+        log, options = get_logger(), config.model
+        self._config = config
+        self._source = resolve(
+            options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
+        )
+        log.info("model: %s", self._source.reason)
+        self.platform = platforms.select(config.device.device)
+        self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
+        log.info("device: %s", self.platform.describe())
+        hf = read_hf_dict(self._source, options.hf_overrides)
+        self._model_config = model_config(hf, dtype=options.dtype, generation=generation_config(self._source))
+        self._max_len, reason = max_model_len(self._model_config, options.max_model_len)
+        log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
+        log.info("max length: %d (%s)", self._max_len, reason)
+        self._class, reason = registry.choose(self._model_config, options.model_impl)
+        log.info("implementation: %s", reason)
+        return self._model_config
+
+    def load(self, progress: Progress) -> None:
+        """See `runtime.base.WorkerBase.load`."""
+        options = self._config.model
+        self._model = self._class(self._model_config, self._max_len)
+        if options.load_format == "dummy":
+            report = fill_dummy(self._model, options.seed, self.platform.device)
+        else:
+            checkpoint = open_checkpoint(self._source, options.load_format)
+            report = load(self._model, checkpoint, self.platform.device, progress)
+        get_logger().info("weights: %s", report)
+        for line in select.report():
+            get_logger().info("kernels: %s", line)
+
+    def plan_memory(self) -> tuple[int, int]:
+        """See `runtime.base.WorkerBase.plan_memory`."""
+        limits, memory = self._config.limits, self._config.memory
+        page_size = int(memory.block_size)
+        tokens = min(limits.max_num_batched_tokens, self._max_len)
+        budget, why = self.platform.kv_budget(
+            memory, lambda: largest_step(self._model, tokens, limits.max_num_seqs, page_size, self.platform)
+        )
+        plan = plan_cache(
+            self._model_config,
+            budget,
+            why,
+            page_size=page_size,
+            max_len=self._max_len,
+            fixed_len=self._config.model.max_model_len not in (None, -1),
+            max_rows=limits.max_num_seqs,
+        )
+        get_logger().info("kv cache: %s", plan.reason)
+        cache = plan.allocate(self._model_config, self.platform.device)
+        self._runner = Runner(self._model, cache, self.platform, max_rows=limits.max_num_seqs, max_len=plan.max_len)
+        return plan.num_pages, plan.max_len
+
+    def step(self, plan: StepPlan) -> None:
+        """See `runtime.base.WorkerBase.step`; raises `MemoryError` if the device or the host has none left."""
+        try:
+            self._runner.step(plan)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(str(error)) from None
+        except RuntimeError as error:
+            if "not enough memory" in str(error):  # torch's CPU allocator has no class of its own for it
+                raise MemoryError(str(error)) from None
+            raise
+
+    def sample(self) -> Pending:
+        """See `runtime.base.WorkerBase.sample`."""
+        return self._runner.sample()
