@@ -1,0 +1,376 @@
+"""Sampling of a step: which rows need which function of `kernels.sampling`, and the state that penalties need.
+
+Order, as in vLLM: log-probabilities of the unmodified logits; allowed_token_ids, bad_words, min_tokens, logit_bias,
+penalties; temperature; min_p, top_k, top_p; the draw. (bad_words look at prompt and output; in vLLM at output alone.)
+Rows are grouped by what they need, so that a batch of greedy rows is one argmax. Whatever the next sample of a row
+depends on stays on the device, so the next step may be launched before the tokens of this one are known on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from octavo.kernels import sampling as kernels
+from octavo.types import Sampling, TokenLogprobs
+
+_GREEDY_BELOW = 1e-5  # a temperature under it is greedy: logits divided by it may overflow
+_MAX_ELEMENTS = 1 << 25  # logits worked on at once: bounds the memory of a sample to a few times 128 MiB
+_NOT_A_TOKEN = -2  # before a sequence's first token, in the tail that bad words look at
+
+
+class SampleItem(NamedTuple):
+    """One token to sample: of the sequence in ``row``, which has ``position`` tokens before it."""
+
+    row: int
+    position: int
+
+
+class _Mode(IntEnum):
+    GREEDY = 0
+    DRAW = 1
+    FILTERED = 2
+
+
+@dataclass(slots=True)
+class _BadWords:
+    """See `kernels.sampling.ban_completions_`."""
+
+    prefixes: torch.Tensor
+    last: torch.Tensor
+    tail: torch.Tensor
+
+
+@dataclass(slots=True)
+class _Row:
+    """What is fixed while a sequence holds a row; ``edited`` is false once nothing is left to do to its logits."""
+
+    sampling: Sampling
+    prompt_len: int
+    mode: _Mode
+    allowed: torch.Tensor | None = None
+    bad_words: _BadWords | None = None
+    until_min: torch.Tensor | None = None
+    bias: tuple[torch.Tensor, torch.Tensor] | None = None
+    slot: int | None = None  # of `_Penalties`
+    edited: bool = False
+
+    def is_edited(self) -> bool:
+        edits = (self.allowed, self.bad_words, self.until_min, self.bias, self.slot)
+        return any(edit is not None for edit in edits)
+
+
+_PARAMETERS = np.dtype(
+    [("seed", "u8"), ("top_k", "i4"), ("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4")],
+)
+
+
+class _LogprobGroup(NamedTuple):
+    items: list[int]
+    counts: list[int]
+    tensors: tuple[torch.Tensor, ...]  # as `kernels.sampling.logprobs` returns them
+
+
+class Sampled:
+    """The tokens of one `Sampler.sample`. ``tokens`` is int32 ``[S]`` on the device, 0 for a bad item."""
+
+    def __init__(self, tokens: torch.Tensor, finite: torch.Tensor, logprobs: list[_LogprobGroup]) -> None:
+        self.tokens = tokens
+        # Copies are queued now: queued in `finish`, they would wait for a step that was launched in between.
+        self._host = (_to_host(tokens), _to_host(finite))
+        self._logprobs = [g._replace(tensors=tuple(_to_host(t) for t in g.tensors)) for g in logprobs]
+        self._copied: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def finish(self) -> tuple[list[int], dict[int, TokenLogprobs], list[int]]:
+        """Waits for the tokens; returns (token of each item, log-probabilities by item, bad items).
+
+        An item is bad if a logit is NaN or +inf, or if no token is left to it; its token is 0, without
+        log-probabilities.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens: list[int] = self._host[0].tolist()
+        finite: list[bool] = self._host[1].tolist()
+        bad = [] if all(finite) else [item for item, ok in enumerate(finite) if not ok]
+        found: dict[int, TokenLogprobs] = {}
+        for group in self._logprobs:
+            chosen = [tokens[item] for item in group.items]
+            entries = _token_logprobs(chosen, group.counts, group.tensors)
+            found.update((item, entry) for item, entry in zip(group.items, entries, strict=True) if finite[item])
+        return tokens, found, bad
+
+
+class Sampler:
+    """Samples for the rows of a worker. Logits are ``[S, vocab_size]`` on ``device`` and never written to."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._vocab = vocab_size
+        self._device = device
+        self._rows: dict[int, _Row] = {}
+        self._with_logprobs: set[int] = set()
+        self._with_history: set[int] = set()  # rows whose state takes in the sampled token
+        self._parameters = np.zeros(0, _PARAMETERS)
+        self._penalties = _Penalties(vocab_size, device)
+
+    def start(self, row: int, tokens: list[int], prompt_len: int, sampling: Sampling) -> None:
+        """A sequence enters ``row``; after a preemption ``tokens`` goes on behind the prompt with its own output."""
+        self.end(row)
+        state = _Row(sampling, prompt_len, _mode(sampling))
+        if sampling.allowed_token_ids:
+            state.allowed = self._ids(sampling.allowed_token_ids)
+        if sampling.bad_words:
+            state.bad_words = self._bad_words(sampling.bad_words, tokens)
+        if sampling.masked_until_min and len(tokens) - prompt_len < sampling.min_tokens:
+            state.until_min = self._ids(sampling.masked_until_min)
+        if sampling.logit_bias:
+            values = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32).to(self._device)
+            state.bias = (self._ids(list(sampling.logit_bias)), values)
+        if sampling.penalised:
+            state.slot = self._penalties.start(self._ids(tokens[:prompt_len]), self._ids(tokens[prompt_len:]))
+        state.edited = state.is_edited()
+        self._rows[row] = state
+        if sampling.logprobs is not None:
+            self._with_logprobs.add(row)
+        if state.slot is not None or state.bad_words is not None:
+            self._with_history.add(row)
+        self._set_parameters(row, sampling)
+
+    def end(self, row: int) -> None:
+        """``row`` is free; no effect if it already was."""
+        state = self._rows.pop(row, None)
+        if state is not None and state.slot is not None:
+            self._penalties.end(state.slot)
+        self._with_logprobs.discard(row)
+        self._with_history.discard(row)
+
+    def sample(self, logits: torch.Tensor, items: list[SampleItem]) -> Sampled:
+        """Samples one token for each row of ``logits[S, V]``; ``items[i]`` says for whom row i is."""
+        groups: dict[tuple[bool, _Mode], list[int]] = {}
+        for i, (row, _) in enumerate(items):
+            state = self._rows[row]
+            groups.setdefault((state.edited, state.mode), []).append(i)
+        if len(groups) == 1 and (False, _Mode.GREEDY) in groups:
+            chosen, peaks = kernels.argmax(logits)
+        else:
+            chosen, peaks = self._sample_groups(logits, items, groups)
+        finite = torch.isfinite(peaks)
+        tokens = (chosen * finite).int()
+        if self._with_history:
+            self._record(tokens, items)
+        return Sampled(tokens, finite, self._logprobs(logits, tokens, items) if self._with_logprobs else [])
+
+    def prompt_logprobs(self, logits: torch.Tensor, targets: list[int], count: int) -> list[TokenLogprobs]:
+        """Of ``targets[i]`` under ``logits[i]``, with the ``count`` likeliest; waits for the device."""
+        found: list[TokenLogprobs] = []
+        step = max(1, _MAX_ELEMENTS // self._vocab)
+        for first in range(0, len(targets), step):
+            part = targets[first : first + step]
+            tensors = kernels.logprobs(logits[first : first + step], self._ids(part), count)
+            found += _token_logprobs(part, [count] * len(part), tensors)
+        return found
+
+    # --- the parts of `sample` ---
+
+    def _sample_groups(
+        self, logits: torch.Tensor, items: list[SampleItem], groups: dict[tuple[bool, _Mode], list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token (int64) and greatest edited logit of each item."""
+        chosen = torch.zeros(len(items), dtype=torch.int64, device=logits.device)
+        peaks = torch.zeros(len(items), dtype=torch.float32, device=logits.device)
+        step = max(1, _MAX_ELEMENTS // self._vocab)
+        for (edited, mode), members in groups.items():
+            for first in range(0, len(members), step):
+                part = members[first : first + step]
+                index = self._ids(part)
+                x = logits if len(part) == len(items) and not edited else logits[index]
+                if edited:
+                    x = self._edit(x.float(), [items[i] for i in part])
+                token, peak = self._choose(x, [items[i] for i in part], mode)
+                chosen[index], peaks[index] = token, peak.float()
+        return chosen, peaks
+
+    def _choose(self, x: torch.Tensor, items: list[SampleItem], mode: _Mode) -> tuple[torch.Tensor, torch.Tensor]:
+        if mode is _Mode.GREEDY:
+            return kernels.argmax(x)
+        of = self._parameters[[item.row for item in items]]
+        positions = np.array([item.position for item in items], np.uint64)
+        keys = kernels.noise_keys(of["seed"], positions)
+        numbers = np.stack((of["temperature"], of["top_p"], of["min_p"])).view(np.int32)
+        packed = _upload(np.concatenate((keys.T, of["top_k"][None], numbers)), self._device)  # one copy to the device
+        key = packed[:2].T.contiguous()
+        temperature, top_p, min_p = packed[3:].view(torch.float32).unsqueeze(-1)
+        probs = kernels.probabilities(x, temperature)
+        if mode is _Mode.DRAW:
+            return kernels.draw(probs, key), x.amax(-1)
+        filters = kernels.Filters(packed[2].unsqueeze(-1), top_p, min_p, self._filter_width(of))
+        return kernels.draw_filtered(probs, key, filters), x.amax(-1)
+
+    def _filter_width(self, of: npt.NDArray[np.void]) -> int:
+        if ((of["top_p"] < 1) & (of["top_k"] == 0)).any():
+            return self._vocab
+        return max(1, int(of["top_k"].max()))
+
+    def _edit(self, x: torch.Tensor, items: list[SampleItem]) -> torch.Tensor:
+        """Edits ``x[len(items), V]``, which is float32 and our own."""
+        penalised: list[int] = []
+        for i, (row, position) in enumerate(items):
+            state = self._rows[row]
+            if state.allowed is not None:
+                kernels.keep_only_(x[i], state.allowed)
+            if (words := state.bad_words) is not None:
+                kernels.ban_completions_(x[i], words.prefixes, words.last, words.tail)
+            if state.until_min is not None:
+                self._mask_until_min(x[i], state, position)
+            if state.bias is not None:
+                x[i].index_add_(0, *state.bias)
+            if state.slot is not None:
+                penalised.append(i)
+        if penalised:
+            x = self._penalties.apply(x, penalised, [self._rows[items[i].row] for i in penalised])
+        return x
+
+    def _mask_until_min(self, x: torch.Tensor, state: _Row, position: int) -> None:
+        if state.until_min is None:
+            return
+        if position - state.prompt_len < state.sampling.min_tokens:
+            x.index_fill_(0, state.until_min, float("-inf"))
+        else:
+            state.until_min = None
+            state.edited = state.is_edited()
+
+    def _record(self, tokens: torch.Tensor, items: list[SampleItem]) -> None:
+        """Takes the sampled tokens into penalty counts and tails."""
+        slots: list[int] = []
+        counted: list[int] = []
+        for i, (row, _) in enumerate(items):
+            if row not in self._with_history:
+                continue
+            state = self._rows[row]
+            if (words := state.bad_words) is not None and words.tail.numel():
+                words.tail = torch.cat((words.tail[1:], tokens[i : i + 1].long()))
+            if state.slot is not None:
+                slots.append(state.slot)
+                counted.append(i)
+        if slots:
+            self._penalties.count(self._ids(slots), tokens[self._ids(counted)].long())
+
+    def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, items: list[SampleItem]) -> list[_LogprobGroup]:
+        wanted = [i for i, (row, _) in enumerate(items) if row in self._with_logprobs]
+        groups = []
+        step = max(1, _MAX_ELEMENTS // self._vocab)
+        for first in range(0, len(wanted), step):
+            part = wanted[first : first + step]
+            counts = [self._rows[items[i].row].sampling.logprobs or 0 for i in part]
+            index = self._ids(part)
+            groups.append(_LogprobGroup(part, counts, kernels.logprobs(logits[index], tokens[index], max(counts))))
+        return groups
+
+    # --- the parts of `start` ---
+
+    def _set_parameters(self, row: int, sampling: Sampling) -> None:
+        if row >= len(self._parameters):
+            more = np.zeros(row + 1, _PARAMETERS)
+            self._parameters = np.concatenate((self._parameters, more))
+        top_k = sampling.top_k if 0 < sampling.top_k < self._vocab else 0
+        seed = sampling.seed % 2**64
+        self._parameters[row] = (seed, top_k, sampling.temperature, sampling.top_p, sampling.min_p)
+
+    def _bad_words(self, words: Sequence[Sequence[int]], tokens: list[int]) -> _BadWords:
+        length = max(len(word) for word in words) - 1
+        prefixes = [[-1] * (length + 1 - len(word)) + list(word[:-1]) for word in words]
+        tail = ([_NOT_A_TOKEN] * length + tokens)[-length:] if length else []
+        return _BadWords(
+            prefixes=self._ids([token for prefix in prefixes for token in prefix]).view(len(words), length),
+            last=self._ids([word[-1] for word in words]),
+            tail=self._ids(tail),
+        )
+
+    def _ids(self, ids: Sequence[int]) -> torch.Tensor:
+        return _upload(np.array(ids, np.int64), self._device)
+
+
+class _Penalties:
+    """Token counts of the penalised rows. A row holds a slot of both tables, which grow with the slots in use:
+    5 bytes for each token of the vocabulary and each slot."""
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self._prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self._free: list[int] = []
+
+    def start(self, prompt: torch.Tensor, output: torch.Tensor) -> int:
+        """Takes a slot for a sequence of these tokens."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        self._prompt[slot].zero_().index_fill_(0, prompt, True)
+        self._counts[slot].zero_()
+        self.count(torch.full_like(output, slot), output)
+        return slot
+
+    def end(self, slot: int) -> None:
+        self._free.append(slot)
+
+    def count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Adds ``tokens[i]``, one each, to the output of ``slots[i]``."""
+        ones = torch.ones(tokens.shape, dtype=torch.int32, device=tokens.device)
+        self._counts.index_put_((slots, tokens), ones, accumulate=True)
+
+    def apply(self, x: torch.Tensor, index: list[int], rows: list[_Row]) -> torch.Tensor:
+        """Penalises the rows ``index`` of ``x``."""
+        of = [row.sampling for row in rows]
+        numbers = [
+            [s.repetition_penalty for s in of],
+            [s.presence_penalty for s in of],
+            [s.frequency_penalty for s in of],
+        ]
+        repetition, presence, frequency = _upload(np.array(numbers, np.float32), x.device).unsqueeze(-1)
+        where, slots = _upload(np.array([index, [row.slot for row in rows]], np.int64), x.device)
+        whole = len(index) == len(x)
+        counts, prompt = self._counts[slots], self._prompt[slots]
+        part = kernels.penalise(x if whole else x[where], counts, prompt, repetition, presence, frequency)
+        return part if whole else x.index_copy_(0, where, part)
+
+    def _grow(self) -> None:
+        old = len(self._counts)
+        new = max(4, old)
+        self._counts = torch.cat((self._counts, self._counts.new_zeros((new, self._counts.shape[1]))))
+        self._prompt = torch.cat((self._prompt, self._prompt.new_zeros((new, self._prompt.shape[1]))))
+        self._free = list(range(old + new - 1, old - 1, -1))
+
+
+def _mode(sampling: Sampling) -> _Mode:
+    if sampling.temperature < _GREEDY_BELOW:
+        return _Mode.GREEDY
+    filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    return _Mode.FILTERED if filtered else _Mode.DRAW
+
+
+def _upload(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", non_blocking=True)
+
+
+def _token_logprobs(
+    tokens: list[int],
+    counts: list[int],
+    tensors: tuple[torch.Tensor, ...],
+) -> list[TokenLogprobs]:
+    """One `TokenLogprobs` for each of ``tokens`` from what `kernels.sampling.logprobs` returned."""
+    own, ranks, ids, values = (tensor.tolist() for tensor in tensors)
+    return [
+        TokenLogprobs(token, own[i], ranks[i], ids[i][:count], values[i][:count])
+        for i, (token, count) in enumerate(zip(tokens, counts, strict=True))
+    ]
