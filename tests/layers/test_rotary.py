@@ -127,6 +127,9 @@ def test_layers_with_equal_specs_share_one_table() -> None:
         (spec("llama3", {**LLAMA3, "high_freq_factor": None}), "high_freq_factor"),
         (spec("yarn", {"factor": 4.0}), "original_max_position_embeddings"),
         (spec("longrope", {**LONGROPE, "short_factor": [1.0]}, max_position=64), "short_factor"),
+        (spec("yarn", {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": "x"}), "beta_fast"),
+        (spec("longrope", {**LONGROPE, "attention_factor": float("nan")}, max_position=64), "attention_factor"),
+        (spec(theta=0.0), "rope_theta"),
         (spec(dim=7), "7"),
     ],
 )

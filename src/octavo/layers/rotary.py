@@ -73,6 +73,8 @@ def frequencies(spec: RopeSpec, max_len: int) -> Frequencies:
             "Correct head_dim or partial_rotary_factor in config.json.",
             id="HF020",
         )
+    if not 1 < spec.theta < math.inf:
+        raise ModelError(f"rope_theta is {spec.theta!r}, not above 1.", "Correct it in config.json.", id="HF020")
     with torch.device("cpu"):  # whatever device a caller has made the default one
         return _KINDS[spec.kind](spec, max_len)
 
@@ -110,8 +112,8 @@ def _yarn(spec: RopeSpec, max_len: int) -> Frequencies:
     """Fast frequencies, by their turns within the original length, are kept, slow ones divided; a ramp lies between."""
     original = _number(spec, "original_max_position_embeddings")
     factor = _factor(spec, original)
-    low = _turns_dim(spec, spec.params.get("beta_fast") or 32, original)
-    high = _turns_dim(spec, spec.params.get("beta_slow") or 1, original)
+    low = _turns_dim(spec, _number(spec, "beta_fast", 32), original)
+    high = _turns_dim(spec, _number(spec, "beta_slow", 1), original)
     if spec.params.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, spec.dim - 1)
@@ -128,15 +130,15 @@ def _turns_dim(spec: RopeSpec, turns: float, original: float) -> float:
 
 
 def _yarn_attention_factor(spec: RopeSpec, factor: float) -> float:
-    given = spec.params.get("attention_factor")
-    if given is not None:
-        return float(given)
+    if spec.params.get("attention_factor") is not None:
+        return _number(spec, "attention_factor")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    over, under = spec.params.get("mscale"), spec.params.get("mscale_all_dim")
-    return mscale(over) / mscale(under) if over and under else mscale(1.0)
+    if spec.params.get("mscale") and spec.params.get("mscale_all_dim"):
+        return mscale(_number(spec, "mscale")) / mscale(_number(spec, "mscale_all_dim"))
+    return mscale(1.0)
 
 
 def _longrope(spec: RopeSpec, max_len: int) -> Frequencies:
@@ -147,11 +149,8 @@ def _longrope(spec: RopeSpec, max_len: int) -> Frequencies:
     if not isinstance(divisors, (list, tuple)) or len(divisors) != spec.dim // 2:
         raise _malformed(spec, name, divisors, f"a list of {spec.dim // 2} numbers")
     factor = _factor(spec, original)
-    given = spec.params.get("attention_factor")
-    if given is not None:
-        attention = float(given)
-    else:
-        attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    attention = _number(spec, "attention_factor", attention)
     return _inverse(spec, spec.theta) / torch.tensor(divisors, dtype=torch.float32), attention
 
 
@@ -176,8 +175,9 @@ def _factor(spec: RopeSpec, original: float) -> float:
     return _number(spec, "factor")
 
 
-def _number(spec: RopeSpec, key: str) -> float:
+def _number(spec: RopeSpec, key: str, default: float | None = None) -> float:
     value = spec.params.get(key)
+    value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
         raise _malformed(spec, key, value, "a positive number")
     return float(value)

@@ -1,0 +1,142 @@
+"""Native models against Transformers, in float32 on tiny random models: every family, every kind of RoPE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.models.harness import Paged, native
+from tools import tiny
+
+TOLERANCE = 2e-4  # of logits that are about ten in size
+MAX_LEN = 64
+
+# name -> (family, RoPE, overrides of config.json)
+MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "llama": ("llama", None, {}),
+    "llama with biases": ("llama", None, {"attention_bias": True, "mlp_bias": True}),
+    "llama of one head size": ("llama", None, {"head_dim": 24}),
+    "llama without groups": ("llama", None, {"num_key_value_heads": 4}),
+    "llama with tanh gelu": ("llama", None, {"hidden_act": "gelu_pytorch_tanh"}),
+    "smollm2": ("llama", None, {"tie_word_embeddings": True, "num_attention_heads": 9, "num_key_value_heads": 3,
+                                "hidden_size": 144}),
+    "mistral": ("mistral", None, {}),
+    "mistral without window": ("mistral", None, {"sliding_window": None}),
+    "qwen2": ("qwen2", None, {}),
+    "qwen2 tied": ("qwen2", None, {"tie_word_embeddings": True}),
+    "qwen2 with window": (
+        "qwen2", None, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen3": ("qwen3", None, {}),
+    "qwen3 with biases": ("qwen3", None, {"attention_bias": True}),
+    "smollm3": ("smollm3", None, {}),
+    "smollm3 with biases": ("smollm3", None, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    **{f"{rope} rope": ("llama", rope, {}) for rope in tiny.ROPES},
+    "yarn on qwen3": ("qwen3", "yarn", {}),
+    "llama3 on smollm3": ("smollm3", "llama3", {}),
+}  # fmt: skip
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, tiny.VOCAB_SIZE, (length,), generator=generator).tolist()
+
+
+class Oracle:
+    """Transformers on the same folder, one whole forward for every question: no cache to be wrong about."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32
+        )
+
+    @torch.inference_mode()
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        return self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        for _ in range(count):
+            tokens = [*tokens, int(self.logits(tokens)[-1].argmax())]
+        return tokens[-count:]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Any]:
+    family, rope, overrides = MODELS[request.param]
+    folder = tiny.make(tmp_path_factory.mktemp("model"), family, rope=rope, **overrides)
+    return Oracle(folder), native(folder, MAX_LEN)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+def test_whole_prompt(pair: tuple[Oracle, Any]) -> None:
+    oracle, model = pair
+    tokens, pages = prompt(45), Paged(model)
+    row = pages.start()
+    close(pages.step({row: tokens})[row], oracle.logits(tokens))
+
+
+def test_greedy_tokens(pair: tuple[Oracle, Any]) -> None:
+    oracle, model = pair
+    tokens, pages = prompt(21, seed=1), Paged(model)
+    assert pages.greedy(pages.start(), tokens, 12) == oracle.greedy(tokens, 12)
+
+
+def test_ragged_chunks_over_scattered_pages(pair: tuple[Oracle, Any]) -> None:
+    oracle, model = pair
+    tokens, pages = prompt(50, seed=2), Paged(model, seed=3)
+    row, got, start = pages.start(), [], 0
+    for count in (1, 7, 8, 3, 17, 1, 1, 12):
+        got.append(pages.step({row: tokens[start : start + count]})[row])
+        start += count
+    close(torch.cat(got), oracle.logits(tokens))
+
+
+def test_batch_of_decodes_and_chunks_of_different_lengths(pair: tuple[Oracle, Any]) -> None:
+    oracle, model = pair
+    prompts = [prompt(length, seed=length) for length in (5, 18, 33, 47)]
+    pages = Paged(model, seed=5)
+    rows = [pages.start() for _ in prompts]
+    firsts = pages.step({row: tokens[: len(tokens) // 2] for row, tokens in zip(rows, prompts, strict=True)})
+    # The second step decodes the first two, and goes on with the others.
+    counts = [1, 1, 9, 20]
+    seconds = pages.step(
+        {row: tokens[len(tokens) // 2 :][:count] for row, tokens, count in zip(rows, prompts, counts, strict=True)}
+    )
+    for row, tokens, count in zip(rows, prompts, counts, strict=True):
+        expected = oracle.logits(tokens[: len(tokens) // 2 + count])
+        close(torch.cat((firsts[row], seconds[row])), expected)
+
+
+def test_shared_prefix_pages(pair: tuple[Oracle, Any]) -> None:
+    oracle, model = pair
+    pages = Paged(model, seed=7)
+    first, second = prompt(40, seed=8), [*prompt(40, seed=8)[:24], *prompt(11, seed=9)]
+    owner = pages.start()
+    pages.step({owner: first})
+    guest = pages.start(prefix_of=owner, pages=3)
+    close(pages.step({guest: second[24:]})[guest], oracle.logits(second)[24:])
+
+
+@pytest.mark.parametrize(("rope", "length"), [("dynamic", 96), ("longrope", 70)])
+def test_sequences_past_the_trained_length(rope: str, length: int, tmp_path: Path) -> None:
+    """Where Transformers adapts to the longest sequence seen, the native tables are made for max_len from the start."""
+    folder = tiny.make(tmp_path, "llama", rope=rope)
+    tokens, pages = prompt(length), Paged(native(folder, 96))
+    row = pages.start()
+    got = torch.cat([pages.step({row: tokens[start : start + 32]})[row] for start in range(0, length, 32)])
+    close(got, Oracle(folder).logits(tokens))
+
+
+def test_linear_and_yarn_reach_the_end_of_their_extended_length(tmp_path: Path) -> None:
+    for rope in ("linear", "yarn", "llama3"):
+        folder = tiny.make(tmp_path / rope, "llama", rope=rope)
+        tokens, pages = prompt(256), Paged(native(folder, 256))
+        row = pages.start()
+        close(pages.step({row: tokens})[row], Oracle(folder).logits(tokens))

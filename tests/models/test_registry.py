@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from octavo.config import ModelConfig
+from octavo.errors import UnsupportedModel
+from octavo.hub.configs import model_config
+from octavo.hub.patches import normalise
+from octavo.models import registry
+from octavo.models.base import Model
+from tools import tiny
+
+
+def config(architecture: str = "LlamaForCausalLM", **overrides: object) -> ModelConfig:
+    hf, _ = normalise(tiny.config("llama", **overrides))
+    return model_config({**hf, "architectures": [architecture]})
+
+
+@pytest.mark.parametrize("architecture", registry.NATIVE)
+@pytest.mark.parametrize("impl", ["auto", "native", "vllm"])
+def test_native_architectures_have_a_class_that_builds(architecture: str, impl: str) -> None:
+    model_class, reason = registry.choose(config(architecture), impl)
+    assert issubclass(model_class, Model)
+    assert architecture in reason
+    assert all(parameter.is_meta for parameter in model_class(config(architecture), 64).parameters())
+
+
+@pytest.mark.parametrize("impl", ["auto", "native", "vllm"])
+def test_an_unknown_architecture_is_answered_with_the_three_nearest(impl: str) -> None:
+    with pytest.raises(UnsupportedModel) as error:
+        registry.choose(config("Qwen9ForCausalLM"), impl)
+    assert error.value.id == "HF030"
+    assert "Qwen9ForCausalLM" in error.value.cause
+    assert "Qwen2ForCausalLM" in error.value.remedy
+    assert error.value.remedy.count("ForCausalLM") == 3
+
+
+def test_the_transformers_backend_is_refused_with_what_to_use_instead() -> None:
+    with pytest.raises(UnsupportedModel) as error:
+        registry.choose(config(), "transformers")
+    assert "Transformers backend" in error.value.cause
+    assert "LlamaForCausalLM" in error.value.remedy
+
+
+@pytest.mark.skip(reason="there is no Transformers backend yet")
+def test_the_transformers_backend_runs_any_architecture() -> None:
+    model_class, _ = registry.choose(config("GPTNeoXForCausalLM"), "transformers")
+    assert issubclass(model_class, Model)
+
+
+def test_an_unknown_activation_is_refused_by_name() -> None:
+    model_class, _ = registry.choose(config(), "native")
+    with pytest.raises(UnsupportedModel) as error:
+        model_class(config(hidden_act="relu"), 64)
+    assert "relu" in error.value.cause
+    assert "silu" in error.value.cause
