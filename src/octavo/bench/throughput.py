@@ -1,0 +1,74 @@
+"""``octavo bench throughput``: how many tokens a second the engine makes, without a server."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.bench import offline, report, workload
+from octavo.options import add_engine_options, engine_config
+
+if TYPE_CHECKING:
+    from octavo.core.engine import EngineCore
+
+COLUMNS = {
+    "case": "case",
+    "requests": "requests",
+    "output tok/s": "output_tok_s.median",
+    "min": "output_tok_s.min",
+    "max": "output_tok_s.max",
+    "total tok/s": "total_tok_s.median",
+    "wall s": "wall_s.median",
+    "TTFT ms": "ttft_ms.median",
+    "decode tok/s": "decode_tok_s.median",
+    "KV waste %": "kv_waste_percent.median",
+    "RSS MiB": "peak_rss_mib",
+    "others' CPU %": "others_cpu_percent.max",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark."""
+    add_engine_options(parser)
+    workload.add_arguments(parser, input_len=128, output_len=128, num_prompts=64)
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="timed rounds after the warm-up (default: 3)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures every case and prints a row for each."""
+    core = offline.make_core(engine_config(args))
+    try:
+        cases = workload.cases(args, core.info.vocab_size, args.rounds)
+        report.show([measure(core, case) for case in cases], COLUMNS, args.json)
+    finally:
+        core.close()
+    return 0
+
+
+def measure(core: EngineCore, case: workload.Case) -> report.Row:
+    """The row of one case: a warm-up, then every other round timed."""
+    offline.warm_up(core, case.rounds[0], case.max_tokens)
+    rounds = [offline.run(core, prompts, case.max_tokens) for prompts in case.rounds[1:]]
+    row: report.Row = {
+        "case": case.name,
+        "requests": len(case.rounds[0]),
+        "rounds": len(rounds),
+        "output_tok_s": report.spread([r.output_tokens / r.seconds for r in rounds]),
+        "total_tok_s": report.spread([(r.prompt_tokens + r.output_tokens) / r.seconds for r in rounds]),
+        "wall_s": report.spread([r.seconds for r in rounds]),
+        "kv_waste_percent": report.spread([100 * r.kv_waste for r in rounds]),
+        "peak_rss_mib": offline.peak_rss_mib(),
+    }
+    if len(case.rounds[0]) == 1:
+        row["ttft_ms"] = report.spread([1000 * r.first_token[0] for r in rounds])
+    rates = [r.decode_rate for r in rounds if r.decode_rate is not None]
+    if rates:
+        row["decode_tok_s"] = report.spread(rates)
+    others = [100 * r.others_cpu for r in rounds if r.others_cpu is not None]
+    if others:
+        row["others_cpu_percent"] = report.spread(others)
+    return row

