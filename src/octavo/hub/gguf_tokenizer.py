@@ -1,0 +1,262 @@
+"""The tokenizer that the metadata of a GGUF file describes, built with the ``tokenizers`` library.
+
+Two kinds exist for the models served here: ``gpt2``, byte-level BPE with merges, and ``llama``, SentencePiece BPE with
+scores. A file names its pre-tokenizer (``tokenizer.ggml.pre``) but does not contain it; `PRE_TOKENIZERS` has those that
+are known. They follow the ``tokenizer.json`` of the models themselves: digits apart for SmolLM (so that "a  5" is "a",
+two spaces as one token, "5"; Transformers' GGUF conversion of 5.23 leaves this out), NFC for Qwen2, and whole words
+before merges for Llama 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from octavo.errors import ModelError
+from octavo.hub.gguf import GgufReader
+from octavo.hub.gguf_config import end_ids
+
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
+_MAX_TOKENS = 1 << 21
+_MAX_TOKEN_CHARS = 1 << 12  # of a token whose merges are derived: the work is quadratic in this
+
+_SPECIAL_KEYS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unknown_token_id",
+    "pad_token": "padding_token_id",
+    "sep_token": "seperator_token_id",  # spelled so in the format
+    "cls_token": "cls_token_id",
+    "mask_token": "mask_token_id",
+}
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """``tokenizer`` adds the beginning and end of sequence by itself (``add_special_tokens``) as ``add_bos`` and
+    ``add_eos`` say. ``special_tokens`` maps ``bos_token`` and the like to their text; ``eos_ids`` end a generation.
+    """
+
+    tokenizer: Tokenizer
+    special_tokens: dict[str, str]
+    bos_id: int | None
+    eos_id: int | None
+    chat_template: str | None
+    add_bos: bool
+    add_eos: bool
+    eos_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How byte-level BPE cuts text before merging. ``split`` None: the pattern of GPT-2."""
+
+    split: str | None = None
+    digits: bool = False  # each digit is cut off first
+    nfc: bool = False
+    whole_words: bool = False  # a piece that is a token is taken as it is, whatever the merges say
+    add_bos: bool = False  # if the file does not say
+
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = PreTokenizer()
+_DIGITS = PreTokenizer(digits=True)
+_LLAMA3 = PreTokenizer(_LLAMA3_SPLIT, whole_words=True, add_bos=True)
+_QWEN2 = PreTokenizer(_QWEN2_SPLIT, nfc=True)
+
+PRE_TOKENIZERS = {
+    "default": _GPT2,
+    "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "refact": _DIGITS,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    # Llama 3's vocabulary in models that prepend nothing, SmolLM3 among them.
+    "smaug-bpe": PreTokenizer(_LLAMA3_SPLIT, whole_words=True),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "tekken": PreTokenizer(_TEKKEN_SPLIT, whole_words=True, add_bos=True),
+}
+
+
+def gguf_tokenizer(reader: GgufReader) -> GgufTokenizer:
+    """Builds the tokenizer; raises `ModelError` HF060 for a kind or a pre-tokenizer that is not known."""
+    tokens = _tokens(reader)
+    kind = reader.text("tokenizer.ggml.model") or "missing"
+    if kind == "gpt2":
+        tokenizer, default_bos = _byte_level(reader, tokens)
+    elif kind == "llama":
+        tokenizer, default_bos = _sentencepiece(reader, tokens), True
+    else:
+        _refuse(reader, f"its tokenizer is of kind {kind!r}; known are 'gpt2' and 'llama'")
+    _add_tokens(reader, tokenizer, tokens)
+    ids = {name: reader.integer(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_KEYS.items()}
+    ids = {name: i for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    flag = reader.flag("tokenizer.ggml.add_bos_token")
+    add_bos = (default_bos if flag is None else flag) and "bos_token" in ids
+    add_eos = bool(reader.flag("tokenizer.ggml.add_eos_token")) and "eos_token" in ids
+    special = {name: tokens[i] for name, i in ids.items() if i is not None}
+    _add_template(tokenizer, special["bos_token"] if add_bos else None, special["eos_token"] if add_eos else None)
+    return GgufTokenizer(
+        tokenizer=tokenizer,
+        special_tokens=special,
+        bos_id=ids.get("bos_token"),
+        eos_id=ids.get("eos_token"),
+        chat_template=reader.text("tokenizer.chat_template"),
+        add_bos=add_bos,
+        add_eos=add_eos,
+        eos_ids=tuple(end_ids(reader)),
+    )
+
+
+def _tokens(reader: GgufReader) -> list[str]:
+    tokens = reader.strings("tokenizer.ggml.tokens")
+    if not tokens:
+        _refuse(reader, "it has no tokenizer.ggml.tokens")
+    if len(tokens) > _MAX_TOKENS:
+        _refuse(reader, f"it has {len(tokens)} tokens, more than {_MAX_TOKENS}")
+    return tokens
+
+
+def _vocabulary(tokens: list[str]) -> dict[str, int]:
+    """Token -> id; of equal tokens (padding, in some files) the first counts."""
+    vocabulary: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        vocabulary.setdefault(token, i)
+    return vocabulary
+
+
+def _byte_level(reader: GgufReader, tokens: list[str]) -> tuple[Tokenizer, bool]:
+    name = reader.text("tokenizer.ggml.pre") or "default"
+    pre = PRE_TOKENIZERS.get(name)
+    if pre is None:
+        _refuse(reader, f"its pre-tokenizer {name!r} is not known; known are {', '.join(PRE_TOKENIZERS)}")
+    vocabulary = _vocabulary(tokens)
+    merges = [_merge(reader, text, vocabulary) for text in reader.strings("tokenizer.ggml.merges") or []]
+    model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=pre.whole_words)
+    tokenizer = Tokenizer(model)
+    if pre.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if pre.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.split:
+        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer, pre.add_bos
+
+
+def _merge(reader: GgufReader, text: str, vocabulary: dict[str, int]) -> tuple[str, str]:
+    """``"ab c"`` as a pair, checked here because the library's own checks end in a panic or name no file."""
+    at = text.find(" ", 1)
+    pair = text[:at], text[at + 1 :]
+    if at < 0 or not all(part in vocabulary for part in (*pair, pair[0] + pair[1])):
+        _refuse(reader, f"its merge {text[:80]!r} is not of two tokens that make a third one")
+    return pair
+
+
+def _sentencepiece(reader: GgufReader, tokens: list[str]) -> Tokenizer:
+    """SentencePiece BPE as Transformers builds it for Llama: merges by score, bytes for what has no token."""
+    scores = reader.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, np.ndarray) or len(scores) != len(tokens) or not np.all(np.isfinite(scores)):
+        _refuse(reader, "its tokenizer.ggml.scores are missing, not finite or not as many as its tokens")
+    vocabulary = _vocabulary(tokens)
+    unknown = reader.integer("tokenizer.ggml.unknown_token_id")
+    unknown = 0 if unknown is None or not 0 <= unknown < len(tokens) else unknown
+    model = models.BPE(
+        vocab=vocabulary,
+        merges=merges_from_scores(vocabulary, scores.tolist()),
+        unk_token=tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    prefix = reader.flag("tokenizer.ggml.add_space_prefix")
+    prefix = True if prefix is None else prefix
+    scheme = "first" if prefix else "never"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Every pair of tokens that makes a token, best score of the result first.
+
+    SentencePiece merges, of all neighbours that make a token, those whose token scores best: the order of these pairs.
+    Ties are settled by the shorter left part and then by the ids, as Transformers does.
+    """
+    found: list[tuple[float, int, int, int, int, str, str]] = []
+    for token, i in vocabulary.items():
+        if len(token) > _MAX_TOKEN_CHARS:
+            continue
+        for at in range(1, len(token)):
+            left, right = token[:at], token[at:]
+            a, b = vocabulary.get(left), vocabulary.get(right)
+            if a is not None and b is not None:
+                found.append((-scores[i], -len(left), -len(right), a, b, left, right))
+    found.sort()
+    return [(left, right) for *_, left, right in found]
+
+
+def _add_tokens(reader: GgufReader, tokenizer: Tokenizer, tokens: list[str]) -> None:
+    """Tokens that are matched whole in the text: control ones are special, user-defined ones are not."""
+    types = reader.metadata.get("tokenizer.ggml.token_type")
+    if types is None:
+        return
+    if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
+        _refuse(reader, "its tokenizer.ggml.token_type is not one integer for each token")
+    kinds = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
+    added = [(tokens[i], kinds[int(types[i])]) for i in np.flatnonzero(np.isin(types, list(kinds))) if tokens[i]]
+    _add(tokenizer, (text for text, special in added if special), special=True)
+    _add(tokenizer, (text for text, special in added if not special), special=False)
+
+
+def _add(tokenizer: Tokenizer, texts: Iterable[str], *, special: bool) -> None:
+    wrapped = [AddedToken(text, normalized=False, special=special) for text in texts]
+    if special:
+        tokenizer.add_special_tokens(wrapped)
+    else:
+        tokenizer.add_tokens(wrapped)
+
+
+def _add_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
+    named = [text for text in (bos, eos) if text is not None]
+    if not named:
+        return
+    ids = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys(named)]
+
+    def around(sequence: str) -> list[str]:
+        return [text for text in (bos, sequence, eos) if text is not None]
+
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=around("$A"), pair=[*around("$A"), *(f"{part}:1" for part in around("$B"))], special_tokens=ids
+    )
+
+
+def _refuse(reader: GgufReader, cause: str) -> NoReturn:
+    raise ModelError(
+        f"no tokenizer can be made from {reader.path}: {cause}.",
+        "Pass the tokenizer of the original model with --tokenizer.",
+        id="HF060",
+    )
