@@ -1,0 +1,280 @@
+"""From ``config.json`` and ``generation_config.json`` to what the engine needs: `ModelConfig` and sampling defaults."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from octavo.config import ModelConfig
+from octavo.errors import ModelError, RequestError
+from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
+from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise
+from octavo.hub.resolve import Source
+from octavo.log import get_logger
+from octavo.types import SamplingParams
+
+# Keys that are read here; an override of one of them is no typing error, even where the file lacks it.
+_KNOWN_KEYS: Final = frozenset(
+    (
+        *("architectures", "attn_logit_softcapping", "dtype", "eos_token_id", "head_dim", "hidden_size_per_head"),
+        *("layer_types", "max_window_layers", "model_type", "no_rope_layers", "no_rope_layer_interval"),
+        *("original_max_position_embeddings", "partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"),
+        *("sliding_window", "text_config", "tie_word_embeddings", "torch_dtype", "use_sliding_window", "vocab_size"),
+        *LENGTHS,
+    )
+)
+_ROPE_DICTS: Final = ("rope_scaling", "rope_parameters")
+_ROPE_SCALARS: Final = ("rope_theta", "partial_rotary_factor")
+
+_NO_FLOAT16: Final = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))  # their activations overflow it
+_DTYPES: Final = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "float": "float32",
+}
+
+
+# --- the dict ---------------------------------------------------------------------------------------------------------
+
+
+def read_hf_dict(source: Source, overrides: Mapping[str, Any] | None = None) -> Hf:
+    """The config of ``source`` as a dict in the shape that `hub.patches` makes, with ``overrides`` (user's) merged in.
+
+    A GGUF file's config is made from its metadata. Raises `ModelError`: HF002 for a missing or broken ``config.json``,
+    HF020 for contradictory RoPE settings.
+    """
+    return override(_raw_dict(source), overrides or {})
+
+
+def override(hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> Hf:
+    """``hf`` normalised, with scalars and lists of ``overrides`` merged before that and objects after it.
+
+    An object for RoPE replaces the old settings but for theta and the rotated share, which stay unless it names them;
+    one for a sub-config is merged into it; any other replaces the value. Unknown keys are merged with a warning.
+    """
+    objects = {key: value for key, value in overrides.items() if isinstance(value, Mapping)}
+    merged = _with_scalars(hf, {key: value for key, value in overrides.items() if key not in objects})
+    out, notes = normalise(merged)
+    for key in sorted(set(overrides) - set(hf) - set(CLASS_DEFAULTS.get(str(out.get("model_type")), ())) - _KNOWN_KEYS):
+        get_logger().warning("hf_overrides: %r is not a key of this config or of any that octavo reads", key)
+    for key, value in objects.items():
+        if key in _ROPE_DICTS:
+            out = {k: v for k, v in out.items() if k not in _ROPE_DICTS} | {"rope_parameters": _new_rope(out, value)}
+        else:
+            out[key] = _merged(out[key], value) if isinstance(out.get(key), Mapping) else dict(value)
+    if objects:
+        out, more = normalise(out)
+        notes += more
+    for note in notes:
+        get_logger().info("config: %s", note)
+    if overrides:
+        get_logger().info("config: overridden %s", ", ".join(f"{k}={v!r}" for k, v in sorted(overrides.items())))
+    return out
+
+
+def _raw_dict(source: Source) -> Hf:
+    if source.kind == "gguf":
+        from octavo.hub.gguf import GgufReader
+        from octavo.hub.gguf_config import config_from_gguf
+
+        return config_from_gguf(GgufReader(source.path))
+    path = source.file("config.json")
+    if path is None:
+        found = sorted(entry.name for entry in source.path.iterdir())[:10]
+        raise ModelError(
+            f"{source.path} has no config.json; it has {', '.join(found) or 'no files at all'}.",
+            "Name a folder or repo with a Transformers model in it, or a .gguf file.",
+            id="HF002",
+        )
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in ``path``; raises `ModelError` HF002 if it is not JSON or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.", "Download or write it again.", id="HF002") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object.", "Download it again.", id="HF002")
+    return value
+
+
+def _with_scalars(hf: Mapping[str, Any], scalars: Mapping[str, Any]) -> Hf:
+    """Overrides one level up lose against the RoPE dict, so theta and the rotated share are put into it as well."""
+    out = {**hf, **scalars}
+    inner = {key: value for key, value in scalars.items() if key in _ROPE_SCALARS}
+    for name in _ROPE_DICTS:
+        rope = out.get(name)
+        if inner and isinstance(rope, Mapping) and not any(isinstance(value, Mapping) for value in rope.values()):
+            out[name] = {**rope, **inner}
+    return out
+
+
+def _new_rope(hf: Hf, given: Mapping[str, Any]) -> Hf:
+    old = hf.get("rope_parameters") or {}
+    kept = {key: old[key] for key in _ROPE_SCALARS if not isinstance(old.get(key, {}), Mapping)}
+    return {**kept, **given}
+
+
+def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> Hf:
+    out = dict(old)
+    for key, value in new.items():
+        inner = out.get(key)
+        out[key] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+def model_config(
+    hf: Hf, *, dtype: str = "auto", generation: Mapping[str, Any] | None = None, device: str = "cpu"
+) -> ModelConfig:
+    """What the engine needs of ``hf`` (normalised), for ``device`` "cpu" or "cuda".
+
+    Raises `ModelError`: HF012 if nothing says which architecture it is, HF002 for a size that is missing or wrong,
+    HF020 for RoPE settings that cannot be applied, HF022 for a dtype that the model cannot run in.
+    """
+    text = text_config(hf)
+    architectures = hf.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise ModelError(
+            f"the config names no architectures, and its model_type is {hf.get('model_type')!r}, which is unknown.",
+            'Name the model class with --hf-overrides \'{"architectures": ["LlamaForCausalLM"]}\'.',
+            id="HF012",
+        )
+    layers = layer_specs(text)
+    max_len, max_len_reason = own_length(text, layers)
+    chosen, dtype_reason = choose_dtype(hf, dtype, device)
+    hidden = size(text, "hidden_size")
+    return ModelConfig(
+        architecture=architectures[0],
+        model_type=str(hf.get("model_type", "")),
+        vocab_size=size(text, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=size(text, "intermediate_size", 4 * hidden),
+        layers=layers,
+        max_len=max_len,
+        max_len_reason=max_len_reason,
+        dtype=chosen,
+        dtype_reason=dtype_reason,
+        eos_ids=_eos_ids(hf, text, generation or {}),
+        norm_eps=number(text, "norm_eps", 1e-6),
+        hidden_act=str(lookup(text, "hidden_act") or "silu"),
+        # Transformers 4 looked at the text config, 5 looks at the top level.
+        tie_embeddings=bool(hf.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
+        hf=hf,
+    )
+
+
+def choose_dtype(hf: Mapping[str, Any], wanted: str, device: str) -> tuple[str, str]:
+    """The dtype of weights and activations and why; raises `ModelError` HF022."""
+    inner = hf.get("text_config")
+    model_type = hf.get("model_type")
+    written = hf.get("dtype") or (inner.get("dtype") if isinstance(inner, dict) else None)
+    refuses_float16 = model_type in _NO_FLOAT16
+    if wanted != "auto":
+        if wanted not in _DTYPES:
+            raise ModelError(f"dtype is {wanted!r}.", f"Give auto or one of {', '.join(_DTYPES)}.", id="HF022")
+        if refuses_float16 and _DTYPES[wanted] == "float16":
+            raise ModelError(
+                f"{model_type} cannot run in float16: its activations overflow it.",
+                "Use --dtype bfloat16 or float32.",
+                id="HF022",
+            )
+        return _DTYPES[wanted], f"asked for; the checkpoint says {written}"
+    if refuses_float16 and written == "float16":
+        return "bfloat16", f"the checkpoint says float16, in which {model_type} overflows"
+    if written in ("bfloat16", "float16"):
+        return written, "the checkpoint's own"
+    said = "the checkpoint names none" if written is None else f"the checkpoint says {written}"
+    if written not in (None, "float32"):
+        return "bfloat16", f"{said}, which is no type to compute in"
+    if device == "cuda":
+        return "bfloat16", f"{said}; float32 is slow on a GPU (--dtype float32 keeps it)"
+    return "float32", f"{said}; kept on a CPU"
+
+
+def _eos_ids(hf: Hf, text: Hf, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """All ids that end a text: of the config and of the generation config, each an int, a list or absent."""
+    ids: dict[int, None] = {}
+    for value in (generation.get("eos_token_id"), hf.get("eos_token_id"), text.get("eos_token_id")):
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+                ids[token] = None
+    return tuple(ids)
+
+
+# --- length -----------------------------------------------------------------------------------------------------------
+
+
+def max_model_len(config: ModelConfig, wanted: int | None) -> tuple[int, str]:
+    """The longest sequence to serve and the formula behind it; ``wanted`` None or -1 means the model's own length.
+
+    With longrope the own length is the trained one, since beyond it every position is rotated by other factors.
+    Raises `ModelError` HF021 if ``wanted`` is more than the model was made for.
+    """
+    if wanted is None or wanted == -1:
+        trained = [
+            int(layer.rope.params["original_max_position_embeddings"])
+            for layer in config.layers
+            if layer.rope is not None and layer.rope.kind == "longrope"
+        ]
+        if trained and trained[0] < config.max_len:
+            return trained[0], (
+                f"original_max_position_embeddings {trained[0]} of longrope; "
+                f"--max-model-len takes up to {config.max_len} at another rotation"
+            )
+        return config.max_len, config.max_len_reason
+    if wanted > config.max_len:
+        raise ModelError(
+            f"max_model_len is {wanted}, but the model was made for {config.max_len} = {config.max_len_reason}.",
+            "Lower it, or extend the model with --hf-overrides (rope_parameters with a factor, "
+            "max_position_embeddings).",
+            id="HF021",
+        )
+    return wanted, f"asked for; the model was made for {config.max_len} = {config.max_len_reason}"
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def generation_config(source: Source) -> dict[str, Any]:
+    """The model's ``generation_config.json``, or nothing where there is none; raises `ModelError` HF002."""
+    path = source.file("generation_config.json")
+    return read_json(path) if path is not None else {}
+
+
+_GENERATION_KEYS: Final = {
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+
+
+def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation config says on sampling, under the names of `SamplingParams`.
+
+    ``do_sample: false`` means greedy unless the file names a temperature, too. Raises `ModelError` HF002 for a value
+    that no request could have.
+    """
+    out = {ours: generation[key] for key, ours in _GENERATION_KEYS.items() if generation.get(key) is not None}
+    if generation.get("do_sample") is False and "temperature" not in out:
+        out["temperature"] = 0.0
+    try:
+        SamplingParams(**out).validate()
+    except RequestError as error:
+        raise ModelError(
+            f"generation_config.json: {error.cause}", "Correct it, or pass --generation-config vllm.", id="HF002"
+        ) from None
+    return out
