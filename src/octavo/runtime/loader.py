@@ -14,19 +14,18 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import torch
 
 from octavo.errors import ModelError
+from octavo.hub.checkpoint import Array, Checkpoint
+from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
 from octavo.layers.base import Layer, LoadRule
 from octavo.models.base import Model
 
-if TYPE_CHECKING:
-    from octavo.hub.checkpoint import Array, Checkpoint, TensorInfo
-
 LISTED = 10  # names that an error message lists
+FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 LoadProgress = Callable[[str, float], None]  # (phase, share done 0..1), as `runtime.base.Progress`
 
@@ -50,12 +49,13 @@ def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: L
     """Fills ``model``, built without memory, on ``device``.
 
     Raises `ModelError`: HF042 for tensors that the model has no place for, HF043 for parameters that the checkpoint
-    lacks, HF044 for shapes that differ.
+    lacks, HF044 for shapes that differ, HF050 for types that are not plain floats.
     """
     start = time.perf_counter()
     plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
     tensors = checkpoint.tensors()
     unused = _check_names([rule for _, rules in plan for rule in rules], tensors, model.unused)
+    _check_types(plan, tensors)
     _check_shapes(plan, tensors)
 
     ops = select.ops(device, model.dtype)
@@ -139,6 +139,17 @@ def _listed(names: Sequence[str], candidates: Sequence[str]) -> str:
         near = difflib.get_close_matches(name, candidates, n=1)
         shown.append(f"{name} (nearest: {near[0]})" if near else name)
     return ", ".join(shown) + (", …" if len(names) > LISTED else "")
+
+
+def _check_types(plan: Sequence[tuple[Layer, list[LoadRule]]], tensors: Mapping[str, TensorInfo]) -> None:
+    found = {tensors[rule.source].dtype: rule.source for _, rules in plan for rule in rules}
+    for dtype, name in found.items():
+        if dtype not in FLOATS:
+            raise ModelError(
+                f"Tensor {name} is {dtype}; weights of {', '.join(sorted(FLOATS))} can be loaded.",
+                "Use a checkpoint that is not quantised, or a GGUF file.",
+                id="HF050",
+            )
 
 
 def _check_shapes(plan: Sequence[tuple[Layer, list[LoadRule]]], tensors: Mapping[str, TensorInfo]) -> None:
