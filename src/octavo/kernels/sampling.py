@@ -113,7 +113,7 @@ def exponential(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         h = v * 0x9E3779B1 + key0
         h = (h ^ h >> 16) * 0x7FEB352D + key1
         h = (h ^ h >> 15) * 0x846CA68B
-        h = h ^ h >> 16                          31 bits are used
+        h = h ^ h >> 16                          this shift copies the sign bit: bit 31 becomes 0
 
     (a multiplicative step by the golden ratio, then the finaliser "lowbias32" of C. Wellons' hash prospector, keyed
     before each round). Then E = -log(1 - u) with u = h / 2^31 inside (0, 1): fine-grained where E is small, which is
@@ -122,7 +122,7 @@ def exponential(keys: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     h = ids * -0x61C8864F + keys[:, :1]
     h = (h ^ ((h >> 16) & 0xFFFF)).mul_(0x7FEB352D).add_(keys[:, 1:])
     h = (h ^ ((h >> 15) & 0x1FFFF)).mul_(-0x7B935975)
-    h ^= h >> 16  # shifts in the sign: clears bit 31 and leaves the other 31 as well mixed
+    h ^= h >> 16
     # The factor is a little below 2^-31, so that u cannot round to 1 and E stays finite.
     return h.float().mul_(-(2.0**-31) * (1 - 2.0**-23)).sub_(2.0**-32).log1p_().neg_()
 

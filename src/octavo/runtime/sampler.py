@@ -160,9 +160,9 @@ class Sampler:
             groups.setdefault((state.edited, state.mode), []).append(i)
         if len(groups) == 1 and (False, _Mode.GREEDY) in groups:
             chosen, peaks = kernels.argmax(logits)
+            finite = torch.isfinite(peaks)
         else:
-            chosen, peaks = self._sample_groups(logits, items, groups)
-        finite = torch.isfinite(peaks)
+            chosen, finite = self._sample_groups(logits, items, groups)
         tokens = (chosen * finite).int()
         if self._with_history:
             self._record(tokens, items)
@@ -183,20 +183,21 @@ class Sampler:
     def _sample_groups(
         self, logits: torch.Tensor, items: list[SampleItem], groups: dict[tuple[bool, _Mode], list[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token (int64) and greatest edited logit of each item."""
-        chosen = torch.zeros(len(items), dtype=torch.int64, device=logits.device)
-        peaks = torch.zeros(len(items), dtype=torch.float32, device=logits.device)
+        """Token (int64) of each item, and whether its logits were finite, before and after edits."""
+        chosen = torch.empty(len(items), dtype=torch.int64, device=logits.device)
+        finite = torch.empty(len(items), dtype=torch.bool, device=logits.device)
         step = max(1, _MAX_ELEMENTS // self._vocab)
         for (edited, mode), members in groups.items():
             for first in range(0, len(members), step):
                 part = members[first : first + step]
                 index = self._ids(part)
                 x = logits if len(part) == len(items) and not edited else logits[index]
+                raw_peak = x.amax(-1)
                 if edited:
                     x = self._edit(x.float(), [items[i] for i in part])
                 token, peak = self._choose(x, [items[i] for i in part], mode)
-                chosen[index], peaks[index] = token, peak.float()
-        return chosen, peaks
+                chosen[index], finite[index] = token, torch.isfinite(peak) & torch.isfinite(raw_peak)
+        return chosen, finite
 
     def _choose(self, x: torch.Tensor, items: list[SampleItem], mode: _Mode) -> tuple[torch.Tensor, torch.Tensor]:
         if mode is _Mode.GREEDY:

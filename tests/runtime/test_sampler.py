@@ -1,0 +1,304 @@
+"""The sampler against a naive one, row by row in float64, on batches in which every row wants something else."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from octavo.kernels import sampling as kernels
+from octavo.runtime.sampler import Sampled, SampleItem, Sampler
+from octavo.types import Sampling
+
+VOCAB = 700
+CPU = torch.device("cpu")
+PROMPT = [5, 6, 7, 5]
+
+
+def params(**fields: object) -> Sampling:
+    return Sampling(max_tokens=100, **fields)  # type: ignore[arg-type]
+
+
+def random_logits(count: int, seed: int, scale: float = 3.0) -> torch.Tensor:
+    return torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def sample_one(logits: torch.Tensor, sampling: Sampling, tokens: list[int] | None = None, prompt_len: int = 4) -> int:
+    tokens = PROMPT if tokens is None else tokens
+    sampler = Sampler(logits.shape[-1], CPU)
+    sampler.start(0, tokens, prompt_len, sampling)
+    return sampler.sample(logits.view(1, -1), [SampleItem(0, len(tokens))]).finish()[0][0]
+
+
+def naive_logits(logits: torch.Tensor, s: Sampling, tokens: list[int], prompt_len: int) -> torch.Tensor:
+    """All edits of one row, written after the documentation of the parameters."""
+    x = logits.double().tolist()
+    output = tokens[prompt_len:]
+    for token in range(len(x)):
+        banned = bool(s.allowed_token_ids) and token not in s.allowed_token_ids
+        for word in s.bad_words:
+            prefix = list(word[:-1])
+            banned |= token == word[-1] and tokens[len(tokens) - len(prefix) :] == prefix
+        banned |= len(output) < s.min_tokens and token in s.masked_until_min
+        if banned:
+            x[token] = -math.inf
+            continue
+        x[token] += s.logit_bias.get(token, 0.0)
+        if token in tokens:
+            x[token] = x[token] / s.repetition_penalty if x[token] > 0 else x[token] * s.repetition_penalty
+        x[token] -= s.frequency_penalty * output.count(token) + s.presence_penalty * (token in output)
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def naive_sample(logits: torch.Tensor, s: Sampling, tokens: list[int], prompt_len: int) -> int:
+    x = naive_logits(logits, s, tokens, prompt_len)
+    if s.greedy:
+        return int(x.argmax())
+    probs = (x / s.temperature).softmax(-1)
+    kept = probs >= s.min_p * probs.max()
+    if s.top_k > 0:
+        kept &= probs >= probs.sort(descending=True).values[min(s.top_k, len(x)) - 1]
+    inside = probs.masked_fill(~kept, 0.0)
+    descending = inside.sort(descending=True).values
+    below = descending.cumsum(-1) - descending < s.top_p * inside.sum()
+    kept &= (probs >= descending[below][-1]) | (s.top_p == 1)
+    keys = kernels.noise_keys(np.array([s.seed], np.uint64), np.array([len(tokens)], np.uint64))
+    noise = kernels.exponential(torch.from_numpy(keys), torch.arange(len(x), dtype=torch.int32).unsqueeze(0))[0]
+    return int((probs.masked_fill(~kept, 0.0) / noise.double()).argmax())
+
+
+MIXED = [
+    params(temperature=0.0),
+    params(seed=1),
+    params(seed=2, temperature=0.3),
+    params(seed=3, temperature=3.0, top_p=0.95),
+    params(seed=4, top_k=5),
+    params(seed=5, top_k=300, top_p=0.9),
+    params(seed=6, min_p=0.05),
+    params(seed=7, top_p=0.4, top_k=50, min_p=0.01, temperature=1.5),
+    params(temperature=0.0, repetition_penalty=1.8),
+    params(temperature=0.0, presence_penalty=1.5, frequency_penalty=0.7),
+    params(seed=8, repetition_penalty=0.7, frequency_penalty=-0.5, top_p=0.8),
+    params(temperature=0.0, logit_bias={3: 9.0, 4: -50.0}),
+    params(seed=9, allowed_token_ids=(10, 20, 30, 40)),
+    params(seed=10, allowed_token_ids=(10, 20), logit_bias={10: -1.0, 11: 100.0}),
+    params(temperature=0.0, min_tokens=6, masked_until_min=tuple(range(300)), logit_bias={2: 20.0}),
+    params(seed=11, bad_words=((5,), (5, 6), (7, 8, 9)), top_k=20),
+    params(temperature=0.0, bad_words=((7, 5, 1), (5, 1), (1,)), logit_bias={1: 40.0, 2: 30.0}),
+    params(seed=-3, temperature=0.8),
+]
+
+
+def generate(sampler: Sampler, rows: list[int], steps: list[torch.Tensor], overlap: bool = False) -> list[list[int]]:
+    """Feeds one logits tensor a step to the started ``rows``, whose prompts are `PROMPT`."""
+    pending: list[Sampled] = []
+    out: list[list[int]] = [[] for _ in rows]
+    for number, logits in enumerate(steps):
+        pending.append(sampler.sample(logits, [SampleItem(row, len(PROMPT) + number) for row in rows]))
+        if not overlap or number + 1 == len(steps):
+            for sampled in pending:
+                tokens = sampled.finish()[0]
+                for i, token in enumerate(tokens):
+                    out[i].append(token)
+            pending.clear()
+    return out
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_every_parameter_agrees_with_the_naive_sampler_in_a_mixed_batch(overlap: bool) -> None:
+    sampler = Sampler(VOCAB, CPU)
+    rows = [3 * i + 1 for i in range(len(MIXED))]
+    for row, sampling in zip(rows, MIXED, strict=True):
+        sampler.start(row, PROMPT, len(PROMPT), sampling)
+    steps = [random_logits(len(MIXED), seed) for seed in range(12)]
+    got = generate(sampler, rows, steps, overlap)
+    for i, sampling in enumerate(MIXED):
+        tokens = list(PROMPT)
+        for logits in steps:
+            tokens.append(naive_sample(logits[i], msgspec_seed(sampling), tokens, len(PROMPT)))
+        assert got[i] == tokens[len(PROMPT) :], sampling
+
+
+def msgspec_seed(sampling: Sampling) -> Sampling:
+    """A negative seed stands for itself modulo 2^64."""
+    return sampling if sampling.seed >= 0 else params(temperature=sampling.temperature, seed=sampling.seed % 2**64)
+
+
+def test_a_row_samples_the_same_alone_in_a_batch_and_elsewhere() -> None:
+    steps = [random_logits(len(MIXED), seed) for seed in range(4)]
+    together = Sampler(VOCAB, CPU)
+    for i, sampling in enumerate(MIXED):
+        together.start(i, PROMPT, len(PROMPT), sampling)
+    expected = generate(together, list(range(len(MIXED))), steps)
+    for i, sampling in enumerate(MIXED):
+        alone = Sampler(VOCAB, CPU)
+        alone.start(77 - i, PROMPT, len(PROMPT), sampling)
+        assert generate(alone, [77 - i], [logits[i : i + 1] for logits in steps]) == [expected[i]]
+
+
+def test_a_preempted_row_goes_on_as_if_it_had_not_been() -> None:
+    steps = [random_logits(len(MIXED), seed) for seed in range(10)]
+    rows = list(range(len(MIXED)))
+    sampler = Sampler(VOCAB, CPU)
+    for row, sampling in enumerate(MIXED):
+        sampler.start(row, PROMPT, len(PROMPT), sampling)
+    expected = generate(sampler, rows, steps)
+    for row, sampling in enumerate(MIXED):
+        sampler.end(row)
+        sampler.start(row, PROMPT + expected[row][:5], len(PROMPT), sampling)
+    for number in range(5, 10):
+        items = [SampleItem(row, len(PROMPT) + number) for row in rows]
+        assert sampler.sample(steps[number], items).finish()[0] == [tokens[number] for tokens in expected]
+
+
+def test_a_row_starts_clean_after_another_sequence() -> None:
+    sampler = Sampler(VOCAB, CPU)
+    sampling = params(temperature=0.0, repetition_penalty=2.0, presence_penalty=2.0)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 9] = 1.0
+    for _ in range(3):
+        sampler.start(0, [1], 1, sampling)
+        assert sampler.sample(logits, [SampleItem(0, 1)]).finish()[0] == [9]
+        assert sampler.sample(logits, [SampleItem(0, 2)]).finish()[0] != [9]
+        sampler.end(0)
+
+
+def test_seeds_decide_the_draw_and_nothing_else_does() -> None:
+    logits = torch.zeros(VOCAB)
+    first = [sample_one(logits, params(seed=seed)) for seed in range(50)]
+    assert first == [sample_one(logits, params(seed=seed)) for seed in range(50)]
+    assert len(set(first)) > 40
+    positions = {sample_one(logits, params(seed=1), [0] * n, 1) for n in range(1, 51)}
+    assert len(positions) > 40
+
+
+def test_temperature_zero_takes_the_lowest_of_equals() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[30, 600]] = 1.0
+    assert sample_one(logits, params(temperature=0.0, seed=9)) == 30
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    logits = random_logits(1, 0)[0]
+    for temperature in (1e-3, 1e-6, 1e-40):
+        assert sample_one(logits, params(temperature=temperature, seed=3)) == int(logits.argmax())
+
+
+def test_top_k_draws_from_all_tokens_equal_to_the_kth() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[:10] = 5.0
+    drawn = {sample_one(logits, params(top_k=3, seed=seed)) for seed in range(200)}
+    assert drawn == set(range(10))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_bad_logits_are_reported_and_leave_other_rows_alone(value: float) -> None:
+    logits = random_logits(len(MIXED), 5)
+    sampler = Sampler(VOCAB, CPU)
+    for row, sampling in enumerate(MIXED):
+        sampler.start(row, PROMPT, len(PROMPT), sampling)
+    expected = generate(sampler, list(range(len(MIXED))), [logits])
+    for broken in range(len(MIXED)):
+        other = logits.clone()
+        if value < 0:
+            other[broken] = value
+        else:
+            other[broken, 20] = value
+        for row, sampling in enumerate(MIXED):
+            sampler.start(row, PROMPT, len(PROMPT), sampling)
+        items = [SampleItem(row, len(PROMPT)) for row in range(len(MIXED))]
+        tokens, _, bad = sampler.sample(other, items).finish()
+        assert bad == [broken]
+        assert tokens[broken] == 0
+        assert [t for i, t in enumerate(tokens) if i != broken] == [t for i, (t,) in enumerate(expected) if i != broken]
+
+
+def test_a_row_to_which_no_token_is_left_is_bad() -> None:
+    sampler = Sampler(VOCAB, CPU)
+    sampler.start(0, PROMPT, 4, params(allowed_token_ids=(3,), bad_words=((3,),), top_p=0.9, logprobs=1))
+    sampler.start(1, PROMPT, 4, params(allowed_token_ids=(3,), top_p=0.9))
+    tokens, logprobs, bad = sampler.sample(random_logits(2, 1), [SampleItem(0, 4), SampleItem(1, 4)]).finish()
+    assert (tokens, logprobs, bad) == ([0, 3], {}, [0])
+
+
+def test_masked_tokens_with_minus_infinity_from_the_model_are_never_drawn() -> None:
+    logits = torch.full((VOCAB,), float("-inf"))
+    logits[[8, 9]] = 0.0
+    drawn = {sample_one(logits, params(seed=seed, top_p=0.99)) for seed in range(40)}
+    assert drawn == {8, 9}
+
+
+def test_min_tokens_lets_the_end_through_once_reached() -> None:
+    sampling = params(temperature=0.0, min_tokens=2, masked_until_min=(1,))
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 1] = 5.0
+    sampler = Sampler(VOCAB, CPU)
+    sampler.start(0, PROMPT, len(PROMPT), sampling)
+    assert generate(sampler, [0], [logits] * 4) == [[0, 0, 1, 1]]
+
+
+def test_logits_are_left_as_they_were() -> None:
+    logits = random_logits(len(MIXED), 3)
+    before = logits.clone()
+    sampler = Sampler(VOCAB, CPU)
+    for row, sampling in enumerate(MIXED):
+        sampler.start(row, PROMPT, len(PROMPT), sampling)
+    generate(sampler, list(range(len(MIXED))), [logits])
+    assert torch.equal(logits, before)
+
+
+def test_bfloat16_logits_are_edited_in_float32() -> None:
+    logits = torch.zeros(VOCAB, dtype=torch.bfloat16)
+    logits[:] = 256.0
+    assert sample_one(logits, params(temperature=0.0, logit_bias={6: 0.01})) == 6
+
+
+def test_logprobs_are_those_of_the_unmodified_logits() -> None:
+    logits = random_logits(4, 8)
+    wanted = [
+        params(temperature=0.0, logprobs=3, allowed_token_ids=(100,)),
+        params(temperature=0.0),
+        params(seed=2, temperature=2.5, logprobs=0),
+        params(temperature=0.0, logprobs=20, repetition_penalty=1.7),
+    ]
+    sampler = Sampler(VOCAB, CPU)
+    for row, sampling in enumerate(wanted):
+        sampler.start(row, PROMPT, 4, sampling)
+    tokens, found, bad = sampler.sample(logits, [SampleItem(row, 4) for row in range(4)]).finish()
+    assert not bad
+    assert sorted(found) == [0, 2, 3]
+    for item, entry in found.items():
+        expected = logits[item].double().log_softmax(-1)
+        assert entry.token == tokens[item]
+        assert entry.logprob == pytest.approx(float(expected[entry.token]), abs=1e-5)
+        assert entry.rank == expected.argsort(descending=True).tolist().index(entry.token) + 1
+        count = wanted[item].logprobs or 0
+        assert entry.top_ids == expected.topk(count).indices.tolist()
+        assert entry.top_logprobs == pytest.approx(expected.topk(count).values.tolist(), abs=1e-5)
+
+
+def test_prompt_logprobs_are_of_the_targets() -> None:
+    logits = random_logits(6, 9).bfloat16()
+    targets = [1, 2, 3, 699, 0, 5]
+    found = Sampler(VOCAB, CPU).prompt_logprobs(logits, targets, 2)
+    expected = logits.double().log_softmax(-1)
+    assert [entry.token for entry in found] == targets
+    for row, entry in zip(expected, found, strict=True):
+        assert entry.logprob == pytest.approx(float(row[entry.token]), abs=1e-5)
+        assert entry.rank == int((row > row[entry.token]).sum()) + 1
+        assert entry.top_logprobs == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
+
+
+def test_rows_may_be_ended_twice_and_out_of_order() -> None:
+    sampler = Sampler(VOCAB, CPU)
+    penalised = params(temperature=0.0, repetition_penalty=1.5, logprobs=1)
+    for row in (9, 2, 30):
+        sampler.start(row, PROMPT, 4, penalised)
+    sampler.end(2)
+    sampler.end(2)
+    sampler.start(2, PROMPT, 4, params(temperature=0.0))
+    tokens, found, _ = sampler.sample(random_logits(2, 4), [SampleItem(30, 4), SampleItem(2, 4)]).finish()
+    assert len(tokens) == 2
+    assert list(found) == [0]
