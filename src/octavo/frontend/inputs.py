@@ -117,9 +117,9 @@ class InputProcessor:
                 "Send prompt_token_ids, or start without skip_tokenizer_init.",
                 param="prompt",
             )
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def _split(self, prompt: Prompt) -> tuple[str | None, list[int] | None]:
+    def _split(self, prompt: object) -> tuple[str | None, list[int] | None]:
         """(text, ids) of any form of prompt; one of them may be missing."""
         if isinstance(prompt, str):
             return prompt, None
