@@ -92,8 +92,37 @@ _report: dict[str, None] = {}  # insertion-ordered set of lines
 @cache
 def ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """The best operators for activations of ``dtype`` on ``device``; the reasons are in `report`."""
+    if device.type == "cpu":
+        chosen = _extension(dtype)
+        if isinstance(chosen, Ops):
+            _note(f"cpu kernels: {chosen.name}")
+            return chosen
+        _note(f"cpu kernels: {REFERENCE.name}; {chosen}")
+        return REFERENCE
     _note(f"{device.type} kernels: {REFERENCE.name}")
     return REFERENCE
+
+
+def _extension(dtype: torch.dtype) -> Ops | str:
+    """The C++ extension's operators, or why not."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return f"octavo._cpu has bfloat16 and float32, not {dtype}"
+    try:
+        from octavo.kernels import cpu
+    except ImportError as error:
+        return f"no C++ extension ({error}): reinstall octavo with a C++17 compiler for several times the speed"
+    return Ops(
+        name=f"{cpu.instruction_set()} (octavo._cpu)",
+        linear=reference.linear,
+        rms_norm=cpu.rms_norm,
+        add_rms_norm=cpu.add_rms_norm,
+        silu_and_mul=cpu.silu_and_mul,
+        gelu_tanh_and_mul=cpu.gelu_tanh_and_mul,
+        rotary=cpu.rotary,
+        store_kv_=cpu.store_kv_,
+        attention=cpu.attention,
+        pack_linear=cpu.pack_linear,
+    )
 
 
 def report() -> list[str]:

@@ -1,0 +1,210 @@
+// Products with a weight in panels (see kernels.h): a register tile of ROWS inputs by PANELS x 16 outputs, and the loops
+// around it. Attention uses the same tile, with K and V of a block of tokens packed into panels.
+#pragma once
+
+#include "vec.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// The largest tile that leaves registers for the weights and one input: 24 of 32 with AVX-512, 8 of 16 elsewhere.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6, kTilePanels = 4;
+#else
+constexpr int kTileRows = 4, kTilePanels = 1;
+#endif
+
+// How a panel is read: bf16 in pairs of inputs, float one by one.
+template <class T>
+constexpr int kStep = sizeof(T) == 2 ? 2 : 1;
+template <class T>
+constexpr isize kLine = kPanel* kStep<T>;  // elements of one step of a panel
+
+// acc[lane] += w[lane] . x for one step of one vector of outputs.
+template <class T>
+struct Dot;
+
+template <>
+struct Dot<float> {
+    vf x;
+    OCTAVO_DOT explicit Dot(const float* p) : x(splat(*p)) {}
+    OCTAVO_DOT void add(vf& acc, const float* w) const { acc += load(w) * x; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Dot<bf16> {
+    __m512i x;
+    OCTAVO_DOT explicit Dot(const bf16* p) {
+        int pair;
+        std::memcpy(&pair, p, 4);
+        x = _mm512_set1_epi32(pair);
+    }
+    OCTAVO_DOT void add(vf& acc, const bf16* w) const {
+        acc = (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(w), (__m512bh)x);
+    }
+};
+#else
+template <>
+struct Dot<bf16> {
+    vf first, second;
+    OCTAVO_DOT explicit Dot(const bf16* p) : first(splat(widen(p[0]))), second(splat(widen(p[1]))) {}
+    OCTAVO_DOT void add(vf& acc, const bf16* w) const {
+        vu pairs = load_u32(w);
+        acc += (vf)(pairs << 16) * first;
+        acc += (vf)(pairs & 0xffff0000u) * second;
+    }
+};
+#endif
+
+// acc += x[ROWS, steps] * panels; x rows are x_stride apart, panels panel_stride.
+template <class T, int ROWS, int PANELS>
+OCTAVO_INLINE void tile(const T* x, isize x_stride, const T* w, isize panel_stride, isize steps,
+                        vf (&acc)[ROWS][PANELS * kPanelVecs]) {
+    for (isize k = 0; k < steps; k++) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) {
+            Dot<T> dot(x + r * x_stride + k * kStep<T>);
+#pragma GCC unroll 8
+            for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 4
+                for (int v = 0; v < kPanelVecs; v++)
+                    dot.add(acc[r][p * kPanelVecs + v], w + p * panel_stride + k * kLine<T> + v * kLanes * kStep<T>);
+        }
+    }
+}
+
+// Calls f<ROWS> with ROWS = rows, 1 to kTileRows.
+template <class F>
+OCTAVO_INLINE void with_rows(int rows, F&& f) {
+    switch (rows) {
+        case 1: f(std::integral_constant<int, 1>{}); break;
+        case 2: f(std::integral_constant<int, 2>{}); break;
+        case 3: f(std::integral_constant<int, 3>{}); break;
+        case 4: f(std::integral_constant<int, 4>{}); break;
+#if defined(__AVX512F__)
+        case 5: f(std::integral_constant<int, 5>{}); break;
+        case 6: f(std::integral_constant<int, 6>{}); break;
+#endif
+    }
+}
+template <class F>
+OCTAVO_INLINE void with_panels(isize panels, F&& f) {
+    switch (panels) {
+        case 1: f(std::integral_constant<int, 1>{}); break;
+#if defined(__AVX512F__)
+        case 2: f(std::integral_constant<int, 2>{}); break;
+        case 3: f(std::integral_constant<int, 3>{}); break;
+        case 4: f(std::integral_constant<int, 4>{}); break;
+#endif
+    }
+}
+
+constexpr isize kBlockSteps = 1024;  // x 2 x 128 bytes: the weights of a unit stay in the second-level cache
+constexpr isize kBlockRows = 240;    // a multiple of every tile height
+
+// One group of up to kTilePanels panels against up to kBlockRows rows.
+struct Unit {
+    isize first_row, rows, first_panel;
+};
+
+template <int PANELS>
+OCTAVO_INLINE void finish(const LinearArgs& a, isize row, isize column, const vf* acc) {
+    bf16* out = (bf16*)a.out + row * a.out_stride + column;
+    auto* bias = a.bias ? (const bf16*)a.bias + column : nullptr;
+    for (int v = 0; v < PANELS * kPanelVecs; v++) {
+        isize left = a.out_features - column - v * kLanes;
+        if (left >= kLanes) {
+            store(out + v * kLanes, bias ? acc[v] + load(bias + v * kLanes) : acc[v]);
+            continue;
+        }
+        for (isize i = 0; i < left; i++)
+            out[v * kLanes + i] = narrow<bf16>(acc[v][i] + (bias ? widen(bias[v * kLanes + i]) : 0.0f));
+    }
+}
+
+template <int PANELS>
+void run_unit(const LinearArgs& a, Unit unit) {
+    constexpr int kVecs = PANELS * kPanelVecs;
+    const isize steps = a.in / 2, panel_stride = steps * kLine<bf16>;
+    const bf16* weight = (const bf16*)a.panels + unit.first_panel * panel_stride;
+    const bool blocked = steps > kBlockSteps;
+    auto* partial = blocked ? (float*)scratch(Scratch::tile, kBlockRows * kVecs * kLanes * 4) : nullptr;
+    for (isize from = 0; from < steps; from += kBlockSteps) {
+        const isize count = steps - from < kBlockSteps ? steps - from : kBlockSteps;
+        const bool last = from + count == steps;
+        for (isize r = 0; r < unit.rows; r += kTileRows) {
+            const bf16* x = (const bf16*)a.x + (unit.first_row + r) * a.x_stride + from * 2;
+            with_rows(int(unit.rows - r < kTileRows ? unit.rows - r : kTileRows), [&](auto height) {
+                constexpr int ROWS = decltype(height)::value;
+                vf acc[ROWS][kVecs] = {};
+                if (from)
+                    for (int i = 0; i < ROWS * kVecs; i++)
+                        acc[i / kVecs][i % kVecs] = load(partial + (r * kVecs + i) * kLanes);
+                tile<bf16, ROWS, PANELS>(x, a.x_stride, weight + from * kLine<bf16>, panel_stride, count, acc);
+                for (int i = 0; i < ROWS; i++) {
+                    if (last) finish<PANELS>(a, unit.first_row + r + i, unit.first_panel * kPanel, acc[i]);
+                    else
+                        for (int v = 0; v < kVecs; v++) store(partial + ((r + i) * kVecs + v) * kLanes, acc[i][v]);
+                }
+            });
+        }
+    }
+}
+
+// Few rows: memory-bound. One panel after the other, so that each thread reads one stream; the sums of even and odd
+// steps are apart to hide the latency of the product.
+template <int ROWS>
+OCTAVO_INLINE void stream_panel(const LinearArgs& a, isize panel) {
+    constexpr int kChains = ROWS == 1 ? 4 : 2;
+    const isize steps = a.in / 2;
+    const bf16* w = (const bf16*)a.panels + panel * steps * kLine<bf16>;
+    const bf16* x = (const bf16*)a.x;
+    vf acc[kChains][ROWS][kPanelVecs] = {};
+    isize k = 0;
+    for (; k + kChains <= steps; k += kChains) {
+        __builtin_prefetch(w + (k + 32) * kLine<bf16>);
+#pragma GCC unroll 4
+        for (int c = 0; c < kChains; c++) {
+            if (c) __builtin_prefetch(w + (k + 32 + c) * kLine<bf16>);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                Dot<bf16> dot(x + r * a.x_stride + (k + c) * 2);
+#pragma GCC unroll 4
+                for (int v = 0; v < kPanelVecs; v++)
+                    dot.add(acc[c][r][v], w + (k + c) * kLine<bf16> + v * kLanes * 2);
+            }
+        }
+    }
+    for (; k < steps; k++)
+        for (int r = 0; r < ROWS; r++) {
+            Dot<bf16> dot(x + r * a.x_stride + k * 2);
+            for (int v = 0; v < kPanelVecs; v++) dot.add(acc[0][r][v], w + k * kLine<bf16> + v * kLanes * 2);
+        }
+    for (int r = 0; r < ROWS; r++) {
+        for (int c = 1; c < kChains; c++)
+            for (int v = 0; v < kPanelVecs; v++) acc[0][r][v] += acc[c][r][v];
+        finish<1>(a, r, panel * kPanel, acc[0][r]);
+    }
+}
+
+inline void linear(const LinearArgs& a) {
+    const isize panels = (a.out_features + kPanel - 1) / kPanel;
+    if (a.rows <= kTileRows && a.rows <= 4) {
+        with_rows(int(a.rows), [&](auto height) {
+#pragma omp parallel for schedule(static)
+            for (isize p = 0; p < panels; p++) stream_panel<decltype(height)::value>(a, p);
+        });
+        return;
+    }
+    const isize groups = (panels + kTilePanels - 1) / kTilePanels;
+    const isize blocks = (a.rows + kBlockRows - 1) / kBlockRows;
+#pragma omp parallel for schedule(dynamic)
+    for (isize u = 0; u < groups * blocks; u++) {
+        isize first = u / groups * kBlockRows, panel = u % groups * kTilePanels;
+        Unit unit{first, a.rows - first < kBlockRows ? a.rows - first : kBlockRows, panel};
+        with_panels(panels - panel < kTilePanels ? panels - panel : kTilePanels,
+                    [&](auto width) { run_unit<decltype(width)::value>(a, unit); });
+    }
+}
+
+}  // namespace octavo::OCTAVO_ISA

@@ -1,0 +1,86 @@
+# The C++ extension (csrc/); arguments named `*_at` are addresses, strides count elements. Only octavo.kernels.cpu calls it.
+
+def names() -> list[str]: ...
+def use(name: str, /) -> None: ...
+def active() -> str: ...
+def norm(
+    bf16: bool,
+    x_at: int,
+    residual_at: int,
+    weight_at: int,
+    out_at: int,
+    sum_at: int,
+    rows: int,
+    cols: int,
+    x_stride: int,
+    residual_stride: int,
+    eps: float,
+    /,
+) -> None: ...
+def gate(bf16: bool, silu: bool, x_at: int, out_at: int, rows: int, cols: int, x_stride: int, /) -> None: ...
+def rotary(
+    bf16: bool,
+    x_at: int,
+    out_at: int,
+    cos_sin_at: int,
+    positions_at: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    rotated: int,
+    x_stride: int,
+    max_len: int,
+    /,
+) -> None: ...
+def store(
+    cache_at: int,
+    key_at: int,
+    value_at: int,
+    slots_at: int,
+    tokens: int,
+    heads: int,
+    dim: int,
+    page_size: int,
+    pages: int,
+    key_stride: int,
+    value_stride: int,
+    element: int,
+    /,
+) -> None: ...
+def linear(
+    x_at: int,
+    panels_at: int,
+    bias_at: int,
+    out_at: int,
+    rows: int,
+    in_features: int,
+    out_features: int,
+    x_stride: int,
+    /,
+) -> None: ...
+def gather(panels_at: int, ids_at: int, out_at: int, count: int, in_features: int, out_features: int, /) -> None: ...
+def attention(
+    bf16: bool,
+    query_at: int,
+    cache_at: int,
+    out_at: int,
+    query_start_at: int,
+    seq_lens_at: int,
+    rows_at: int,
+    block_table_at: int,
+    sinks_at: int,
+    items: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    page_size: int,
+    pages: int,
+    table_rows: int,
+    table_width: int,
+    query_stride: int,
+    tokens: int,
+    window: int,
+    scale: float,
+    softcap: float,
+    /,
+) -> None: ...
