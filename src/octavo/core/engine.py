@@ -25,8 +25,9 @@ def _silent(phase: str, share: float) -> None:
 class EngineCore:
     """Construction loads the model and allocates the cache; then `add`, `abort` and `step` from one thread.
 
-    With ``overlap`` (by default where the worker gains by it) a step is scheduled and launched before the tokens of the one before are read, so that the
-    host's work hides behind the device's. Without (a CPU, where both are the same processor) each step is read at once.
+    With ``overlap`` (by default where the worker gains by it) a step is scheduled and launched before the tokens of the
+    one before are read, so that the host's work hides behind the device's. Without (a CPU, where both are the same
+    processor) each step is read at once.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ from octavo.runtime.base import Pending, Progress
 from octavo.runtime.loader import fill_dummy, load
 from octavo.runtime.memory import plan_cache
 from octavo.runtime.runner import Runner, largest_step
+from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
 
 
@@ -27,14 +28,20 @@ class Worker:
         log, options = get_logger(), config.model
         self._config = config
         self._source = resolve(
-            options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
+            options.model,
+            revision=options.revision,
+            token=options.hf_token,
+            download_dir=options.download_dir,
+            weights=options.load_format != "dummy",
         )
         log.info("model: %s", self._source.reason)
         self.platform = platforms.select(config.device.device)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
         hf = read_hf_dict(self._source, options.hf_overrides)
-        self._model_config = model_config(hf, dtype=options.dtype, generation=generation_config(self._source))
+        generation = generation_config(self._source)
+        kind = self.platform.device.type
+        self._model_config = model_config(hf, dtype=options.dtype, generation=generation, device=kind)
         self._max_len, reason = max_model_len(self._model_config, options.max_model_len)
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
         log.info("max length: %d (%s)", self._max_len, reason)
@@ -49,7 +56,7 @@ class Worker:
         if options.load_format == "dummy":
             report = fill_dummy(self._model, options.seed, self.platform.device)
         else:
-            checkpoint = open_checkpoint(self._source, options.load_format)
+            checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
             report = load(self._model, checkpoint, self.platform.device, progress)
         get_logger().info("weights: %s", report)
         for line in select.report():
