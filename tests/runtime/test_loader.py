@@ -17,6 +17,7 @@ from octavo.hub.resolve import resolve
 from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
 from octavo.models.llama import LlamaForCausalLM
+from octavo.runtime import loader
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from tools import tiny
 
@@ -35,7 +36,8 @@ class Memory:
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Array:
         self.read_names.append(name)
-        return self.arrays[name]
+        array = self.arrays[name]
+        return Array(array.data[slices or ()], array.dtype)
 
 
 def config(family: str = "llama", dtype: str = "float32", **overrides: object) -> ModelConfig:
@@ -101,6 +103,29 @@ def test_shards_on_disk_load_like_one_file(tmp_path: Path) -> None:
     assert report.nbytes == sum(parameter.nbytes for parameter in target.parameters())
     for one, other in zip(*(target.parameters() for target in models), strict=True):
         assert torch.equal(one, other)
+
+
+def test_tensors_larger_than_a_piece_are_read_in_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "PIECE", 5000)
+    source, target, whole = checkpoint(), model(), model()
+    run(target, source)
+    monkeypatch.undo()
+    run(whole, checkpoint())
+    assert source.read_names.count("model.embed_tokens.weight") == -(-384 // (5000 // 256))
+    for one, other in zip(target.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_error_of_a_reader_reaches_the_caller() -> None:
+    source = checkpoint()
+
+    def fail(name: str, slices: tuple[slice, ...] | None = None) -> Array:
+        raise ModelError(f"{name} is damaged.", "Download it again.", id="HF041")
+
+    source.read = fail  # type: ignore[method-assign]
+    with pytest.raises(ModelError) as error:
+        run(model(), source)
+    assert error.value.id == "HF041"
 
 
 def test_progress_rises_to_one() -> None:

@@ -2,16 +2,19 @@
 
 Layers say which checkpoint tensors they are made of (`layers.base.LoadRule`); this only executes it. Names and shapes
 are checked before the first byte of a weight is read. The most that is held at once is the model loaded so far, one
-layer before it is re-packed, and one tensor in the checkpoint's type.
+layer before it is re-packed, and a few pieces of tensors in the checkpoint's type.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -25,6 +28,8 @@ from octavo.layers.base import Layer, LoadRule
 from octavo.models.base import Model
 
 LISTED = 10  # names that an error message lists
+PIECE = 64 << 20  # bytes that one read returns at most, unless a single row is more
+READERS = min(4, os.cpu_count() or 1)  # threads that read ahead; what they cost is the dequantising of GGUF blocks
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 LoadProgress = Callable[[str, float], None]  # (phase, share done 0..1), as `runtime.base.Progress`
@@ -60,11 +65,14 @@ def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: L
 
     ops = select.ops(device, model.dtype)
     total = sum(tensors[rule.source].nbytes for _, rules in plan for rule in rules)
+    arrays = _read_ahead(checkpoint, [piece for _, rules in plan for rule in rules for piece in _pieces(rule, tensors)])
     done = 0
     for layer, rules in plan:
         layer.materialise(device)
         for rule in rules:
-            _target(layer, rule).copy_(as_tensor(checkpoint.read(rule.source)))
+            target = _target(layer, rule)
+            for _, rows in _pieces(rule, tensors):
+                target[rows].copy_(as_tensor(next(arrays)))
             done += tensors[rule.source].nbytes
             progress("load", done / total)
         layer.finish(ops)
@@ -98,6 +106,24 @@ def as_tensor(array: Array) -> torch.Tensor:
         warnings.simplefilter("ignore", UserWarning)
         tensor = torch.from_numpy(array.data)
     return tensor.view(torch.bfloat16) if array.dtype == "bfloat16" else tensor
+
+
+def _pieces(rule: LoadRule, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, slice]]:
+    """The source's name with its rows in runs of about `PIECE` bytes."""
+    step = max(1, rule.rows * PIECE // max(1, tensors[rule.source].nbytes))
+    return [(rule.source, slice(first, min(first + step, rule.rows))) for first in range(0, rule.rows, step)]
+
+
+def _read_ahead(checkpoint: Checkpoint, pieces: Iterable[tuple[str, slice]]) -> Iterator[Array]:
+    """The arrays of ``pieces`` in order, each of `READERS` threads reading one while the caller copies another."""
+    pending: deque[Future[Array]] = deque()
+    with ThreadPoolExecutor(READERS, "octavo-load") as pool:
+        for source, rows in pieces:
+            pending.append(pool.submit(checkpoint.read, source, (rows,)))
+            if len(pending) > READERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _layers(model: Model) -> list[tuple[str, Layer]]:
