@@ -32,6 +32,10 @@ class Platform(Protocol):
         """int32[count] on the host, from which copies to the device are fastest."""
         ...
 
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros on the device; where memory is virtual, untouched parts of it take none."""
+        ...
+
     def to_host(self, tensor: torch.Tensor) -> HostCopy:
         """Starts a copy to the host."""
         ...

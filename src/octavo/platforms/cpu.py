@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from octavo.config import MemoryOptions
@@ -36,6 +38,11 @@ class CpuPlatform:
     def host_buffer(self, count: int) -> torch.Tensor:
         """Plain memory."""
         return torch.empty(count, dtype=torch.int32)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """From numpy, which leaves zeroing to the operating system; `torch.zeros` would write every byte now."""
+        count = math.prod(shape) * dtype.itemsize
+        return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
 
     def to_host(self, tensor: torch.Tensor) -> _Here:
         """The tensor itself."""

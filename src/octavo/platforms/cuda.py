@@ -39,6 +39,10 @@ class CudaPlatform:
         """Pinned memory, so that the copy to the device is asynchronous."""
         return torch.empty(count, dtype=torch.int32, pin_memory=True)
 
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros on the card."""
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
     def to_host(self, tensor: torch.Tensor) -> _Copy:
         """An asynchronous copy on the current stream, and the event that ends it."""
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -8,6 +8,7 @@ import torch
 
 from octavo.config import ModelConfig
 from octavo.errors import OutOfMemory, UnsupportedModel
+from octavo.platforms.base import Platform
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,11 @@ class CachePlan:
     max_len: int
     reason: str
 
-    def allocate(self, config: ModelConfig, device: torch.device) -> torch.Tensor:
+    def allocate(self, config: ModelConfig, platform: Platform) -> torch.Tensor:
         """The cache, laid out as `kernels.metadata` says; zeros, since masked slots are still multiplied by 0."""
         layer = config.layers[0]
         shape = (len(config.layers), self.num_pages + 1, 2, layer.kv_heads, self.page_size, layer.head_dim)
-        return torch.zeros(shape, dtype=getattr(torch, config.dtype), device=device)
+        return platform.zeros(shape, getattr(torch, config.dtype))
 
 
 def plan_cache(

@@ -80,7 +80,7 @@ class Worker:
             max_rows=limits.max_num_seqs,
         )
         get_logger().info("kv cache: %s", plan.reason)
-        cache = plan.allocate(self._model_config, self.platform.device)
+        cache = plan.allocate(self._model_config, self.platform)
         self._runner = Runner(self._model, cache, self.platform, max_rows=limits.max_num_seqs, max_len=plan.max_len)
         return plan.num_pages, plan.max_len
 
