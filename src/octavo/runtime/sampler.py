@@ -116,6 +116,7 @@ class Sampler:
         self._vocab = vocab_size
         self._device = device
         self._rows: dict[int, _Row] = {}
+        self._demanding: set[int] = set()  # rows that are not plainly greedy
         self._with_logprobs: set[int] = set()
         self._with_history: set[int] = set()  # rows whose state takes in the sampled token
         self._parameters = np.zeros(0, _PARAMETERS)
@@ -138,6 +139,8 @@ class Sampler:
             state.slot = self._penalties.start(self._ids(tokens[:prompt_len]), self._ids(tokens[prompt_len:]))
         state.edited = state.is_edited()
         self._rows[row] = state
+        if state.edited or state.mode is not _Mode.GREEDY:
+            self._demanding.add(row)
         if sampling.logprobs is not None:
             self._with_logprobs.add(row)
         if state.slot is not None or state.bad_words is not None:
@@ -149,20 +152,17 @@ class Sampler:
         state = self._rows.pop(row, None)
         if state is not None and state.slot is not None:
             self._penalties.end(state.slot)
+        self._demanding.discard(row)
         self._with_logprobs.discard(row)
         self._with_history.discard(row)
 
     def sample(self, logits: torch.Tensor, items: list[SampleItem]) -> Sampled:
         """Samples one token for each row of ``logits[S, V]``; ``items[i]`` says for whom row i is."""
-        groups: dict[tuple[bool, _Mode], list[int]] = {}
-        for i, (row, _) in enumerate(items):
-            state = self._rows[row]
-            groups.setdefault((state.edited, state.mode), []).append(i)
-        if len(groups) == 1 and (False, _Mode.GREEDY) in groups:
+        if not self._demanding or self._demanding.isdisjoint([row for row, _ in items]):
             chosen, peaks = kernels.argmax(logits)
-            finite = torch.isfinite(peaks)
+            finite = _is_finite(peaks)
         else:
-            chosen, finite = self._sample_groups(logits, items, groups)
+            chosen, finite = self._sample_groups(logits, items)
         tokens = (chosen * finite).int()
         if self._with_history:
             self._record(tokens, items)
@@ -180,10 +180,12 @@ class Sampler:
 
     # --- the parts of `sample` ---
 
-    def _sample_groups(
-        self, logits: torch.Tensor, items: list[SampleItem], groups: dict[tuple[bool, _Mode], list[int]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample_groups(self, logits: torch.Tensor, items: list[SampleItem]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token (int64) of each item, and whether its logits were finite, before and after edits."""
+        groups: dict[tuple[bool, _Mode], list[int]] = {}
+        for i, (row, _) in enumerate(items):
+            state = self._rows[row]
+            groups.setdefault((state.edited, state.mode), []).append(i)
         chosen = torch.empty(len(items), dtype=torch.int64, device=logits.device)
         finite = torch.empty(len(items), dtype=torch.bool, device=logits.device)
         step = max(1, _MAX_ELEMENTS // self._vocab)
@@ -196,7 +198,7 @@ class Sampler:
                 if edited:
                     x = self._edit(x.float(), [items[i] for i in part])
                 token, peak = self._choose(x, [items[i] for i in part], mode)
-                chosen[index], finite[index] = token, torch.isfinite(peak) & torch.isfinite(raw_peak)
+                chosen[index], finite[index] = token, _is_finite(peak) & _is_finite(raw_peak)
         return chosen, finite
 
     def _choose(self, x: torch.Tensor, items: list[SampleItem], mode: _Mode) -> tuple[torch.Tensor, torch.Tensor]:
@@ -360,8 +362,13 @@ def _upload(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tenso
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
+def _is_finite(peaks: torch.Tensor) -> torch.Tensor:
+    """Of the greatest logit of each row: not NaN, +inf (wrong logits) or -inf (all masked)."""
+    return peaks.abs() < float("inf")
+
+
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("cpu", non_blocking=True)
+    return tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor
 
 
 def _token_logprobs(
