@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from octavo.config import ModelConfig
 from octavo.errors import ModelError
 from octavo.hub import configs
 from octavo.hub.patches import normalise
 from octavo.hub.resolve import Source
-
 from tools import tiny
 
 

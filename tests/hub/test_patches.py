@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytest
+
 from octavo.errors import ModelError
 from octavo.hub.patches import normalise
 

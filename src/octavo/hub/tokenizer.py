@@ -1,0 +1,334 @@
+"""Text to token ids and back, with the results of Transformers' AutoTokenizer but without importing Transformers.
+
+`HfTokenizer` runs the ``tokenizers`` library on ``tokenizer.json`` and applies what ``tokenizer_config.json`` says on
+top: further added tokens, named special tokens, chat templates. As in Transformers 5, the post-processor of
+``tokenizer.json`` says what is put around a text; ``add_bos_token`` and ``add_eos_token`` beside it are ignored. Only a
+model without ``tokenizer.json``, or one asked for with ``--tokenizer-mode hf`` or ``slow``, needs Transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from octavo.errors import ModelError, RequestError
+from octavo.hub.configs import read_json
+from octavo.hub.resolve import Source
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+_NAME_IT: Final = "Name another one with --tokenizer, or pass --skip-tokenizer-init to work with token ids alone."
+
+
+class Tokenizer(Protocol):
+    """What octavo needs of a tokenizer. Implementations are safe to use from several threads."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Largest id plus one, added tokens included."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids that ``decode(skip_special_tokens=True)`` leaves out."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """``bos_token`` and the like to their text, as chat templates want them."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The default template."""
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """All templates by name, ``default`` among them if there is one."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
+    def id_to_token(self, id: int) -> str | None: ...
+
+    def token_to_id(self, token: str) -> int | None: ...
+
+
+def load_tokenizer(source: Source, *, mode: str = "auto", trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of ``source`` for ``--tokenizer-mode`` ``auto``, ``hf`` or ``slow``.
+
+    Raises `ModelError`: HF060 if there is none, HF002 for a broken file, HF010 if only code of the repo could read it.
+    """
+    if mode == "mistral":
+        raise ModelError("tokenizer mode mistral is not available.", "Use --tokenizer-mode auto.", id="HF060")
+    if source.kind == "gguf":
+        return _from_gguf(source)
+    config_file = source.file("tokenizer_config.json")
+    config = read_json(config_file) if config_file else {}
+    code = _remote_code(config)
+    json_file = source.file("tokenizer.json")
+    if mode == "auto" and json_file is not None and not (code and trust_remote_code):
+        return _from_json(source, json_file, config)
+    if code and not trust_remote_code and json_file is None:
+        raise ModelError(
+            f"the tokenizer of {source.name} is Python code of its repo ({code}), at {source.commit or source.path}.",
+            "Read that code, then allow it with --trust-remote-code (trust_remote_code=True), or name another "
+            "tokenizer with --tokenizer.",
+            id="HF010",
+        )
+    if code is None and not any(source.file(name) for name in _FILES):
+        raise ModelError(f"{source.path} has no tokenizer: none of {', '.join(_FILES)}.", _NAME_IT, id="HF060")
+    return _from_transformers(source, mode, trust_remote_code)
+
+
+def _remote_code(config: Mapping[str, Any]) -> str | None:
+    """Which class of the repo's own code ``auto_map`` names, if any."""
+    named = config.get("auto_map")
+    if isinstance(named, Mapping):
+        named = named.get("AutoTokenizer")
+    if isinstance(named, (list, tuple)):
+        named = next((name for name in reversed(named) if name), None)
+    return str(named) if named else None
+
+
+# --- the tokenizers library -------------------------------------------------------------------------------------------
+
+
+class HfTokenizer:
+    """A `Tokenizer` on the ``tokenizers`` library; everything that a request asks for is computed once, here."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        special_tokens: Mapping[str, str],
+        chat_templates: Mapping[str, str],
+        *,
+        clean_up: bool = False,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self._clean_up = clean_up
+        self.special_tokens = dict(special_tokens)
+        self.chat_templates = dict(chat_templates)
+        self.chat_template = self.chat_templates.get("default")
+        self.vocab_size: int = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.bos_id = self._id_of("bos_token")
+        self.eos_id = self._id_of("eos_token")
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.token_to_id(token)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids; raises `RequestError` for text that is no Unicode (half a surrogate pair)."""
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            if not isinstance(text, str) or _is_unicode(text):
+                raise
+            raise RequestError("the text has half a surrogate pair.", "Send valid Unicode.", param="prompt") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        return _cleaned(text) if self._clean_up else text
+
+    def id_to_token(self, id: int) -> str | None:
+        token: str | None = self._backend.id_to_token(id)
+        return token
+
+    def token_to_id(self, token: str) -> int | None:
+        id: int | None = self._backend.token_to_id(token)
+        return id
+
+
+def _from_json(source: Source, path: Path, config: Mapping[str, Any]) -> HfTokenizer:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(f"{path} is no tokenizer: {error}.", "Download it again.", id="HF002") from None
+    settings = _settings(source, config)
+    try:
+        _add_tokens(backend, settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"tokenizer_config.json of {source.name} is broken: {error}.", "Download it again.", id="HF002"
+        ) from None
+    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    # Meant for WordPiece; with BPE it would eat spaces that belong to the text, so Transformers ignores it there, too.
+    clean_up = bool(settings.get("clean_up_tokenization_spaces")) and type(backend.model).__name__ != "BPE"
+    return HfTokenizer(backend, _special_tokens(settings), _templates(source, config), clean_up=clean_up)
+
+
+def _from_gguf(source: Source) -> HfTokenizer:
+    from octavo.hub.gguf import GgufReader
+    from octavo.hub.gguf_tokenizer import gguf_tokenizer
+
+    made = gguf_tokenizer(GgufReader(source.path))
+    templates = {} if made.chat_template is None else {"default": made.chat_template}
+    return HfTokenizer(made.tokenizer, made.special_tokens, templates)
+
+
+def _settings(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
+    """``tokenizer_config.json``; one without ``added_tokens_decoder`` is of an age when another file held the names."""
+    extra = source.file("special_tokens_map.json")
+    if "added_tokens_decoder" in config or extra is None:
+        return dict(config)
+    return {**config, **read_json(extra)}
+
+
+def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The named special tokens: the standard ones, then a model's own (``image_token`` …)."""
+    named = {key: value for key, value in settings.items() if key in SPECIAL_NAMES or key.endswith("_token")}
+    if isinstance(settings.get("extra_special_tokens"), Mapping):
+        named |= settings["extra_special_tokens"]
+    texts = ((key, _text_of(value)) for key, value in named.items() if isinstance(value, (str, Mapping)))
+    return {key: text for key, text in texts if text is not None}
+
+
+def _text_of(token: Any) -> str | None:
+    """A token is written as its text or as an object with ``content``."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    return text if isinstance(text, str) and text else None
+
+
+def _add_tokens(backend: Backend, settings: Mapping[str, Any]) -> None:
+    """Adds the tokens that the config has beyond ``tokenizer.json``: listed ones by id, then named and further ones."""
+    known = backend.get_added_tokens_decoder()
+    listed = {int(i): _added(token) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    wanted = [token for i, token in sorted(listed.items()) if i not in known or repr(known[i]) != repr(token)]
+    have = {token.content for token in known.values()} | {token.content for token in wanted}
+    further = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+    more = [*_special_tokens(settings).values(), *(further if isinstance(further, list) else ())]
+    for token in more:
+        text = _text_of(token)
+        if text is not None and text not in have:
+            wanted.append(_added(token if isinstance(token, Mapping) else {"content": text}, special=True))
+            have.add(text)
+    backend.add_tokens(wanted)
+
+
+def _added(token: Mapping[str, Any], *, special: bool = False) -> AddedToken:
+    from tokenizers import AddedToken
+
+    special = special or bool(token.get("special", False))
+    return AddedToken(
+        token["content"],
+        single_word=bool(token.get("single_word", False)),
+        lstrip=bool(token.get("lstrip", False)),
+        rstrip=bool(token.get("rstrip", False)),
+        normalized=bool(token.get("normalized", not special)),
+        special=special,
+    )
+
+
+def _templates(source: Source, config: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by name: files of Jinja before ``tokenizer_config.json`` before a processor's old JSON file."""
+    found: dict[str, str] = {}
+    folder = source.path / "additional_chat_templates"
+    if main := source.file("chat_template.jinja"):
+        found["default"] = _read_text(main)
+    for path in sorted(folder.glob("*.jinja")):
+        found[path.stem] = _read_text(path)
+    return found or _named(config.get("chat_template")) or _old_template(source)
+
+
+def _named(template: Any) -> dict[str, str]:
+    if isinstance(template, str):
+        return {"default": template}
+    if not isinstance(template, list):
+        return {}
+    entries = (entry for entry in template if isinstance(entry, Mapping))
+    return {str(entry.get("name")): entry["template"] for entry in entries if isinstance(entry.get("template"), str)}
+
+
+def _old_template(source: Source) -> dict[str, str]:
+    path = source.file("chat_template.json")
+    return _named(read_json(path).get("chat_template")) if path else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}.", "Download it again.", id="HF002") from None
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _cleaned(text: str) -> str:
+    """Undoes the spaces that WordPiece decoding puts before punctuation and English contractions."""
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for ending in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {ending}", ending)
+    return text
+
+
+# --- Transformers, for the odd ones -----------------------------------------------------------------------------------
+
+
+class AutoTokenizerAdapter:
+    """A `Tokenizer` on one of Transformers' own, whose attributes are recomputed at every access and so are kept."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.special_tokens: dict[str, str] = {
+            name: text for name, text in inner.special_tokens_map.items() if isinstance(text, str)
+        }
+        template = getattr(inner, "chat_template", None)
+        self.chat_templates: dict[str, str] = dict(template) if isinstance(template, dict) else _named(template)
+        self.chat_template = self.chat_templates.get("default")
+        vocabulary: dict[str, int] = inner.get_vocab()
+        self._tokens = {id: token for token, id in vocabulary.items()}
+        self._ids = vocabulary
+        self.vocab_size = max(len(inner), max(self._tokens, default=-1) + 1)
+        self.special_ids = frozenset(int(id) for id in inner.all_special_ids)
+        self.bos_id: int | None = inner.bos_token_id
+        self.eos_id: int | None = inner.eos_token_id
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._inner.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def id_to_token(self, id: int) -> str | None:
+        return self._tokens.get(id)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+
+def _from_transformers(source: Source, mode: str, trust_remote_code: bool) -> AutoTokenizerAdapter:
+    from transformers import AutoTokenizer
+
+    try:
+        inner = AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, use_fast=mode != "slow", trust_remote_code=bool(trust_remote_code)
+        )
+    except Exception as error:  # with the flag, code of the repo may raise anything
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(
+            f"Transformers cannot load the tokenizer of {source.name}: {first}", _NAME_IT, id="HF060"
+        ) from error
+    return AutoTokenizerAdapter(inner)
