@@ -86,18 +86,23 @@ def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> L
     A tensor's values depend on the seed, its name, its type and the kind of device.
     """
     start = time.perf_counter()
-    device = device or torch.device("cpu")
+    device = torch.device("cpu") if device is None else device
     ops = select.ops(device, model.dtype)
-    generator = torch.Generator(device)
-    count = total = 0
-    for name, layer in _layers(model):
+
+    def fill(item: tuple[str, Layer]) -> list[int]:
+        name, layer = item
         layer.materialise(device)
+        generator, sizes = torch.Generator(device), []
         for parameter, tensor in layer.named_parameters(recurse=False):
             generator.manual_seed(seed ^ zlib.crc32(f"{name}.{parameter}".encode()))
             layer.fill_dummy(parameter, generator)
-            count, total = count + 1, total + tensor.nbytes
+            sizes.append(tensor.nbytes)
         layer.finish(ops)
-    return LoadReport(count, total, time.perf_counter() - start)
+        return sizes
+
+    with ThreadPoolExecutor(os.cpu_count(), "octavo-load") as pool:  # a generator fills on one core
+        sizes = [size for layer in pool.map(fill, _layers(model)) for size in layer]
+    return LoadReport(len(sizes), sum(sizes), time.perf_counter() - start)
 
 
 def as_tensor(array: Array) -> torch.Tensor:
