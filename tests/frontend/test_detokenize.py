@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.frontend.detokenize import Detokenizer, IncrementalText, StopMatcher, TextDecoder
 from octavo.types import SamplingParams
-from tests.frontend.fakes import byte_level, sentencepiece
+from tests.frontend.fakes import FakeTokenizer, byte_level, sentencepiece
 
 TOKENIZERS = {"byte_level": byte_level(), "sentencepiece": sentencepiece()}
 DECODERS = {name: TextDecoder(tokenizer) for name, tokenizer in TOKENIZERS.items()}
@@ -169,3 +171,14 @@ def test_a_stop_string_counts_only_when_it_ends_after_min_tokens() -> None:
     ids = TOKENIZERS["byte_level"].encode("a.b.c")
     assert run("byte_level", ids, SamplingParams(stop=".", min_tokens=2))[0] == "a.b"
     assert run("byte_level", ids, SamplingParams(stop=".", min_tokens=1))[0] == "a"
+
+
+def test_nothing_is_lost_when_a_tokenizer_takes_a_space_back() -> None:
+    class Tidy(FakeTokenizer):
+        def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+            return super().decode(ids, skip_special_tokens=skip_special_tokens).replace(" .", ".")
+
+    tokenizer = Tidy(TOKENIZERS["byte_level"].lib)
+    out = IncrementalText(TextDecoder(tokenizer))
+    ids = [i for word in ("a", " ", ".", " ", "b") for i in tokenizer.encode(word)]
+    assert "".join([*map(out.push, ids), out.flush()]) == "a . b"

@@ -66,7 +66,7 @@ class IncrementalText:
         text = self._text(self._window)
         if text.endswith(REPLACEMENT):
             return self._split(text) if len(self._window) - self._read > MAX_PENDING else ""
-        if len(text) <= len(self._shown):
+        if self._shown.startswith(text):
             return ""
         return self._advance(text)
 
@@ -79,7 +79,9 @@ class IncrementalText:
 
     def _advance(self, text: str) -> str:
         """Lets out ``text``, the whole window's, but for what was shown; the pending tokens become the shown ones."""
-        new = text[len(self._shown) :]
+        # A tokenizer that tidies up spaces can take back one that is out already; what follows it must not be lost.
+        same = len(self._shown) if text.startswith(self._shown) else _same_start(self._shown, text)
+        new = text[same:]
         del self._window[: self._read]
         self._read = len(self._window)
         self._shown = self._text(self._window)
@@ -111,6 +113,11 @@ class IncrementalText:
                 continue
             context.append(token)
         return context[::-1]
+
+
+def _same_start(left: str, right: str) -> int:
+    """How many characters at the start are the same."""
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 class StopMatcher:

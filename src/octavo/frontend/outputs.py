@@ -190,6 +190,11 @@ class OutputProcessor:
         self._states.update((request.id, state) for request in prepared.requests)
         return state
 
+    @property
+    def pending(self) -> int:
+        """How many of the core's requests have not ended."""
+        return len(self._states)
+
     def process(self, outputs: Iterable[TokenOutput]) -> tuple[list[tuple[RequestState, Delta]], list[str]]:
         """(what changed, ids to abort because of a stop string). Outputs of unknown ids are ignored.
 

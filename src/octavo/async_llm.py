@@ -1,0 +1,293 @@
+"""`AsyncLLM`: the engine for services, one async iterator per request.
+
+The engine core runs in a process of its own; text is made here. A request that is no longer wanted is aborted when its
+iterator is closed or its task cancelled, so a client that hangs up frees its memory within a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Literal, Self
+
+from octavo.config import EngineConfig
+from octavo.errors import OctavoError, RequestError
+from octavo.frontend.chat import ChatRenderer, Message
+from octavo.frontend.client import EngineClient
+from octavo.frontend.detokenize import TextDecoder
+from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
+from octavo.frontend.loading import TextModel, load_text_model
+from octavo.frontend.outputs import Delta, RequestState
+from octavo.hub.tokenizer import Tokenizer
+from octavo.types import EngineInfo, Request, RequestOutput, SamplingParams, Stats, TokenOutput
+
+INLINE_SIZE = 4096  # characters or ids of a prompt that is encoded in the event loop, faster than a thread could start
+
+
+class Generation:
+    """A request in flight: an async iterator of `Delta`s, and in ``state`` all that has come so far.
+
+    Made by `AsyncLLM.run`. It starts when it is first iterated, and only one may iterate it.
+    """
+
+    def __init__(self, state: RequestState, deltas: AsyncGenerator[Delta, None]) -> None:
+        self.state = state
+        self._deltas = deltas
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        return self._deltas
+
+    async def aclose(self) -> None:
+        """Aborts what has not ended."""
+        await self._deltas.aclose()
+
+
+class AsyncLLM:
+    """Generates for many callers at once. Made by `start`, or over any `EngineClient`."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        text: TextModel,
+        *,
+        chat_template: str | None = None,
+        seeds: random.Random | None = None,
+    ) -> None:
+        self.client = client
+        self.tokenizer: Tokenizer | None = text.tokenizer
+        self.inputs = InputProcessor(
+            text.tokenizer, client.info, eos_ids=text.eos_ids, defaults=text.defaults, seeds=seeds
+        )
+        model_template = text.tokenizer.chat_template if text.tokenizer is not None else None
+        self.renderer = ChatRenderer(
+            chat_template if chat_template is not None else model_template,
+            text.tokenizer.special_tokens if text.tokenizer is not None else None,
+        )
+        self._decoder = TextDecoder(text.tokenizer) if text.tokenizer is not None else None
+        self._running: dict[str, RequestState] = {}
+
+    @classmethod
+    async def start(
+        cls,
+        config: EngineConfig,
+        *,
+        chat_template: str | None = None,
+        worker: Literal["real", "stub"] = "real",
+        log_level: str = "info",
+        on_death: Callable[[OctavoError], None] | None = None,
+    ) -> AsyncLLM:
+        """Starts the engine process and waits until it is ready; the tokenizer is loaded meanwhile.
+
+        ``chat_template`` is a template's text. Raises what kept the engine from starting, as `LLM` does.
+        """
+        from octavo.frontend.core_client import CoreClient
+        from octavo.frontend.core_process import spawn
+
+        process = spawn(config, worker, log_level=log_level)
+        ready = asyncio.ensure_future(asyncio.to_thread(process.wait_ready))
+        try:
+            text = await asyncio.to_thread(load_text_model, config)
+            info = await asyncio.shield(ready)
+        except BaseException:
+            process.process.kill()  # so that `wait_ready` ends, in whose thread the sockets are
+            await asyncio.wait([ready])
+            ready.exception()
+            await asyncio.to_thread(process.stop)
+            raise
+        client = CoreClient(process, info, on_death=on_death)
+        return cls(client, text, chat_template=chat_template, seeds=random.Random(config.model.seed))
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself."""
+        return self.client.info
+
+    def default_params(self) -> SamplingParams:
+        """Sampling parameters of requests that bring none."""
+        return self.inputs.default_params()
+
+    # --- requests ---------------------------------------------------------------------------------------------------
+
+    async def prepare(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+    ) -> Prepared:
+        """Checks and encodes a request without sending it; raises `RequestError`."""
+        id = request_id or new_id()
+        if _size(prompt) <= INLINE_SIZE:
+            return self.inputs.process(id, prompt, sampling_params, priority=priority, salt=salt)
+        return await asyncio.to_thread(self.inputs.process, id, prompt, sampling_params, priority=priority, salt=salt)
+
+    async def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        **rendering: Any,
+    ) -> Prepared:
+        """As `prepare`, from messages; ``rendering`` are the options of `ChatRenderer.render`."""
+
+        def work() -> Prepared:
+            text = self.renderer.render(messages, **rendering)
+            ids = self.inputs.encode(text, add_special_tokens=False)
+            id = request_id or new_id()
+            return self.inputs.process_ids(id, ids, sampling_params, text=text, priority=priority, salt=salt)
+
+        return await asyncio.to_thread(work)  # a template may take its time
+
+    def run(self, prepared: Prepared) -> Generation:
+        """Sends a prepared request when iterated. Raises, then, what ended it: `Overloaded`, `EngineDead`, …"""
+        state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
+        return Generation(state, self._deltas(state))
+
+    async def collect(self, prepared: Prepared) -> RequestOutput:
+        """Runs a prepared request to its end."""
+        generation = self.run(prepared)
+        async with aclosing(generation):
+            async for _ in generation:
+                pass
+        return generation.state.snapshot()
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[Delta, None]:
+        """What each step adds."""
+        generation = self.run(await self.prepare(prompt, sampling_params, request_id, priority=priority))
+        async with aclosing(generation):
+            async for delta in generation:
+                yield delta
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Everything so far, after each step."""
+        prepared = await self.prepare(prompt, sampling_params, request_id, priority=priority)
+        async with aclosing(self._snapshots(prepared)) as snapshots:
+            async for output in snapshots:
+                yield output
+
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        **rendering: Any,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """As `generate`, from messages; ``rendering`` are the options of `ChatRenderer.render`."""
+        prepared = await self.prepare_chat(messages, sampling_params, request_id, priority=priority, **rendering)
+        async with aclosing(self._snapshots(prepared)) as snapshots:
+            async for output in snapshots:
+                yield output
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request early; its iterator ends with ``finish_reason="abort"``. Unknown ids are ignored."""
+        state = self._running.get(request_id)
+        if state is not None:
+            await self.client.abort(state.unfinished_ids())
+
+    # --- the engine -------------------------------------------------------------------------------------------------
+
+    async def health(self) -> Stats:
+        """Proof that the engine's loop turns; raises `EngineDead`."""
+        return await self.client.health()
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes."""
+        return await self.client.reset_prefix_cache()
+
+    async def close(self) -> None:
+        """Ends the engine; requests in flight end with ``finish_reason="abort"``."""
+        await self.client.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    async def _snapshots(self, prepared: Prepared) -> AsyncGenerator[RequestOutput, None]:
+        generation = self.run(prepared)
+        async with aclosing(generation):
+            async for _ in generation:
+                yield generation.state.snapshot()
+
+    async def _deltas(self, state: RequestState) -> AsyncGenerator[Delta, None]:
+        id = state.prepared.id
+        if id in self._running:
+            raise RequestError(f"a request with id {id!r} is running.", "Use another id.", param="request_id")
+        self._running[id] = state
+        try:
+            async with aclosing(self._outputs(state.prepared.requests)) as outputs:
+                async for output in outputs:
+                    delta = state.process(output)
+                    if delta is None:
+                        continue
+                    if delta.finish_reason is not None and output.finish_reason is None:
+                        await self.client.abort([output.id])  # a stop string
+                    yield delta
+                    if state.finished:
+                        return
+        finally:
+            del self._running[id]
+            if unfinished := state.unfinished_ids():
+                await self.client.abort(unfinished)
+
+    async def _outputs(self, requests: Sequence[Request]) -> AsyncGenerator[TokenOutput, None]:
+        """The outputs of several requests as they come."""
+        if len(requests) == 1:
+            async for output in await self.client.submit(requests[0]):
+                yield output
+            return
+        merged: asyncio.Queue[TokenOutput | Exception | None] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._pump(request, merged)) for request in requests]
+        try:
+            for _ in requests:
+                while (item := await merged.get()) is not None:
+                    if isinstance(item, Exception):
+                        raise item
+                    yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _pump(self, request: Request, into: asyncio.Queue[TokenOutput | Exception | None]) -> None:
+        try:
+            async for output in await self.client.submit(request):
+                into.put_nowait(output)
+            into.put_nowait(None)
+        except Exception as error:
+            into.put_nowait(error)
+
+
+def new_id() -> str:
+    """An id that no other request has."""
+    return uuid.uuid4().hex
+
+
+def _size(prompt: object) -> int:
+    """Characters or ids of a prompt of any form, even a wrong one."""
+    if isinstance(prompt, Mapping):
+        return sum(map(_size, prompt.values()))
+    return len(prompt) if isinstance(prompt, Sequence) else 0

@@ -1,0 +1,308 @@
+"""`LLM`: the engine in this process, for scripts. Arguments and results are those of vLLM's class of this name."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
+from octavo.frontend.chat import ChatRenderer, Message, load_template
+from octavo.frontend.detokenize import TextDecoder
+from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
+from octavo.frontend.loading import TextModel, load_text_model
+from octavo.frontend.outputs import OutputProcessor, RequestState, error_of
+from octavo.types import Request, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from octavo.core.process import Engine
+    from octavo.hub.tokenizer import Tokenizer
+
+Params = SamplingParams | Sequence[SamplingParams] | None
+UseTqdm = bool | Callable[..., Any]  # a callable makes the bar, as tqdm's own class does
+
+# Options of vLLM's LLM that octavo does not have, with the values that change nothing; None: every value does.
+NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
+    "allowed_local_media_path": ("",),
+    "cpu_offload_gb": (0,),
+    "data_parallel_size": (1,),
+    "disable_custom_all_reduce": None,
+    "disable_log_stats": None,
+    "distributed_executor_backend": (None, "uni", "mp"),
+    "enable_chunked_prefill": (None, True),
+    "enable_expert_parallel": (False,),
+    "enable_lora": (False,),
+    "kv_cache_dtype": ("auto",),
+    "max_seq_len_to_capture": None,
+    "pipeline_parallel_size": (1,),
+    "quantization": (None,),
+    "runner": ("auto", "generate"),
+    "swap_space": None,
+    "task": ("auto", "generate", None),
+    "tensor_parallel_size": (1,),
+}
+
+
+class LLM:
+    """A model, ready to generate. Not for several threads at once; for a service see `AsyncLLM`.
+
+    ``model`` is a repo id, a folder or a ``.gguf`` file; options are the fields of `EngineConfig`, flat, such as
+    ``dtype``, ``max_model_len``, ``max_num_seqs``, ``kv_cache_memory_bytes``, ``device``. Raises `ConfigError`,
+    `ModelError` or `OutOfMemory`.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        config = engine_config(model, options)
+        text = load_text_model(config)
+        self._setup(config, text, _start_core(config))
+
+    @classmethod
+    def over(cls, core: Engine, text: TextModel, config: EngineConfig) -> LLM:
+        """An LLM over a core that runs already; it is closed with the LLM."""
+        llm = cls.__new__(cls)
+        llm._setup(config, text, core)
+        return llm
+
+    def _setup(self, config: EngineConfig, text: TextModel, core: Engine) -> None:
+        self.config = config
+        self._core: Engine | None = core
+        self._tokenizer = text.tokenizer
+        self._decoder = TextDecoder(text.tokenizer) if text.tokenizer is not None else None
+        self._inputs = InputProcessor(
+            text.tokenizer,
+            core.info,
+            eos_ids=text.eos_ids,
+            defaults=text.defaults,
+            seeds=random.Random(config.model.seed),
+            clamp_max_tokens=True,
+        )
+        template = text.tokenizer.chat_template if text.tokenizer is not None else None
+        self._chat = ChatRenderer(template, text.tokenizer.special_tokens if text.tokenizer is not None else None)
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+    ) -> list[RequestOutput]:
+        """One result for each prompt, in order. Without ``sampling_params`` the model's defaults apply.
+
+        All prompts are checked before any is run; a bad one raises `RequestError` and nothing is generated.
+        """
+        several = _prompts(prompts)
+        params = _params_for(sampling_params, len(several))
+        prepared = [self._inputs.process(self._id(), p, s) for p, s in zip(several, params, strict=True)]
+        return self._run(prepared, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """One result for each conversation: a list of messages, or a list of such lists.
+
+        ``chat_template`` is a file or a template itself, instead of the model's.
+        """
+        chats = _conversations(messages)
+        template = load_template(chat_template) if chat_template is not None else None
+        prepared = []
+        for conversation, params in zip(chats, _params_for(sampling_params, len(chats)), strict=True):
+            text = self._chat.render(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=template,
+                template_kwargs=chat_template_kwargs,
+            )
+            ids = self._inputs.encode(text, add_special_tokens=False)
+            prepared.append(self._inputs.process_ids(self._id(), ids, params, text=text))
+        return self._run(prepared, use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer; raises `ConfigError` if the engine has none."""
+        if self._tokenizer is None:
+            raise ConfigError("this engine has no tokenizer.", "Leave skip_tokenizer_init out.")
+        return self._tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when none are given: the model's own generation config over the usual defaults."""
+        return self._inputs.default_params()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes."""
+        return self._engine().reset_prefix_cache()
+
+    def close(self) -> None:
+        """Frees the model and its memory. May be called twice; nothing else works afterwards."""
+        core, self._core = self._core, None
+        if core is not None:
+            core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _engine(self) -> Engine:
+        if self._core is None:
+            raise EngineDead("this LLM is closed.", "Make a new one.")
+        return self._core
+
+    def _id(self) -> str:
+        return str(next(self._ids))
+
+    def _run(self, prepared: list[Prepared], use_tqdm: UseTqdm) -> list[RequestOutput]:
+        core = self._engine()
+        outputs = OutputProcessor(self._decoder, self._inputs.eos_ids)
+        states = [outputs.add(one) for one in prepared]
+        waiting = deque(request for one in prepared for request in one.requests)
+        bar = _Progress(use_tqdm, len(states))
+        try:
+            with _interrupts_between_steps() as check:
+                while outputs.pending:
+                    self._feed(core, waiting)
+                    if not core.has_work():
+                        raise EngineDead("the engine lost a request.", "This is a bug in octavo; please report it.")
+                    changed, aborts = outputs.process(core.step())
+                    core.abort(aborts)
+                    for state, delta in changed:
+                        bar.add(state, len(delta.token_ids))
+                    check()
+        except (OctavoError, KeyboardInterrupt):
+            core.abort(outputs.drop())
+            raise
+        finally:
+            bar.close()
+        return [state.snapshot() for state in states]
+
+    def _feed(self, core: Engine, waiting: deque[Request]) -> None:
+        """Hands over as many requests as may wait in the core."""
+        while waiting and core.stats().waiting < self.config.limits.max_waiting:
+            refusal = core.add(waiting.popleft())
+            if refusal is not None:
+                raise error_of(refusal)
+
+
+def engine_config(model: str | os.PathLike[str], options: Mapping[str, Any]) -> EngineConfig:
+    """The config for the arguments of `LLM`; raises `ConfigError` for those that octavo does not have."""
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(f"model is of type {type(model).__name__}.", "Give a repo id, a folder or a .gguf file.")
+    known = dict(options)
+    for name in sorted(NO_EFFECT.keys() & known.keys()):
+        value, fine = known.pop(name), NO_EFFECT[name]
+        if fine is not None and value not in fine:
+            raise ConfigError(
+                f"{name} is {value!r}, which octavo does not have.",
+                f"Leave it out, or give {' or '.join(map(repr, fine))}.",
+            )
+    if "dtype" in known:
+        known["dtype"] = str(known["dtype"]).removeprefix("torch.")
+    return EngineConfig.of(model=os.fspath(model), **known)
+
+
+def _start_core(config: EngineConfig) -> Engine:
+    from octavo.core.engine import EngineCore
+    from octavo.runtime.worker import Worker
+
+    return EngineCore(config, Worker())
+
+
+def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one or several: a list of ints is one."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    if several and isinstance(several[0], int):
+        return [several]
+    return several
+
+
+def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+    several: list[Any] = list(messages)
+    return [several] if not several or isinstance(several[0], Mapping) else several
+
+
+def _params_for(params: Params, count: int) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(
+            f"there are {count} prompts and {len(params)} sampling_params.",
+            "Give one for all, or one for each.",
+            param="sampling_params",
+        )
+    return params
+
+
+class _Progress:
+    """A bar over prompts with the rate of tokens, or nothing."""
+
+    def __init__(self, use_tqdm: UseTqdm, total: int) -> None:
+        self._bar: Any = None
+        if use_tqdm is not False and total:
+            from tqdm.auto import tqdm
+
+            make = tqdm if use_tqdm is True else use_tqdm
+            self._bar = make(total=total, desc="Processed prompts", unit="prompt", dynamic_ncols=True)
+        self._tokens = 0
+        self._began = time.monotonic()
+
+    def add(self, state: RequestState, tokens: int) -> None:
+        self._tokens += tokens
+        if self._bar is not None and state.finished:
+            rate = self._tokens / max(time.monotonic() - self._began, 1e-6)
+            self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+            self._bar.update(1)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextmanager
+def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Delays Ctrl-C until the yielded function is called: a step that is cut in two would leave the engine broken.
+
+    Pressing it a second time interrupts at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    seen = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: object) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(signal.SIGINT, before)
+
+    def check() -> None:
+        if seen:
+            raise KeyboardInterrupt
+
+    if before is not signal.default_int_handler:  # the program has a handler of its own: leave it alone
+        yield lambda: None
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
