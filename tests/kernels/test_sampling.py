@@ -91,9 +91,10 @@ def test_filters_keep_what_the_naive_ones_keep(row: tuple[int, float, float], sc
     if coarse:  # many equal logits, as bfloat16 has them
         logits = (logits * 4).round() / 4
     probs = sampling.probabilities(logits, torch.ones(1, 1))
-    kept = sampling._filter(probs, filters([row], VOCAB))[0].nonzero().flatten().tolist()
-    naive = naive_kept(logits[0], *row)
-    assert set(kept) == {token for token in naive if probs[0, token] > 0}
+    naive = {token for token in naive_kept(logits[0], *row) if probs[0, token] > 0}
+    for thresholds in (sampling._row_thresholds, sampling._sorted_thresholds):
+        kept = (probs >= thresholds(probs, filters([row], VOCAB))) & (probs > 0)
+        assert set(kept[0].nonzero().flatten().tolist()) == naive
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0, 30.0])

@@ -291,6 +291,28 @@ def test_prompt_logprobs_are_of_the_targets() -> None:
         assert entry.top_logprobs == pytest.approx(row.topk(2).values.tolist(), abs=1e-5)
 
 
+def test_penalties_follow_sequences_that_outgrow_their_tables() -> None:
+    wanted = [params(temperature=0.0, repetition_penalty=1.0 + row / 10, frequency_penalty=0.2) for row in range(1, 8)]
+    prompts = [[(row * 31 + i) % VOCAB for i in range(100 * row)] for row in range(7)]
+    sampler = Sampler(VOCAB, CPU)
+    for row, sampling in enumerate(wanted):
+        sampler.start(row, prompts[row], len(prompts[row]), sampling)
+    known = [list(prompt) for prompt in prompts]
+    for step in range(30):
+        logits = random_logits(7, step % 3, scale=1.0)
+        expected = [naive_sample(logits[r], wanted[r], known[r], len(prompts[r])) for r in range(7)]
+        tokens = sampler.sample(logits, [SampleItem(r, len(known[r])) for r in range(7)]).finish()[0]
+        assert tokens == expected
+        for sequence, token in zip(known, tokens, strict=True):
+            sequence.append(token)
+    long = list(range(VOCAB - 1)) * 3
+    sampler.start(3, long, 5, wanted[3])
+    logits = random_logits(1, 77)
+    assert sampler.sample(logits, [SampleItem(3, len(long))]).finish()[0] == [
+        naive_sample(logits[0], wanted[3], long, 5)
+    ]
+
+
 def test_rows_may_be_ended_twice_and_out_of_order() -> None:
     sampler = Sampler(VOCAB, CPU)
     penalised = params(temperature=0.0, repetition_penalty=1.5, logprobs=1)

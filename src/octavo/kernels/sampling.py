@@ -74,9 +74,9 @@ def penalise(
     presence: torch.Tensor,
     frequency: torch.Tensor,
 ) -> torch.Tensor:
-    """The three penalties on float32 ``logits[S, V]``.
+    """The three penalties on the float32 ``logits[S, K]`` of some K tokens.
 
-    ``counts[S, V]``: how often each token was generated; ``prompt[S, V]``: whether it is in the prompt; the others
+    ``counts[S, K]``: how often each was generated; ``prompt[S, K]``: whether it is in the prompt; the others
     ``[S, 1]``. Repetition (of prompt and output) divides positive logits and multiplies negative ones; presence is
     subtracted once and frequency once for each time a token was generated. As in vLLM.
     """
@@ -168,7 +168,10 @@ def probabilities(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tens
 
 
 def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """As `draw` from those tokens of ``probs[S, V]`` (rows sum to 1) that pass ``filters``."""
+    """As `draw` from those tokens of ``probs[S, V]`` (rows sum to 1) that pass ``filters``.
+
+    Of a row of NaN the result means nothing.
+    """
     if probs.is_cuda:  # looking at the outcome of a shortcut would wait for the device
         return draw(_filter(probs, filters), keys)
     lead, ids = probs.topk(min(LEAD, probs.shape[1]))
@@ -177,7 +180,8 @@ def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> 
     # The lead was enough if nothing outside it can reach the threshold and the mass under top_p was known.
     least = lead[:, -1:]
     enough = (threshold > least) & ((floor > least) | (floor == 0) | (filters.top_p >= 1))
-    rest = (~(enough | (least == 0))).squeeze(1).nonzero().squeeze(1)
+    settled = enough | (least == 0) | lead[:, :1].isnan()
+    rest = (~settled).squeeze(1).nonzero().squeeze(1)
     if lead.shape[1] < probs.shape[1] and rest.numel():
         tokens[rest] = draw(_filter(probs[rest], filters[rest]), keys[rest])
     return tokens
@@ -185,15 +189,47 @@ def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> 
 
 def _filter(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
     """``probs`` with 0 where a token does not pass."""
-    wide = filters.width > min(_WIDEST_TOPK, probs.shape[1])
-    lead = _descending(probs) if wide else probs.topk(filters.width).values
-    return probs.masked_fill(probs < _thresholds(lead, probs, filters)[1], 0.0)
+    limit = _sorted_thresholds(probs, filters) if probs.is_cuda else _row_thresholds(probs, filters)
+    return probs.masked_fill(probs < limit, 0.0)
 
 
-def _descending(probs: torch.Tensor) -> torch.Tensor:
-    if probs.is_cuda:
-        return probs.sort(-1, descending=True).values
-    return torch.from_numpy(np.sort(probs.numpy(), axis=-1)).flip(-1)  # values only: a quarter of the time of torch's
+def _sorted_thresholds(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """The least probability that passes, ``[S, 1]``: all rows at once, for which CUDA sorts fast enough."""
+    if filters.width > min(_WIDEST_TOPK, probs.shape[1]):
+        lead = probs.sort(-1, descending=True).values
+    else:
+        lead = probs.topk(filters.width).values
+    return _thresholds(lead, probs, filters)[1]
+
+
+def _row_thresholds(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """As `_sorted_thresholds` without a sort, row by row: a tenth of the time on CPU."""
+    settings = (part.squeeze(1).numpy() for part in (filters.top_k, filters.top_p, filters.min_p))
+    limits = []
+    for row, top_k, top_p, min_p in zip(probs.numpy(), *settings, strict=True):
+        limit = row.max() * min_p
+        if 0 < top_k < len(row):
+            limit = max(limit, np.partition(row, -top_k)[-top_k])
+        if top_p < 1:
+            mass = row.sum(dtype=np.float64, where=row >= limit) if limit > 0 else 1.0
+            limit = _nucleus_threshold(row, mass * top_p)
+        limits.append(limit)
+    return torch.from_numpy(np.array(limits, np.float32)).unsqueeze(1)
+
+
+def _nucleus_threshold(row: npt.NDArray[np.float32], target: float) -> np.float32:
+    """The least of the greatest of ``row[V]`` (at least 0) that together reach ``target``.
+
+    The upper bits of a float that is at least 0 order it: they sort the values into bins of one 128th of an octave,
+    and only the bin in which the sum reaches the target needs sorting.
+    """
+    bins = row.view(np.int32) >> 16
+    masses = np.bincount(bins, weights=row)
+    above = np.concatenate((masses[:0:-1].cumsum()[::-1], [0.0]))  # mass of all higher bins
+    boundary = int(((above < target) & (masses > 0)).argmax())
+    inside = np.sort(row[bins == boundary])[::-1]
+    before = above[boundary] + inside.cumsum(dtype=np.float64) - inside
+    return inside[max(0, int((before < target).sum()) - 1)]
 
 
 def _thresholds(lead: torch.Tensor, support: torch.Tensor, filters: Filters) -> tuple[torch.Tensor, torch.Tensor]:

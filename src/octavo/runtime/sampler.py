@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.kernels import sampling as kernels
+from octavo.runtime.penalties import Penalties, upload
 from octavo.types import Sampling, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5  # a temperature under it is greedy: logits divided by it may overflow
@@ -58,7 +59,7 @@ class _Row:
     bad_words: _BadWords | None = None
     until_min: torch.Tensor | None = None
     bias: tuple[torch.Tensor, torch.Tensor] | None = None
-    slot: int | None = None  # of `_Penalties`
+    slot: int | None = None  # of `Penalties`
     edited: bool = False
 
     def is_edited(self) -> bool:
@@ -120,7 +121,7 @@ class Sampler:
         self._with_logprobs: set[int] = set()
         self._with_history: set[int] = set()  # rows whose state takes in the sampled token
         self._parameters = np.zeros(0, _PARAMETERS)
-        self._penalties = _Penalties(vocab_size, device)
+        self._penalties = Penalties(vocab_size, device)
 
     def start(self, row: int, tokens: list[int], prompt_len: int, sampling: Sampling) -> None:
         """A sequence enters ``row``; after a preemption ``tokens`` goes on behind the prompt with its own output."""
@@ -136,7 +137,7 @@ class Sampler:
             values = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32).to(self._device)
             state.bias = (self._ids(list(sampling.logit_bias)), values)
         if sampling.penalised:
-            state.slot = self._penalties.start(self._ids(tokens[:prompt_len]), self._ids(tokens[prompt_len:]))
+            state.slot = self._penalties.start(tokens, prompt_len)
         state.edited = state.is_edited()
         self._rows[row] = state
         if state.edited or state.mode is not _Mode.GREEDY:
@@ -196,7 +197,8 @@ class Sampler:
                 x = logits if len(part) == len(items) and not edited else logits[index]
                 raw_peak = x.amax(-1)
                 if edited:
-                    x = self._edit(x.float(), [items[i] for i in part])
+                    x = x.float()
+                    self._edit_(x, [items[i] for i in part])
                 token, peak = self._choose(x, [items[i] for i in part], mode)
                 chosen[index], finite[index] = token, _is_finite(peak) & _is_finite(raw_peak)
         return chosen, finite
@@ -208,7 +210,7 @@ class Sampler:
         positions = np.array([item.position for item in items], np.uint64)
         keys = kernels.noise_keys(of["seed"], positions)
         numbers = np.stack((of["temperature"], of["top_p"], of["min_p"])).view(np.int32)
-        packed = _upload(np.concatenate((keys.T, of["top_k"][None], numbers)), self._device)  # one copy to the device
+        packed = upload(np.concatenate((keys.T, of["top_k"][None], numbers)), self._device)  # one copy to the device
         key = packed[:2].T.contiguous()
         temperature, top_p, min_p = packed[3:].view(torch.float32).unsqueeze(-1)
         probs = kernels.probabilities(x, temperature)
@@ -222,9 +224,11 @@ class Sampler:
             return self._vocab
         return max(1, int(of["top_k"].max()))
 
-    def _edit(self, x: torch.Tensor, items: list[SampleItem]) -> torch.Tensor:
-        """Edits ``x[len(items), V]``, which is float32 and our own."""
+    def _edit_(self, x: torch.Tensor, items: list[SampleItem]) -> None:
+        """Edits ``x[len(items), V]``, which is float32 and a copy."""
         penalised: list[int] = []
+        slots: list[int] = []
+        samplings: list[Sampling] = []
         for i, (row, position) in enumerate(items):
             state = self._rows[row]
             if state.allowed is not None:
@@ -237,9 +241,10 @@ class Sampler:
                 x[i].index_add_(0, *state.bias)
             if state.slot is not None:
                 penalised.append(i)
+                slots.append(state.slot)
+                samplings.append(state.sampling)
         if penalised:
-            x = self._penalties.apply(x, penalised, [self._rows[items[i].row] for i in penalised])
-        return x
+            self._penalties.apply_(x, penalised, slots, samplings)
 
     def _mask_until_min(self, x: torch.Tensor, state: _Row, position: int) -> None:
         if state.until_min is None:
@@ -264,7 +269,7 @@ class Sampler:
                 slots.append(state.slot)
                 counted.append(i)
         if slots:
-            self._penalties.count(self._ids(slots), tokens[self._ids(counted)].long())
+            self._penalties.append(slots, tokens[self._ids(counted)].long())
 
     def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, items: list[SampleItem]) -> list[_LogprobGroup]:
         wanted = [i for i, (row, _) in enumerate(items) if row in self._with_logprobs]
@@ -298,57 +303,7 @@ class Sampler:
         )
 
     def _ids(self, ids: Sequence[int]) -> torch.Tensor:
-        return _upload(np.array(ids, np.int64), self._device)
-
-
-class _Penalties:
-    """Token counts of the penalised rows. A row holds a slot of both tables, which grow with the slots in use:
-    5 bytes for each token of the vocabulary and each slot."""
-
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
-        self._prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
-        self._free: list[int] = []
-
-    def start(self, prompt: torch.Tensor, output: torch.Tensor) -> int:
-        """Takes a slot for a sequence of these tokens."""
-        if not self._free:
-            self._grow()
-        slot = self._free.pop()
-        self._prompt[slot].zero_().index_fill_(0, prompt, True)
-        self._counts[slot].zero_()
-        self.count(torch.full_like(output, slot), output)
-        return slot
-
-    def end(self, slot: int) -> None:
-        self._free.append(slot)
-
-    def count(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Adds ``tokens[i]``, one each, to the output of ``slots[i]``."""
-        ones = torch.ones(tokens.shape, dtype=torch.int32, device=tokens.device)
-        self._counts.index_put_((slots, tokens), ones, accumulate=True)
-
-    def apply(self, x: torch.Tensor, index: list[int], rows: list[_Row]) -> torch.Tensor:
-        """Penalises the rows ``index`` of ``x``."""
-        of = [row.sampling for row in rows]
-        numbers = [
-            [s.repetition_penalty for s in of],
-            [s.presence_penalty for s in of],
-            [s.frequency_penalty for s in of],
-        ]
-        repetition, presence, frequency = _upload(np.array(numbers, np.float32), x.device).unsqueeze(-1)
-        where, slots = _upload(np.array([index, [row.slot for row in rows]], np.int64), x.device)
-        whole = len(index) == len(x)
-        counts, prompt = self._counts[slots], self._prompt[slots]
-        part = kernels.penalise(x if whole else x[where], counts, prompt, repetition, presence, frequency)
-        return part if whole else x.index_copy_(0, where, part)
-
-    def _grow(self) -> None:
-        old = len(self._counts)
-        new = max(4, old)
-        self._counts = torch.cat((self._counts, self._counts.new_zeros((new, self._counts.shape[1]))))
-        self._prompt = torch.cat((self._prompt, self._prompt.new_zeros((new, self._prompt.shape[1]))))
-        self._free = list(range(old + new - 1, old - 1, -1))
+        return upload(np.array(ids, np.int64), self._device)
 
 
 def _mode(sampling: Sampling) -> _Mode:
@@ -356,10 +311,6 @@ def _mode(sampling: Sampling) -> _Mode:
         return _Mode.GREEDY
     filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     return _Mode.FILTERED if filtered else _Mode.DRAW
-
-
-def _upload(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)
 
 
 def _is_finite(peaks: torch.Tensor) -> torch.Tensor:
