@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from octavo.errors import ModelError
 from octavo.log import get_logger
 
 GGUF_MAGIC: Final = b"GGUF"
+RETRY_DELAYS: Final = (1.0, 3.0)  # seconds before the second and the third attempt
+MAX_RETRY_AFTER: Final = 30.0
 
 # Files beside the weights, at the root of a repo; never code, never media, never other frameworks' weights.
 _SMALL_FILES: Final = (
@@ -234,23 +237,26 @@ class _Repo:
         return self.source(snapshot, "from the cache, without a tokenizer")
 
     def _call(self, request: Callable[[], Any]) -> Any:
-        """Runs ``request`` and turns what huggingface_hub raises into a `ModelError`."""
-        try:
-            return request()
-        except OSError as error:  # every error of the Hub and of the connection is one
-            raise _hub_error(self, error) from error
-        except Exception as error:
-            # The HTTP library differs between versions of huggingface_hub, and its errors are of no common base.
-            if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3"):
-                raise
-            raise _unreachable(self, error) from error
+        """Runs ``request``, again if the Hub did not answer; raises a `ModelError` for what huggingface_hub raises."""
+        for delay in (*RETRY_DELAYS, None):
+            try:
+                return request()
+            except Exception as error:
+                failure = _hub_error(self, error)
+                if failure is None:
+                    raise
+                if failure.id != "HF006" or delay is None:
+                    raise failure from error
+                time.sleep(max(delay, _retry_after(error)))
+        raise AssertionError("unreachable")
 
 
 def _literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _hub_error(repo: _Repo, error: Exception) -> ModelError:
+def _hub_error(repo: _Repo, error: Exception) -> ModelError | None:
+    """What the client raised as one of ours; None if it is no error of the Hub or the network."""
     from huggingface_hub import errors
 
     sent = "a token was sent" if _has_token(repo) else "no token was sent"
@@ -278,21 +284,37 @@ def _hub_error(repo: _Repo, error: Exception) -> ModelError:
             "Check that the token in HF_TOKEN or --hf-token is valid and may read this repo.",
             id="HF003",
         )
-    return _unreachable(repo, error)
+    # Every error of the Hub is an OSError. The HTTP library below it differs between versions of the client.
+    library = type(error).__module__.split(".")[0]
+    known = isinstance(error, OSError) or library in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return _unreachable(repo, error) if known else None
+
+
+def _status(error: Exception) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _retry_after(error: Exception) -> float:
+    """The seconds that the Hub asks to wait, at most `MAX_RETRY_AFTER`."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    text = str(headers.get("Retry-After", ""))
+    return min(float(text), MAX_RETRY_AFTER) if text.isdigit() else 0.0
 
 
 def _unreachable(repo: _Repo, error: Exception) -> ModelError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
+    tries = f"{1 + len(RETRY_DELAYS)} attempts"
     if status == 429:
         return ModelError(
-            f"the Hub limits the rate of requests (status 429) for {repo.label}.",
+            f"the Hub limits the rate of requests: status 429 for {repo.label} after {tries}.",
             "Wait a minute, or set HF_TOKEN: the limit is higher with a token.",
             id="HF006",
         )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     what = f"status {status}" if status else f"{type(error).__name__}: {first}"
     return ModelError(
-        f"the Hub did not give {repo.label} ({what}), and the cache does not have it.",
+        f"the Hub did not give {repo.label} after {tries} ({what}), and the cache does not have it.",
         "Check the network and HF_ENDPOINT, or name a local folder.",
         id="HF006",
     )

@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.errors import ModelError
+from octavo.hub.resolve import resolve, wanted_files
+from tests.hub_server import Hub
+
+CONFIG = json.dumps({"model_type": "llama"}).encode()
+FILES = {
+    "README.md": b"# a model",
+    "config.json": CONFIG,
+    "generation_config.json": b"{}",
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "chat_template.jinja": b"x",
+    "model-00001-of-00002.safetensors": b"first shard" * 1000,
+    "model-00002-of-00002.safetensors": b"second",
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    ).encode(),
+    "pytorch_model.bin": b"pickle",
+    "modeling_x.py": b"raise SystemExit",
+    "original/consolidated.00.pth": b"pth",
+    "onnx/model.safetensors": b"other",
+    "flax_model.msgpack": b"flax",
+}
+NEEDED = {
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
+}
+
+CLIENT = """
+import json, sys
+from octavo.errors import ModelError
+from octavo.hub import resolve as module
+module.RETRY_DELAYS = (0.0, 0.0)
+try:
+    source = module.resolve(**json.loads(sys.argv[1]))
+    files = sorted(str(p.relative_to(source.path)) for p in source.path.rglob("*") if p.is_file())
+    print(json.dumps({"kind": source.kind, "path": str(source.path), "commit": source.commit, "files": files,
+                      "reason": source.reason}))
+except ModelError as error:
+    print(json.dumps({"id": error.id, "cause": error.cause, "remedy": error.remedy}))
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+def client(hub: Hub, cache: Path, name: str = "owner/name", *, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
+    """Runs `resolve` in a process that knows no Hub but ``hub``; the result or the error as a dict."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"}
+    base = {key: value for key, value in os.environ.items() if key not in hidden}
+    command = [sys.executable, "-c", CLIENT, json.dumps({"name": name, **kwargs})]
+    environment = {**base, **hub.env(cache), "PYTHONPATH": path, **(env or {})}
+    done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- paths ------------------------------------------------------------------------------------------------------------
+
+
+def test_folder_is_taken_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    source = resolve(str(tmp_path))
+    assert (source.kind, source.path, source.commit) == ("folder", tmp_path, None)
+    assert source.file("config.json") == tmp_path / "config.json"
+    assert source.file("nothing.json") is None
+    assert "local folder" in source.reason
+
+
+@pytest.mark.parametrize(("name", "data"), [("m.gguf", b""), ("m.bin", b"GGUF\3\0\0\0")])
+def test_gguf_is_known_by_suffix_or_first_bytes(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "config.json").touch()
+    source = resolve(str(tmp_path / name))
+    assert (source.kind, source.path) == ("gguf", tmp_path / name)
+    assert source.file("config.json") is None
+
+
+def test_other_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("hello")
+    with pytest.raises(ModelError) as error:
+        resolve(str(tmp_path / "x.txt"))
+    assert error.value.id == "HF001"
+
+
+def test_missing_path_names_the_nearest_folder_and_what_is_in_it(tmp_path: Path) -> None:
+    for i in range(12):
+        (tmp_path / f"model-{i:02}").mkdir()
+    with pytest.raises(ModelError) as error:
+        resolve(str(tmp_path / "modle" / "deep"))
+    assert error.value.id == "HF001"
+    assert str(tmp_path) in error.value.cause
+    assert "model-00" in error.value.cause
+    assert "model-09" in error.value.cause
+    assert "model-10" not in error.value.cause
+    assert "2 more" in error.value.cause
+
+
+@pytest.mark.parametrize(
+    "name", ["/no/such", "./x", "../x", "~/no-such-x", "a/b/c", "C:\\models", "x.gguf", "a/x.gguf"]
+)
+def test_path_like_names_never_reach_the_hub(name: str) -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(name)
+    assert error.value.id == "HF001"
+    assert name in error.value.cause
+
+
+def test_folder_named_like_a_repo_wins(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert client(hub, tmp_path)["kind"] == "folder"
+    assert hub.requests == []
+
+
+def test_name_that_is_neither_is_explained(hub: Hub, tmp_path: Path) -> None:
+    got = client(hub, tmp_path, "what is this?")
+    assert got["id"] == "HF001"
+    assert hub.requests == []
+
+
+# --- download and cache -----------------------------------------------------------------------------------------------
+
+
+def test_only_needed_files_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+    commit = hub.push("owner/name", FILES)
+    got = client(hub, tmp_path)
+    assert got["commit"] == commit
+    assert set(got["files"]) == NEEDED
+    shard = Path(got["path"]) / "model-00001-of-00002.safetensors"
+    assert shard.read_bytes() == FILES["model-00001-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_complete_snapshot_needs_no_request(offline: bool, hub: Hub, tmp_path: Path) -> None:
+    commit = hub.push("owner/name", FILES)
+    first = client(hub, tmp_path)
+    hub.requests.clear()
+    env = {"HF_HUB_OFFLINE": "1"} if offline else {}
+    for revision in (None, "main", commit):
+        again = client(hub, tmp_path, revision=revision, env=env)
+        assert again["path"] == first["path"]
+        assert again["commit"] == commit
+    assert hub.requests == []
+
+
+def test_branch_and_commit_select_the_snapshot(hub: Hub, tmp_path: Path) -> None:
+    old = hub.push("owner/name", FILES)
+    new = hub.push("owner/name", {**FILES, "config.json": b"{}"}, branch="dev")
+    assert client(hub, tmp_path, revision="dev")["commit"] == new
+    assert client(hub, tmp_path, revision=old)["commit"] == old
+    assert client(hub, tmp_path, revision="main")["commit"] == old
+
+
+def test_interrupted_download_is_completed(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    got = client(hub, tmp_path)
+    shard = Path(got["path"]) / "model-00002-of-00002.safetensors"
+    shard.resolve().unlink()
+    shard.unlink()
+    hub.requests.clear()
+    assert set(client(hub, tmp_path)["files"]) == NEEDED
+    fetched = [request for request in hub.requests if request.startswith("GET") and "resolve" in request]
+    assert len(fetched) == 1
+    assert fetched[0].endswith(shard.name)
+
+
+def test_download_dir_is_the_cache(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    elsewhere = tmp_path / "elsewhere"
+    got = client(hub, tmp_path, download_dir=str(elsewhere))
+    assert Path(got["path"]).is_relative_to(elsewhere)
+    hub.requests.clear()
+    assert client(hub, tmp_path, download_dir=str(elsewhere))["path"] == got["path"]
+    assert hub.requests == []
+
+
+def test_without_weights_only_small_files_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    got = client(hub, tmp_path, weights=False)
+    assert set(got["files"]) == {name for name in NEEDED if "safetensors" not in name}
+    hub.requests.clear()
+    assert client(hub, tmp_path, weights=False)["path"] == got["path"]
+    assert hub.requests == []
+    assert set(client(hub, tmp_path)["files"]) == NEEDED, "asking for weights later completes the snapshot"
+
+
+def test_bin_files_are_taken_where_there_are_no_safetensors() -> None:
+    names = ["config.json", "pytorch_model.bin", "training_args.bin", "sub/pytorch_model.bin", "model.pth"]
+    assert wanted_files(names) == ["config.json", "pytorch_model.bin"]
+    assert wanted_files([*names, "model.safetensors"]) == ["config.json", "model.safetensors"]
+    assert wanted_files([*names, "consolidated.safetensors"]) == ["config.json", "pytorch_model.bin"]
+
+
+# --- errors of the Hub ------------------------------------------------------------------------------------------------
+
+
+def test_gated_repo(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES, gated=True, token="good")
+    without = client(hub, tmp_path)
+    assert without["id"] == "HF003"
+    assert "gated" in without["cause"]
+    assert "no token was sent" in without["cause"]
+    assert "HF_TOKEN" in without["remedy"]
+    wrong = client(hub, tmp_path, token="bad")
+    assert wrong["id"] == "HF003"
+    assert "a token was sent" in wrong["cause"]
+    assert "bad" not in wrong["cause"] + wrong["remedy"]
+    assert set(client(hub, tmp_path, token="good")["files"]) == NEEDED
+
+
+def test_private_repo_with_a_token_from_the_environment(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES, private=True, token="good")
+    hidden = client(hub, tmp_path)
+    assert hidden["id"] == "HF004"
+    assert "private" in hidden["cause"]
+    assert client(hub, tmp_path, env={"HF_TOKEN": "good"})["kind"] == "snapshot"
+
+
+def test_missing_repo_and_revision(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    missing = client(hub, tmp_path, "owner/nome")
+    assert missing["id"] == "HF004"
+    assert "owner/nome" in missing["cause"]
+    revision = client(hub, tmp_path, revision="nonesuch")
+    assert revision["id"] == "HF004"
+    assert "nonesuch" in revision["cause"]
+    assert "owner/name" in revision["cause"]
+
+
+def test_repo_without_a_model(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", {"README.md": b"x", "data.parquet": b"y"})
+    got = client(hub, tmp_path)
+    assert got["id"] == "HF004"
+    assert "config.json" in got["cause"]
+
+
+def test_offline_without_a_snapshot_says_what_to_run(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    got = client(hub, tmp_path, revision="dev", env={"HF_HUB_OFFLINE": "1"})
+    assert got["id"] == "HF005"
+    assert str(tmp_path / "hub") in got["cause"]
+    assert "hf download owner/name --revision dev" in got["remedy"]
+    assert hub.requests == []
+
+
+def test_offline_with_a_missing_shard_names_it(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    got = client(hub, tmp_path)
+    (Path(got["path"]) / "model-00002-of-00002.safetensors").unlink()
+    hub.requests.clear()
+    offline = client(hub, tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert offline["id"] == "HF005"
+    assert "model-00002-of-00002.safetensors" in offline["cause"]
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_hub_that_does_not_answer_is_asked_three_times(status: int, hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    hub.fail_with = status
+    got = client(hub, tmp_path)
+    assert got["id"] == "HF006"
+    assert str(status) in got["cause"]
+    assert "3 attempts" in got["cause"]
+    assert len(hub.requests) == 3
+
+
+def test_short_failure_is_survived(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    hub.fail_with, hub.failures = 503, 2
+    assert set(client(hub, tmp_path)["files"]) == NEEDED
+
+
+def test_no_server_at_all(hub: Hub, tmp_path: Path) -> None:
+    got = client(hub, tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert got["id"] == "HF006"
+    assert "HF_ENDPOINT" in got["remedy"]
+
+
+def test_snapshot_without_a_tokenizer_serves_while_the_hub_is_down(hub: Hub, tmp_path: Path) -> None:
+    hub.push("owner/name", {name: data for name, data in FILES.items() if "tokenizer" not in name})
+    first = client(hub, tmp_path)
+    hub.fail_with = 503
+    assert client(hub, tmp_path)["path"] == first["path"]
+    assert client(hub, tmp_path, env={"HF_HUB_OFFLINE": "1"})["path"] == first["path"]
