@@ -239,6 +239,20 @@ def test_min_tokens_lets_the_end_through_once_reached() -> None:
     assert generate(sampler, [0], [logits] * 4) == [[0, 0, 1, 1]]
 
 
+def test_batches_too_large_to_work_on_at_once_sample_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [random_logits(len(MIXED) * 2, seed) for seed in range(2)]
+    results = []
+    for limit in (1 << 24, 3 * VOCAB):
+        monkeypatch.setattr("octavo.runtime.sampler._MAX_ELEMENTS", limit)
+        sampler = Sampler(VOCAB, CPU)
+        for row, sampling in enumerate(MIXED * 2):
+            sampler.start(row, PROMPT, len(PROMPT), sampling)
+        results.append(generate(sampler, list(range(len(MIXED) * 2)), steps))
+        prompt = sampler.prompt_logprobs(steps[0], list(range(len(MIXED) * 2)), 1)
+        assert [entry.token for entry in prompt] == list(range(len(MIXED) * 2))
+    assert results[0] == results[1]
+
+
 def test_logits_are_left_as_they_were() -> None:
     logits = random_logits(len(MIXED), 3)
     before = logits.clone()

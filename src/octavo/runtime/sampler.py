@@ -22,7 +22,7 @@ from octavo.runtime.penalties import Penalties, upload
 from octavo.types import Sampling, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5  # a temperature under it is greedy: logits divided by it may overflow
-_MAX_ELEMENTS = 1 << 25  # logits worked on at once: bounds the memory of a sample to a few times 128 MiB
+_MAX_ELEMENTS = 1 << 24  # logits worked on at once; top_p takes most memory on CUDA, 40 bytes for each: 640 MiB
 _NOT_A_TOKEN = -2  # before a sequence's first token, in the tail that bad words look at
 
 
@@ -115,6 +115,7 @@ class Sampler:
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab = vocab_size
+        self._most = max(1, _MAX_ELEMENTS // vocab_size)  # rows worked on at once
         self._device = device
         self._rows: dict[int, _Row] = {}
         self._demanding: set[int] = set()  # rows that are not plainly greedy
@@ -172,10 +173,9 @@ class Sampler:
     def prompt_logprobs(self, logits: torch.Tensor, targets: list[int], count: int) -> list[TokenLogprobs]:
         """Of ``targets[i]`` under ``logits[i]``, with the ``count`` likeliest; waits for the device."""
         found: list[TokenLogprobs] = []
-        step = max(1, _MAX_ELEMENTS // self._vocab)
-        for first in range(0, len(targets), step):
-            part = targets[first : first + step]
-            tensors = kernels.logprobs(logits[first : first + step], self._ids(part), count)
+        for first in range(0, len(targets), self._most):
+            part = targets[first : first + self._most]
+            tensors = kernels.logprobs(logits[first : first + self._most], self._ids(part), count)
             found += _token_logprobs(part, [count] * len(part), tensors)
         return found
 
@@ -189,10 +189,9 @@ class Sampler:
             groups.setdefault((state.edited, state.mode), []).append(i)
         chosen = torch.empty(len(items), dtype=torch.int64, device=logits.device)
         finite = torch.empty(len(items), dtype=torch.bool, device=logits.device)
-        step = max(1, _MAX_ELEMENTS // self._vocab)
         for (edited, mode), members in groups.items():
-            for first in range(0, len(members), step):
-                part = members[first : first + step]
+            for first in range(0, len(members), self._most):
+                part = members[first : first + self._most]
                 index = self._ids(part)
                 x = logits if len(part) == len(items) and not edited else logits[index]
                 raw_peak = x.amax(-1)
@@ -236,7 +235,11 @@ class Sampler:
             if (words := state.bad_words) is not None:
                 kernels.ban_completions_(x[i], words.prefixes, words.last, words.tail)
             if state.until_min is not None:
-                self._mask_until_min(x[i], state, position)
+                if position - state.prompt_len < state.sampling.min_tokens:
+                    x[i].index_fill_(0, state.until_min, float("-inf"))
+                else:
+                    state.until_min = None
+                    state.edited = state.is_edited()
             if state.bias is not None:
                 x[i].index_add_(0, *state.bias)
             if state.slot is not None:
@@ -245,15 +248,6 @@ class Sampler:
                 samplings.append(state.sampling)
         if penalised:
             self._penalties.apply_(x, penalised, slots, samplings)
-
-    def _mask_until_min(self, x: torch.Tensor, state: _Row, position: int) -> None:
-        if state.until_min is None:
-            return
-        if position - state.prompt_len < state.sampling.min_tokens:
-            x.index_fill_(0, state.until_min, float("-inf"))
-        else:
-            state.until_min = None
-            state.edited = state.is_edited()
 
     def _record(self, tokens: torch.Tensor, items: list[SampleItem]) -> None:
         """Takes the sampled tokens into penalty counts and tails."""
@@ -274,9 +268,8 @@ class Sampler:
     def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, items: list[SampleItem]) -> list[_LogprobGroup]:
         wanted = [i for i, (row, _) in enumerate(items) if row in self._with_logprobs]
         groups = []
-        step = max(1, _MAX_ELEMENTS // self._vocab)
-        for first in range(0, len(wanted), step):
-            part = wanted[first : first + step]
+        for first in range(0, len(wanted), self._most):
+            part = wanted[first : first + self._most]
             counts = [self._rows[items[i].row].sampling.logprobs or 0 for i in part]
             index = self._ids(part)
             groups.append(_LogprobGroup(part, counts, kernels.logprobs(logits[index], tokens[index], max(counts))))
