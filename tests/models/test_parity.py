@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from octavo.kernels import select
 from tests.models.harness import Paged, native
 from tools import tiny
 
@@ -124,6 +125,31 @@ def test_shared_prefix_pages(pair: tuple[Oracle, Any]) -> None:
     close(pages.step({guest: second[24:]})[guest], oracle.logits(second)[24:])
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "smollm3"])
+def test_plain_torch_operators_give_the_same_answer(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run where the C++ extension does not."""
+    monkeypatch.setattr(select, "ops", lambda device, dtype: select.REFERENCE)
+    folder = tiny.make(tmp_path, family)
+    tokens, pages = prompt(40), Paged(native(folder, MAX_LEN))
+    row = pages.start()
+    got = torch.cat([pages.step({row: tokens[:17]})[row], pages.step({row: tokens[17:]})[row]])
+    close(got, Oracle(folder).logits(tokens))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bfloat16_stays_near_float32(family: str, tmp_path: Path) -> None:
+    """And as near as Transformers in bfloat16 does; with the C++ extension this is the packed product."""
+    folder = tiny.make(tmp_path, family)
+    tokens, pages = prompt(40), Paged(native(folder, MAX_LEN, dtype="bfloat16"))
+    row, oracle = pages.start(), Oracle(folder)
+    exact = oracle.logits(tokens)
+    oracle.model.to(torch.bfloat16)
+    theirs, ours = oracle.logits(tokens).float(), pages.step({row: tokens})[row]
+    assert (ours - exact).norm() < 1.25 * (theirs - exact).norm()
+
+
 @pytest.mark.parametrize(("rope", "length"), [("dynamic", 96), ("longrope", 70)])
 def test_sequences_past_the_trained_length(rope: str, length: int, tmp_path: Path) -> None:
     """Where Transformers adapts to the longest sequence seen, the native tables are made for max_len from the start."""
@@ -134,7 +160,7 @@ def test_sequences_past_the_trained_length(rope: str, length: int, tmp_path: Pat
     close(got, Oracle(folder).logits(tokens))
 
 
-def test_linear_and_yarn_reach_the_end_of_their_extended_length(tmp_path: Path) -> None:
+def test_extended_ropes_reach_the_end_of_their_length(tmp_path: Path) -> None:
     for rope in ("linear", "yarn", "llama3"):
         folder = tiny.make(tmp_path / rope, "llama", rope=rope)
         tokens, pages = prompt(256), Paged(native(folder, 256))

@@ -42,6 +42,13 @@ def test_the_transformers_backend_is_refused_with_what_to_use_instead() -> None:
     assert "LlamaForCausalLM" in error.value.remedy
 
 
+def test_quantised_weights_are_refused_by_method() -> None:
+    with pytest.raises(UnsupportedModel) as error:
+        registry.choose(config(quantization_config={"quant_method": "awq", "bits": 4}), "native")
+    assert error.value.id == "HF050"
+    assert "awq" in error.value.cause
+
+
 @pytest.mark.skip(reason="there is no Transformers backend yet")
 def test_the_transformers_backend_runs_any_architecture() -> None:
     model_class, _ = registry.choose(config("GPTNeoXForCausalLM"), "transformers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from importlib import import_module
 
 from octavo.config import ModelConfig
@@ -23,7 +24,7 @@ NATIVE = {
 def choose(config: ModelConfig, impl: str = "auto") -> tuple[type[Model], str]:
     """The class for ``config`` and the reason, one line for the log. ``impl`` is an option's value (``--model-impl``).
 
-    Raises `UnsupportedModel` HF030 if nothing can run the architecture.
+    Raises `UnsupportedModel`: HF030 if nothing can run the architecture, HF050 for weights that are quantised.
     """
     if impl == "transformers":
         raise UnsupportedModel(
@@ -38,6 +39,19 @@ def choose(config: ModelConfig, impl: str = "auto") -> tuple[type[Model], str]:
             " and there is no Transformers backend yet.",
             f"The nearest supported ones are {', '.join(nearest)}.",
         )
+    _refuse_quantised(config)
     module, _, name = address.partition(":")
     model: type[Model] = getattr(import_module(module), name)
     return model, f"native {name} for {config.architecture}"
+
+
+def _refuse_quantised(config: ModelConfig) -> None:
+    quantisation = config.hf.get("quantization_config")
+    if not quantisation:
+        return
+    method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+    raise UnsupportedModel(
+        f"The weights are quantised ({method or 'by an unnamed method'}); native models load plain floats only.",
+        "Use the model's unquantised checkpoint, or a GGUF file of it.",
+        id="HF050",
+    )

