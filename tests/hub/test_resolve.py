@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 from octavo.errors import ModelError
 from octavo.hub.resolve import resolve, wanted_files
 from tests.hub_server import Hub
+
+Client = Callable[..., Any]
 
 CONFIG = json.dumps({"model_type": "llama"}).encode()
 FILES = {
@@ -39,36 +41,85 @@ NEEDED = {
 }
 
 CLIENT = """
-import json, sys
+import json, os, sys
 from octavo.errors import ModelError
 from octavo.hub import resolve as module
 module.RETRY_DELAYS = (0.0, 0.0)
-try:
-    source = module.resolve(**json.loads(sys.argv[1]))
-    files = sorted(str(p.relative_to(source.path)) for p in source.path.rglob("*") if p.is_file())
-    print(json.dumps({"kind": source.kind, "path": str(source.path), "commit": source.commit, "files": files,
-                      "reason": source.reason}))
-except ModelError as error:
-    print(json.dumps({"id": error.id, "cause": error.cause, "remedy": error.remedy}))
+for line in sys.stdin:
+    cwd, kwargs = json.loads(line)
+    os.chdir(cwd)
+    try:
+        source = module.resolve(**kwargs)
+        files = sorted(str(p.relative_to(source.path)) for p in source.path.rglob("*") if p.is_file())
+        answer = {"kind": source.kind, "path": str(source.path), "commit": source.commit, "files": files}
+    except ModelError as error:
+        answer = {"id": error.id, "cause": error.cause, "remedy": error.remedy}
+    print(json.dumps(answer), flush=True)
 """
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
+class Clients:
+    """Processes that run `resolve` and know no Hub but ``hub``: one for each environment, as it is read at import."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub = hub
+        self.home = home
+        self._running: dict[tuple[tuple[str, str], ...], subprocess.Popen[str]] = {}
+
+    def ask(self, cwd: Path, env: dict[str, str], kwargs: dict[str, Any]) -> Any:
+        key = tuple(sorted(env.items()))
+        if key not in self._running:
+            self._running[key] = self._start(env)
+        process = self._running[key]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([str(cwd), kwargs]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    def _start(self, env: dict[str, str]) -> subprocess.Popen[str]:
+        hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"}
+        base = {key: value for key, value in os.environ.items() if key not in hidden}
+        path = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+        return subprocess.Popen(
+            [sys.executable, "-c", CLIENT],
+            env={**base, **self.hub.env(self.home), **path, **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.communicate(timeout=20)  # the end of its input ends it
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
     with Hub() as hub:
-        yield hub
+        clients = Clients(hub, tmp_path_factory.mktemp("home"))
+        yield clients
+        clients.close()
 
 
-def client(hub: Hub, cache: Path, name: str = "owner/name", *, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
-    """Runs `resolve` in a process that knows no Hub but ``hub``; the result or the error as a dict."""
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"}
-    base = {key: value for key, value in os.environ.items() if key not in hidden}
-    command = [sys.executable, "-c", CLIENT, json.dumps({"name": name, **kwargs})]
-    environment = {**base, **hub.env(cache), "PYTHONPATH": path, **(env or {})}
-    done = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+@pytest.fixture
+def hub(clients: Clients) -> Hub:
+    hub = clients.hub
+    hub.repos.clear()
+    hub.requests.clear()
+    hub.fail_with, hub.failures = None, 1 << 30
+    return hub
+
+
+@pytest.fixture
+def client(clients: Clients, tmp_path: Path) -> Client:
+    """`resolve` of ``owner/name`` with a cache of this test's own; the result or the error as a dict."""
+
+    def call(name: str = "owner/name", *, env: dict[str, str] | None = None, **kwargs: Any) -> Any:
+        return clients.ask(tmp_path, env or {}, {"name": name, "download_dir": str(tmp_path / "cache"), **kwargs})
+
+    return call
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------
@@ -122,15 +173,15 @@ def test_path_like_names_never_reach_the_hub(name: str) -> None:
     assert name in error.value.cause
 
 
-def test_folder_named_like_a_repo_wins(hub: Hub, tmp_path: Path) -> None:
+def test_folder_named_like_a_repo_wins(hub: Hub, client: Client, tmp_path: Path) -> None:
     hub.push("owner/name", FILES)
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    assert client(hub, tmp_path)["kind"] == "folder"
+    assert client()["kind"] == "folder"
     assert hub.requests == []
 
 
-def test_name_that_is_neither_is_explained(hub: Hub, tmp_path: Path) -> None:
-    got = client(hub, tmp_path, "what is this?")
+def test_name_that_is_neither_is_explained(hub: Hub, client: Client) -> None:
+    got = client("what is this?")
     assert got["id"] == "HF001"
     assert hub.requests == []
 
@@ -138,9 +189,9 @@ def test_name_that_is_neither_is_explained(hub: Hub, tmp_path: Path) -> None:
 # --- download and cache -----------------------------------------------------------------------------------------------
 
 
-def test_only_needed_files_are_downloaded(hub: Hub, tmp_path: Path) -> None:
+def test_only_needed_files_are_downloaded(hub: Hub, client: Client) -> None:
     commit = hub.push("owner/name", FILES)
-    got = client(hub, tmp_path)
+    got = client()
     assert got["commit"] == commit
     assert set(got["files"]) == NEEDED
     shard = Path(got["path"]) / "model-00001-of-00002.safetensors"
@@ -148,57 +199,57 @@ def test_only_needed_files_are_downloaded(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("offline", [False, True])
-def test_complete_snapshot_needs_no_request(offline: bool, hub: Hub, tmp_path: Path) -> None:
+def test_complete_snapshot_needs_no_request(offline: bool, hub: Hub, client: Client) -> None:
     commit = hub.push("owner/name", FILES)
-    first = client(hub, tmp_path)
+    first = client()
     hub.requests.clear()
     env = {"HF_HUB_OFFLINE": "1"} if offline else {}
     for revision in (None, "main", commit):
-        again = client(hub, tmp_path, revision=revision, env=env)
+        again = client(revision=revision, env=env)
         assert again["path"] == first["path"]
         assert again["commit"] == commit
     assert hub.requests == []
 
 
-def test_branch_and_commit_select_the_snapshot(hub: Hub, tmp_path: Path) -> None:
+def test_branch_and_commit_select_the_snapshot(hub: Hub, client: Client) -> None:
     old = hub.push("owner/name", FILES)
     new = hub.push("owner/name", {**FILES, "config.json": b"{}"}, branch="dev")
-    assert client(hub, tmp_path, revision="dev")["commit"] == new
-    assert client(hub, tmp_path, revision=old)["commit"] == old
-    assert client(hub, tmp_path, revision="main")["commit"] == old
+    assert client(revision="dev")["commit"] == new
+    assert client(revision=old)["commit"] == old
+    assert client(revision="main")["commit"] == old
 
 
-def test_interrupted_download_is_completed(hub: Hub, tmp_path: Path) -> None:
+def test_interrupted_download_is_completed(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
-    got = client(hub, tmp_path)
+    got = client()
     shard = Path(got["path"]) / "model-00002-of-00002.safetensors"
     shard.resolve().unlink()
     shard.unlink()
     hub.requests.clear()
-    assert set(client(hub, tmp_path)["files"]) == NEEDED
+    assert set(client()["files"]) == NEEDED
     fetched = [request for request in hub.requests if request.startswith("GET") and "resolve" in request]
     assert len(fetched) == 1
     assert fetched[0].endswith(shard.name)
 
 
-def test_download_dir_is_the_cache(hub: Hub, tmp_path: Path) -> None:
+def test_cache_is_that_of_the_client_unless_a_folder_is_given(hub: Hub, clients: Clients, tmp_path: Path) -> None:
     hub.push("owner/name", FILES)
-    elsewhere = tmp_path / "elsewhere"
-    got = client(hub, tmp_path, download_dir=str(elsewhere))
-    assert Path(got["path"]).is_relative_to(elsewhere)
-    hub.requests.clear()
-    assert client(hub, tmp_path, download_dir=str(elsewhere))["path"] == got["path"]
-    assert hub.requests == []
+    for kwargs, root in (({}, clients.home / "hub"), ({"download_dir": str(tmp_path / "x")}, tmp_path / "x")):
+        got = clients.ask(tmp_path, {}, {"name": "owner/name", **kwargs})
+        assert Path(got["path"]).is_relative_to(root)
+        hub.requests.clear()
+        assert clients.ask(tmp_path, {}, {"name": "owner/name", **kwargs})["path"] == got["path"]
+        assert hub.requests == []
 
 
-def test_without_weights_only_small_files_are_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_without_weights_only_small_files_are_fetched(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
-    got = client(hub, tmp_path, weights=False)
+    got = client(weights=False)
     assert set(got["files"]) == {name for name in NEEDED if "safetensors" not in name}
     hub.requests.clear()
-    assert client(hub, tmp_path, weights=False)["path"] == got["path"]
+    assert client(weights=False)["path"] == got["path"]
     assert hub.requests == []
-    assert set(client(hub, tmp_path)["files"]) == NEEDED, "asking for weights later completes the snapshot"
+    assert set(client()["files"]) == NEEDED, "asking for weights later completes the snapshot"
 
 
 def test_bin_files_are_taken_where_there_are_no_safetensors() -> None:
@@ -211,92 +262,92 @@ def test_bin_files_are_taken_where_there_are_no_safetensors() -> None:
 # --- errors of the Hub ------------------------------------------------------------------------------------------------
 
 
-def test_gated_repo(hub: Hub, tmp_path: Path) -> None:
+def test_gated_repo(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES, gated=True, token="good")
-    without = client(hub, tmp_path)
+    without = client()
     assert without["id"] == "HF003"
     assert "gated" in without["cause"]
     assert "no token was sent" in without["cause"]
     assert "HF_TOKEN" in without["remedy"]
-    wrong = client(hub, tmp_path, token="bad")
+    wrong = client(token="bad")
     assert wrong["id"] == "HF003"
     assert "a token was sent" in wrong["cause"]
     assert "bad" not in wrong["cause"] + wrong["remedy"]
-    assert set(client(hub, tmp_path, token="good")["files"]) == NEEDED
+    assert set(client(token="good")["files"]) == NEEDED
 
 
-def test_private_repo_with_a_token_from_the_environment(hub: Hub, tmp_path: Path) -> None:
+def test_private_repo_with_a_token_from_the_environment(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES, private=True, token="good")
-    hidden = client(hub, tmp_path)
+    hidden = client()
     assert hidden["id"] == "HF004"
     assert "private" in hidden["cause"]
-    assert client(hub, tmp_path, env={"HF_TOKEN": "good"})["kind"] == "snapshot"
+    assert client(env={"HF_TOKEN": "good"})["kind"] == "snapshot"
 
 
-def test_missing_repo_and_revision(hub: Hub, tmp_path: Path) -> None:
+def test_missing_repo_and_revision(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
-    missing = client(hub, tmp_path, "owner/nome")
+    missing = client("owner/nome")
     assert missing["id"] == "HF004"
     assert "owner/nome" in missing["cause"]
-    revision = client(hub, tmp_path, revision="nonesuch")
+    revision = client(revision="nonesuch")
     assert revision["id"] == "HF004"
     assert "nonesuch" in revision["cause"]
     assert "owner/name" in revision["cause"]
 
 
-def test_repo_without_a_model(hub: Hub, tmp_path: Path) -> None:
+def test_repo_without_a_model(hub: Hub, client: Client) -> None:
     hub.push("owner/name", {"README.md": b"x", "data.parquet": b"y"})
-    got = client(hub, tmp_path)
+    got = client()
     assert got["id"] == "HF004"
     assert "config.json" in got["cause"]
 
 
-def test_offline_without_a_snapshot_says_what_to_run(hub: Hub, tmp_path: Path) -> None:
+def test_offline_without_a_snapshot_says_what_to_run(hub: Hub, client: Client, tmp_path: Path) -> None:
     hub.push("owner/name", FILES)
-    got = client(hub, tmp_path, revision="dev", env={"HF_HUB_OFFLINE": "1"})
+    got = client(revision="dev", env={"HF_HUB_OFFLINE": "1"})
     assert got["id"] == "HF005"
-    assert str(tmp_path / "hub") in got["cause"]
+    assert str(tmp_path / "cache") in got["cause"]
     assert "hf download owner/name --revision dev" in got["remedy"]
     assert hub.requests == []
 
 
-def test_offline_with_a_missing_shard_names_it(hub: Hub, tmp_path: Path) -> None:
+def test_offline_with_a_missing_shard_names_it(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
-    got = client(hub, tmp_path)
+    got = client()
     (Path(got["path"]) / "model-00002-of-00002.safetensors").unlink()
     hub.requests.clear()
-    offline = client(hub, tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    offline = client(env={"HF_HUB_OFFLINE": "1"})
     assert offline["id"] == "HF005"
     assert "model-00002-of-00002.safetensors" in offline["cause"]
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_hub_that_does_not_answer_is_asked_three_times(status: int, hub: Hub, tmp_path: Path) -> None:
+def test_hub_that_does_not_answer_is_asked_three_times(status: int, hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
     hub.fail_with = status
-    got = client(hub, tmp_path)
+    got = client()
     assert got["id"] == "HF006"
     assert str(status) in got["cause"]
     assert "3 attempts" in got["cause"]
     assert len(hub.requests) == 3
 
 
-def test_short_failure_is_survived(hub: Hub, tmp_path: Path) -> None:
+def test_short_failure_is_survived(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
     hub.fail_with, hub.failures = 503, 2
-    assert set(client(hub, tmp_path)["files"]) == NEEDED
+    assert set(client()["files"]) == NEEDED
 
 
-def test_no_server_at_all(hub: Hub, tmp_path: Path) -> None:
-    got = client(hub, tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+def test_no_server_at_all(hub: Hub, client: Client) -> None:
+    got = client(env={"HF_ENDPOINT": "http://127.0.0.1:9"})
     assert got["id"] == "HF006"
     assert "HF_ENDPOINT" in got["remedy"]
 
 
-def test_snapshot_without_a_tokenizer_serves_while_the_hub_is_down(hub: Hub, tmp_path: Path) -> None:
+def test_snapshot_without_a_tokenizer_serves_while_the_hub_is_down(hub: Hub, client: Client) -> None:
     hub.push("owner/name", {name: data for name, data in FILES.items() if "tokenizer" not in name})
-    first = client(hub, tmp_path)
+    first = client()
     hub.fail_with = 503
-    assert client(hub, tmp_path)["path"] == first["path"]
-    assert client(hub, tmp_path, env={"HF_HUB_OFFLINE": "1"})["path"] == first["path"]
+    assert client()["path"] == first["path"]
+    assert client(env={"HF_HUB_OFFLINE": "1"})["path"] == first["path"]
