@@ -22,7 +22,7 @@ from octavo.runtime.penalties import Penalties, upload
 from octavo.types import Sampling, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5  # a temperature under it is greedy: logits divided by it may overflow
-_MAX_ELEMENTS = 1 << 24  # logits worked on at once; top_p takes most memory on CUDA, 40 bytes for each: 640 MiB
+_MAX_ELEMENTS = 1 << 24  # logits worked on at once; top_p takes most memory on CUDA, 50 bytes for each: 800 MiB
 _NOT_A_TOKEN = -2  # before a sequence's first token, in the tail that bad words look at
 
 
