@@ -1,0 +1,106 @@
+"""Everything but generation: models, health, version, metrics, tokens, the prefix cache."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import Response
+
+import octavo
+from octavo.errors import EngineDead, RequestError
+from octavo.server import errors
+from octavo.server.protocol import DetokenizeRequest, TokenizeRequest, decode
+from octavo.server.responses import now
+from octavo.server.service import Service
+
+METRICS_SECONDS = 1.0  # how long a scrape waits for fresh statistics before it takes the last ones
+_STARTED = now()
+
+
+async def health(service: Service, request: Request) -> Response:
+    """200 once the engine's loop has answered; 503 if it does not, or if the server is shutting down."""
+    if service.closing:
+        return Response(status_code=503)
+    try:
+        await service.llm.health()
+    except EngineDead as error:
+        return Response(msgspec.json.encode(errors.body_of(error)), 503, media_type="application/json")
+    return Response()
+
+
+async def ping(service: Service, request: Request) -> Response:
+    """200: this process answers."""
+    return Response()
+
+
+async def version(service: Service, request: Request) -> Response:
+    return _json({"version": octavo.__version__})
+
+
+async def models(service: Service, request: Request) -> Response:
+    return _json({"object": "list", "data": [_card(service)]})
+
+
+async def model(service: Service, request: Request) -> Response:
+    service.model(request.path_params["name"])
+    return _json(_card(service))
+
+
+async def metrics(service: Service, request: Request) -> Response:
+    with contextlib.suppress(EngineDead, TimeoutError):
+        service.metrics.stats = await asyncio.wait_for(service.llm.health(), METRICS_SECONDS)
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def reset_prefix_cache(service: Service, request: Request) -> Response:
+    return _json({"success": await service.llm.reset_prefix_cache()})
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    """Token ids of a ``prompt``, or of ``messages`` after the chat template."""
+    body = decode(await request.body(), TokenizeRequest)
+    service.model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise RequestError("one of prompt and messages must be given.", "Send one of them.", param="prompt")
+    llm = service.llm
+    if body.messages is None:
+        special = body.add_special_tokens if body.add_special_tokens is not None else True
+        ids = await asyncio.to_thread(llm.inputs.encode, body.prompt or "", add_special_tokens=special)
+    else:
+        text = await asyncio.to_thread(
+            llm.renderer.render,
+            body.messages,
+            add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+            continue_final_message=bool(body.continue_final_message),
+            template_kwargs=body.chat_template_kwargs,
+        )
+        ids = await asyncio.to_thread(llm.inputs.encode, text, add_special_tokens=bool(body.add_special_tokens))
+    names = [llm.tokenizer.id_to_token(id) for id in ids] if body.return_token_strs and llm.tokenizer else None
+    return _json({"count": len(ids), "max_model_len": llm.info.max_model_len, "tokens": ids, "token_strs": names})
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    """The text of token ids, special tokens included."""
+    body = decode(await request.body(), DetokenizeRequest)
+    service.model(body.model)
+    tokenizer, size = service.llm.tokenizer, service.llm.info.vocab_size
+    if tokenizer is None:
+        raise RequestError("the server runs without a tokenizer.", "Start it without --skip-tokenizer-init.")
+    for token in body.tokens:
+        if not 0 <= token < size:
+            raise RequestError(f"tokens holds {token}, outside [0, {size - 1}].", "Remove it.", param="tokens")
+    return _json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+
+
+def _card(service: Service) -> dict[str, Any]:
+    name, limit = service.names[0], service.llm.info.max_model_len
+    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "octavo", "max_model_len": limit}
+
+
+def _json(content: object) -> Response:
+    return Response(msgspec.json.encode(content), media_type="application/json")

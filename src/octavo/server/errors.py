@@ -1,0 +1,82 @@
+"""Errors as OpenAI's API words them: ``{"error": {"message", "type", "param", "code"}}``.
+
+What a client sees is an `OctavoError`'s cause and remedy, or one of the texts here; never the text of an exception that
+nobody expected.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.responses import Response
+
+from octavo.errors import OctavoError, Overloaded, RequestError
+
+
+class ErrorInfo(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorInfo
+
+
+class ApiError(RequestError):
+    """An error that only the HTTP layer knows. ``code`` is OpenAI's word for it where there is one."""
+
+    def __init__(self, status: int, code: str, cause: str, remedy: str = "", *, param: str | None = None) -> None:
+        super().__init__(cause, remedy, param=param, id=code)
+        self.status = status
+
+
+class ClientGone(Exception):
+    """The client closed its connection; there is nobody to answer."""
+
+
+def unknown_model(wanted: str, served: str) -> ApiError:
+    """404, as OpenAI answers for a model that does not exist."""
+    return ApiError(
+        404, "model_not_found", f"the model {wanted!r} does not exist here.", f"Use {served!r}.", param="model"
+    )
+
+
+def bad_key() -> ApiError:
+    """401, the same for a key that is missing and one that is wrong."""
+    return ApiError(
+        401, "invalid_api_key", "the API key is missing or wrong.", "Send it as 'Authorization: Bearer KEY'."
+    )
+
+
+def too_large(limit: int) -> ApiError:
+    """413."""
+    return ApiError(413, "body_too_large", f"the body is larger than {limit} bytes.", "Send less at once.")
+
+
+def no_route(status: int, method: str, path: str) -> ApiError:
+    """404 or 405 for a path that is not served, or not with this method."""
+    if status == 405:
+        return ApiError(405, "method_not_allowed", f"{path} does not take {method}.", "Use its other method.")
+    return ApiError(404, "not_found", f"there is nothing at {path[:200]}.", "The API is under /v1.")
+
+
+def unexpected(request_id: str) -> OctavoError:
+    """500 for a bug of ours; the log has the rest under the same id."""
+    return OctavoError(f"the server failed on this request ({request_id}).", "The server's log says why.", id="SRV001")
+
+
+def body_of(error: OctavoError) -> ErrorBody:
+    """The error as a client sees it."""
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    return ErrorBody(ErrorInfo(str(error), kind, getattr(error, "param", None), error.id))
+
+
+def response_of(error: OctavoError) -> Response:
+    """The whole response for an error that came before any other byte."""
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return Response(msgspec.json.encode(body_of(error)), error.status, headers, "application/json")

@@ -1,0 +1,103 @@
+"""What every request passes, whatever its path: an id, the key, the size limit, errors as JSON, one line of log.
+
+It wraps the whole application, so a route added later is guarded too: only the paths in `PUBLIC` need no key.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+import uuid
+from hashlib import sha256
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from octavo.errors import OctavoError
+from octavo.log import get_logger
+from octavo.server import errors
+
+PUBLIC = frozenset({"/health", "/ping"})
+QUIET = PUBLIC | {"/metrics"}  # asked every few seconds by machines: not logged
+MAX_BODY_BYTES = 32 * 2**20
+
+
+class Guard:
+    """ASGI middleware; see the module. Without ``api_key`` every path is open."""
+
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, max_body: int = MAX_BODY_BYTES, log_requests: bool = False
+    ) -> None:
+        self._app = app
+        self._key = sha256(api_key.encode()).digest() if api_key else None
+        self._max_body = max_body
+        self._log = log_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["app"] = self  # makes the router raise what it would answer in plain text
+        exchange = _Exchange(scope, receive, send, self._max_body)
+        try:
+            self._admit(scope)
+            await self._app(scope, exchange.receive, exchange.send)
+        except errors.ClientGone:
+            exchange.status = 499
+        except HTTPException as error:  # the router's: 404 or 405
+            await exchange.fail(errors.no_route(error.status_code, scope["method"], scope["path"]))
+        except OctavoError as error:
+            await exchange.fail(error)
+        except Exception:
+            get_logger().exception("request %s failed", exchange.id)
+            await exchange.fail(errors.unexpected(exchange.id))
+        if self._log and scope["path"] not in QUIET:
+            exchange.log()
+
+    def _admit(self, scope: Scope) -> None:
+        headers = dict(scope["headers"])
+        if self._key is not None and scope["path"] not in PUBLIC:
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            same = hmac.compare_digest(sha256(given.strip()).digest(), self._key)
+            if scheme.lower() != b"bearer" or not same:
+                raise errors.bad_key()
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > self._max_body:
+            raise errors.too_large(self._max_body)
+
+
+class _Exchange:
+    """One request and its response: counts the body, adds the id to the headers, knows whether an error still can."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int) -> None:
+        self.id = uuid.uuid4().hex
+        self.status = 0
+        scope["request_id"] = self.id
+        self._scope, self._receive, self._send = scope, receive, send
+        self._left = self._max_body = max_body
+        self._began = time.perf_counter()
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            if self._left < 0:
+                raise errors.too_large(self._max_body)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
+        await self._send(message)
+
+    async def fail(self, error: OctavoError) -> None:
+        """Answers with ``error``; after the first byte of another answer all that is left is to break off."""
+        if self.status == 0:
+            await errors.response_of(error)(self._scope, self._receive, self.send)
+        else:
+            get_logger().error("request %s broke off: %s", self.id, error)
+
+    def log(self) -> None:
+        took = time.perf_counter() - self._began
+        get_logger().info("%s %s %d %.3fs %s", self._scope["method"], self._scope["path"], self.status, took, self.id)

@@ -1,0 +1,122 @@
+"""Prometheus metrics, under vLLM's names where the meaning is the same, so that its dashboards work.
+
+Gauges and counters are the engine's own statistics, read when asked for; histograms are filled when a request ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from octavo.types import RequestOutput, Stats
+
+_SECONDS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+_LONG = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class _Engine(Collector):
+    """The latest `Stats` as metrics."""
+
+    def __init__(self, model: str) -> None:
+        self.stats = Stats()
+        self._model = model
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self.stats
+        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait for room.", stats.waiting)
+        used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the KV pages held by requests, 0 to 1.", used)
+        yield self._counter("vllm:num_preemptions", "Preemptions.", stats.preemptions)
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens.", stats.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Generated tokens.", stats.generation_tokens)
+        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prompt_tokens)
+        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.cached_tokens)
+        yield self._counter("octavo:steps", "Steps of the engine.", stats.steps)
+        yield self._counter("octavo:kv_slots_allocated", "KV slots held, summed over steps.", stats.slots_allocated)
+        yield self._counter("octavo:kv_slots_filled", "Those of them with a token.", stats.slots_filled)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self._model], value)
+        return family
+
+
+class Metrics:
+    """All metrics of one server."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._registry = CollectorRegistry()
+        self._engine = _Engine(model)
+        self._registry.register(self._engine)
+        self._ends = Counter(
+            "vllm:request_success", "Requests that ended.", ["model_name", "finished_reason"], registry=self._registry
+        )
+        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
+        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
+        self._each = self._histogram("request_time_per_output_token_seconds", "Mean of a request.", _SECONDS)
+        self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._output = self._histogram("request_generation_tokens", "Generated tokens of a request.", _TOKENS)
+
+    def finished(self, result: RequestOutput) -> None:
+        """Counts a request that has ended, in whatever way."""
+        times = result.metrics
+        lengths = [len(output.token_ids) for output in result.outputs]
+        self._prompt.observe(len(result.prompt_token_ids))
+        for output, length in zip(result.outputs, lengths, strict=True):
+            self._ends.labels(self._model, output.finish_reason or "abort").inc()
+            self._output.observe(length)
+        if times.first_token_time is None or times.finished_time is None:
+            return
+        self._first.observe(times.first_token_time - times.arrival_time)
+        self._whole.observe(times.finished_time - times.arrival_time)
+        if max(lengths) > 1:
+            self._each.observe((times.finished_time - times.first_token_time) / (max(lengths) - 1))
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's state that is shown."""
+        return self._engine.stats
+
+    @stats.setter
+    def stats(self, stats: Stats) -> None:
+        self._engine.stats = stats
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        made = Histogram(f"vllm:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)
+        return made.labels(self._model)

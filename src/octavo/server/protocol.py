@@ -1,0 +1,238 @@
+"""Bodies of requests, as OpenAI's API and vLLM's extensions of it have them.
+
+Decoding is strict: a field that is not named here is refused, since it would change the answer for all we know. Fields
+of `_Ignored` change nothing and are accepted. ``null`` always means the default. Ranges of sampling parameters are
+checked by `SamplingParams.validate`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from octavo.errors import RequestError
+from octavo.server.errors import ApiError
+from octavo.types import MAX_LOGPROBS, SamplingParams
+
+MAX_PROMPTS = 1024  # prompts in one completion request
+MAX_STOP_LENGTH = 1024  # characters of a stop string
+PRIORITY_LIMIT = 2**31
+
+
+class _Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Accepted without effect: bookkeeping of OpenAI's platform."""
+
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    include_obfuscation: Any = None  # padding against eavesdroppers: OpenAI's, without effect
+
+
+class _Generation(_Ignored, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of completion share. Names are those of `SamplingParams` where the meaning is."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    max_tokens: int | None = None
+    logit_bias: dict[int, float] | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    bad_words: list[str] | None = None
+    allowed_token_ids: list[int] | None = None
+    prompt_logprobs: int | None = None
+    priority: int | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling_params(self, defaults: SamplingParams, **changes: Any) -> SamplingParams:
+        """``defaults`` overridden by the fields of the request that are set, and by ``changes``; validated."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        params = msgspec.structs.replace(defaults, **(given | changes))
+        params.validate()
+        return params
+
+    def check(self) -> None:
+        """Checks what concerns more than one field."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options is set, but stream is not.", "Set stream.", param="stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs cannot be streamed.", "Unset stream.", param="prompt_logprobs")
+        if abs(self.priority or 0) >= PRIORITY_LIMIT:
+            raise RequestError(f"priority is {self.priority}.", "Give a smaller number.", param="priority")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+            raise RequestError(
+                f"a stop string is longer than {MAX_STOP_LENGTH} characters.", "Shorten it.", param="stop"
+            )
+
+
+_SAMPLING = set(_Generation.__struct_fields__) & set(SamplingParams.__struct_fields__)
+
+
+class CompletionRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/completions``."""
+
+    prompt: str | list[str | int | list[int]]  # an int is a token: all or none
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a prompt: a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [part for part in self.prompt if isinstance(part, int)]
+        prompts = [part for part in self.prompt if not isinstance(part, int)]
+        if tokens and prompts:
+            raise RequestError("prompt mixes tokens and prompts.", "Send a list of one kind.", param="prompt")
+        return [tokens] if tokens else prompts
+
+    def check(self) -> None:
+        super().check()
+        prompts = self.prompts()
+        if not 0 < len(prompts) <= MAX_PROMPTS:
+            raise RequestError(
+                f"prompt holds {len(prompts)} prompts, outside [1, {MAX_PROMPTS}].",
+                "Split the request.",
+                param="prompt",
+            )
+        if not all(prompts):
+            raise RequestError("a prompt is empty.", "Send at least one token.", param="prompt")
+        if self.suffix:
+            raise RequestError("suffix is not supported.", "Put all text into prompt.", param="suffix")
+        if self.best_of not in (None, self.n or 1):
+            raise RequestError(f"best_of is {self.best_of}, not n.", "Leave it out and use n.", param="best_of")
+        if self.stream and self.echo and self.logprobs is not None:
+            raise RequestError("echo with logprobs cannot be streamed.", "Unset stream.", param="echo")
+
+
+class ResponseFormat(msgspec.Struct):
+    type: str
+
+
+class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise RequestError("messages is empty.", "Send at least one message.", param="messages")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise RequestError(
+                f"response_format {self.response_format.type!r} is not supported.",
+                "Leave it out, and ask for the format in the prompt.",
+                param="response_format",
+            )
+        for name in ("tools", "functions"):
+            if getattr(self, name):
+                raise RequestError(f"{name} are not supported yet.", f"Leave {name} out.", param=name)
+        for name in ("tool_choice", "function_call"):
+            if getattr(self, name) not in (None, "none", "auto"):
+                raise RequestError(f"{name} needs tools, which are not supported yet.", "Leave it out.", param=name)
+        if self.modalities not in (None, ["text"]):
+            raise RequestError(f"modalities is {self.modalities}.", "Only text is made here.", param="modalities")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RequestError("top_logprobs is set, but logprobs is not.", "Set logprobs.", param="top_logprobs")
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            raise RequestError(
+                f"top_logprobs is {self.top_logprobs}, outside [0, {MAX_LOGPROBS}].",
+                "Give a value in that range.",
+                param="top_logprobs",
+            )
+
+    def chat_params(self, defaults: SamplingParams) -> SamplingParams:
+        """As `sampling_params`; without a limit the answer may fill the context."""
+        limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling_params(defaults, max_tokens=limit, logprobs=logprobs)
+
+
+class TokenizeRequest(_Ignored, kw_only=True, forbid_unknown_fields=True):
+    """``POST /tokenize``: of a text, or of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(_Ignored, kw_only=True, forbid_unknown_fields=True):
+    """``POST /detokenize``."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+_UNKNOWN = re.compile(r"unknown field `([^`]{0,100})")
+_WHERE = re.compile(r" - at `\$\.?([^`]*)`$")
+
+
+def decode(body: bytes, kind: type[Body]) -> Body:
+    """A request from its JSON; raises `RequestError` naming the field."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise ApiError(400, "invalid_json", "the body is not valid JSON.", "Send one JSON object.") from None
+
+
+def _explain(message: str) -> RequestError:
+    unknown = _UNKNOWN.search(message)
+    where = _WHERE.search(message)
+    place = where[1] if where else ""
+    if unknown:
+        name = f"{place}.{unknown[1]}" if place else unknown[1]
+        return RequestError(f"{name!r} is not a field of this request.", "Leave it out.", param=name)
+    text = message[: where.start()] if where else message
+    field = place.split(".")[0].split("[")[0] or None
+    return RequestError(f"{place or 'the body'}: {text[:200]}.", "See the API's reference for its form.", param=field)

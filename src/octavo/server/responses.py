@@ -1,0 +1,168 @@
+"""Bodies of answers, whole and in pieces, as OpenAI's API has them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from octavo.types import Logprob, RequestOutput
+
+Logprobs = dict[int, Logprob]  # of one position: the token itself first, then the best ones
+
+
+def now() -> int:
+    """The ``created`` of an answer."""
+    return int(time.time())
+
+
+class PromptDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+    @classmethod
+    def of(cls, results: Iterable[RequestOutput]) -> Usage:
+        """Summed over the prompts of one request."""
+        results = list(results)
+        prompt = sum(len(r.prompt_token_ids) for r in results)
+        output = sum(len(o.token_ids) for r in results for o in r.outputs)
+        return cls(prompt, output, prompt + output, PromptDetails(sum(r.num_cached_tokens for r in results)))
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """``text_offset`` counts characters from the start of the choice's text."""
+
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+
+    def add(self, token: int, entry: Logprobs | None, text: str) -> None:
+        """Appends a position; ``entry`` is None for the first token of a prompt, which nothing predicts."""
+        offset = self.text_offset[-1] + len(self.tokens[-1]) if self.tokens else 0
+        self.text_offset.append(offset)
+        self.tokens.append(text)
+        self.token_logprobs.append(None if entry is None else entry[token].logprob)
+        tops = None if entry is None else {name_of(id, one): one.logprob for id, one in entry.items()}
+        self.top_logprobs.append(tops)
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    prompt_logprobs: Any = msgspec.UNSET
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """An answer to ``/v1/completions``, or one piece of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class TopLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[TokenLogprob]
+
+
+class Message(msgspec.Struct):
+    role: Literal["assistant"]
+    content: str
+    refusal: None = None
+
+
+class MessageDelta(msgspec.Struct, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChoice(msgspec.Struct, kw_only=True):
+    index: int
+    message: Message
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None
+    stop_reason: int | str | None = None
+
+
+class ChatDelta(msgspec.Struct, kw_only=True):
+    index: int
+    delta: MessageDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    """An answer to ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_logprobs: Any = msgspec.UNSET
+
+
+class ChatChunk(msgspec.Struct, kw_only=True):
+    """One piece of it."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatDelta]
+    usage: Usage | None = None
+
+
+def name_of(token: int, entry: Logprob) -> str:
+    """The text of a token, or its number where there is no tokenizer."""
+    return entry.decoded_token if entry.decoded_token is not None else f"token_id:{token}"
+
+
+def completion_logprobs(token_ids: Sequence[int], entries: Sequence[Logprobs]) -> CompletionLogprobs:
+    """Of an output's tokens."""
+    made = CompletionLogprobs()
+    for token, entry in zip(token_ids, entries, strict=True):
+        made.add(token, entry, name_of(token, entry[token]))
+    return made
+
+
+def chat_logprobs(token_ids: Sequence[int], entries: Sequence[Logprobs], top: int) -> ChatLogprobs:
+    """Of an output's tokens, each with the ``top`` likeliest."""
+    content = []
+    for token, entry in zip(token_ids, entries, strict=True):
+        best = [_top(id, one) for id, one in entry.items() if one.rank is not None and one.rank <= top]
+        own = _top(token, entry[token])
+        best.sort(key=lambda one: -one.logprob)
+        content.append(TokenLogprob(own.token, own.logprob, own.bytes, best))
+    return ChatLogprobs(content)
+
+
+def _top(token: int, entry: Logprob) -> TopLogprob:
+    name = name_of(token, entry)
+    return TopLogprob(name, entry.logprob, list(name.encode()))

@@ -1,0 +1,229 @@
+"""``octavo serve``: one API process (this one) and one engine-core process, from the first to the last second."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import uvicorn
+import uvloop
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+import octavo
+from octavo.async_llm import AsyncLLM
+from octavo.config import EngineConfig, ServerConfig
+from octavo.errors import ConfigError, OctavoError
+from octavo.frontend.chat import load_template
+from octavo.log import get_logger
+from octavo.server.app import build_app
+from octavo.server.service import Service, served_names
+
+MAX_HEAD_BYTES = 64 * 2**10  # request line and headers
+ANSWER_SECONDS = 0.5  # for requests that were just aborted to write their last byte
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real", "stub"] = "real") -> int:
+    """Serves until told to stop; returns the exit code: 0 after a signal, 1 when the engine died.
+
+    Raises `OctavoError` for whatever prevents the start.
+    """
+    with _listener(server) as listener:
+        return uvloop.run(_Session(config, server, worker, listener).run())
+
+
+class _Session:
+    """One server, from its start to its end."""
+
+    def __init__(
+        self, config: EngineConfig, server: ServerConfig, worker: Literal["real", "stub"], listener: socket.socket
+    ) -> None:
+        self._config, self._server, self._worker, self._listener = config, server, worker, listener
+        self._stop = asyncio.Event()  # a signal, or the engine's death
+        self._hurry = asyncio.Event()  # a second signal
+        self._drain = server.drain_seconds
+        self._code = 0
+
+    async def run(self) -> int:
+        with self._signals():
+            llm = await self._start()
+            if llm is None:
+                return self._code
+            try:
+                await self._serve(llm)
+            finally:
+                await llm.close()
+        return self._code
+
+    async def _start(self) -> AsyncLLM | None:
+        """The engine once it is ready; None if a signal came before."""
+        template = self._server.chat_template
+        starting = asyncio.create_task(
+            AsyncLLM.start(
+                self._config,
+                chat_template=load_template(template) if template is not None else None,
+                worker=self._worker,
+                log_level=self._server.log_level,
+                on_death=self._engine_died,
+            )
+        )
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if starting.done():
+            return starting.result()
+        starting.cancel()
+        await asyncio.wait((starting,))
+        if not starting.cancelled() and starting.exception() is None:
+            await starting.result().close()
+        return None
+
+    async def _serve(self, llm: AsyncLLM) -> None:
+        names = served_names(self._config.model, self._server.served_model_name)
+        service = Service(llm, names)
+        key = self._server.api_key or os.environ.get("OCTAVO_API_KEY")
+        app = build_app(service, api_key=key, log_requests=not self._server.disable_log_requests)
+        http = _Http(_http_config(app), _banner(service, self._server, self._listener, guarded=key is not None))
+        ending = asyncio.create_task(self._end(service, http))
+        await http.serve([self._listener])
+        ending.cancel()
+
+    async def _end(self, service: Service, http: _Http) -> None:
+        """Waits for the reason to stop; then drains, answers what is left and lets the HTTP server end."""
+        await self._stop.wait()
+        drained = asyncio.create_task(service.drained(self._drain))
+        hurried = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+        drained.cancel()
+        hurried.cancel()
+        await service.llm.close()
+        await service.drained(ANSWER_SECONDS)
+        http.should_exit = True
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._signalled, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _signalled(self, number: int) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+            return
+        if number == signal.SIGINT:
+            self._drain = 0.0
+        get_logger().info("stopping on %s", signal.Signals(number).name)
+        self._stop.set()
+
+    def _engine_died(self, error: OctavoError) -> None:
+        get_logger().error("%s: %s", error.id, error)
+        self._code, self._drain = 1, ANSWER_SECONDS
+        self._stop.set()
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its own handling of signals, and with our lines once the socket is open."""
+
+    def __init__(self, config: uvicorn.Config, banner: str) -> None:
+        super().__init__(config)
+        self._banner = banner
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._banner, file=sys.stderr, flush=True)
+
+
+class _Protocol(HttpToolsProtocol):
+    """Bounds the head of a request, which httptools would collect without end."""
+
+    _head_bytes = 0
+    _in_head = True
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._head_bytes = self._head_bytes + len(data) if self._in_head else 0
+        if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too large.")
+
+    def on_message_begin(self) -> None:
+        self._in_head = True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        self._head_bytes = 0
+        super().on_message_complete()
+
+
+def _http_config(app: Any) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=_Protocol,
+        loop="none",
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        backlog=2048,
+    )
+
+
+def _listener(server: ServerConfig) -> socket.socket:
+    """The bound socket, not listening yet: until the engine is ready, connections are refused and do not hang."""
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((server.host, server.port))
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise ConfigError(
+            f"cannot listen on {server.host} port {server.port}: {error}.", "Give another --host or --port."
+        ) from None
+    return made
+
+
+def _banner(service: Service, server: ServerConfig, listener: socket.socket, *, guarded: bool) -> str:
+    """What is served, where, within which limits, and a line to paste."""
+    info, name = service.llm.info, service.names[0]
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    url = f"http://{host}:{listener.getsockname()[1]}"
+    key = ' -H "authorization: Bearer $OCTAVO_API_KEY"' if guarded else ""
+    if service.llm.renderer.template is None:
+        path, body = "/v1/completions", f'{{"model": "{name}", "prompt": "Hello"}}'
+    else:
+        path, body = "/v1/chat/completions", f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hi"}}]}}'
+    limits = (
+        f"{info.max_model_len} tokens a request, {info.max_num_seqs} requests at once, "
+        f"{info.num_pages * info.page_size} tokens of KV cache"
+    )
+    lines = [
+        f"octavo {octavo.__version__} serves {name} at {url}/v1",
+        f"  {info.dtype} on {info.device}; {limits}",
+        f"  curl {url}{path} -H 'content-type: application/json'{key} -d '{body}'",
+    ]
+    if not guarded and server.host not in LOOPBACK:
+        lines.insert(1, "  warning: no --api-key: whoever reaches this address can use it")
+    return "\n".join(lines)

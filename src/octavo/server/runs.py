@@ -1,0 +1,81 @@
+"""The prompts of one HTTP request, answered side by side."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Sequence
+
+from octavo.frontend.inputs import Prepared
+from octavo.frontend.outputs import Delta
+from octavo.server.service import Service
+from octavo.types import RequestOutput
+
+
+class Runs:
+    """Answers to several prompts with the same parameters. `deltas` may be called once.
+
+    Whatever ends it, a failure of one prompt or the client's leaving, the others are aborted with it.
+    """
+
+    def __init__(self, service: Service, prepared: Sequence[Prepared]) -> None:
+        self._service = service
+        self._generations = [service.llm.run(one) for one in prepared]
+
+    @property
+    def results(self) -> list[RequestOutput]:
+        """One a prompt: everything so far."""
+        return [generation.state.snapshot() for generation in self._generations]
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        """(number of the prompt, what was added to one of its outputs), as they come."""
+        with self._service.admitted():
+            try:
+                source = self._one() if len(self._generations) == 1 else self._merged()
+                async with contextlib.aclosing(source) as items:
+                    async for item in items:
+                        yield item
+            finally:
+                for result in self.results:
+                    self._service.metrics.finished(result)
+
+    async def finish(self) -> list[RequestOutput]:
+        """Waits for the end of all."""
+        async with contextlib.aclosing(self.deltas()) as items:
+            async for _ in items:
+                pass
+        return self.results
+
+    async def _one(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        async with contextlib.aclosing(self._generations[0]) as deltas:
+            async for delta in deltas:
+                yield 0, delta
+
+    async def _merged(self) -> AsyncGenerator[tuple[int, Delta], None]:
+        queue: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
+
+        async def feed(number: int) -> None:
+            try:
+                async with contextlib.aclosing(self._generations[number]) as deltas:
+                    async for delta in deltas:
+                        queue.put_nowait((number, delta))
+            finally:
+                queue.put_nowait(None)
+
+        tasks = [asyncio.create_task(feed(number)) for number in range(len(self._generations))]
+        try:
+            left = len(tasks)
+            while left:
+                item = await queue.get()
+                if item is not None:
+                    yield item
+                    continue
+                left -= 1
+                for task in tasks:
+                    if task.done():
+                        task.result()
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

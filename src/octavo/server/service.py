@@ -1,0 +1,71 @@
+"""What the handlers share: the engine, the names it is served under, and whether requests are still taken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from octavo.config import ModelOptions
+from octavo.errors import Overloaded
+from octavo.server.errors import unknown_model
+from octavo.server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from octavo.async_llm import AsyncLLM
+
+
+class Service:
+    """One engine behind one server. ``names[0]`` is the name that is shown; the others are accepted too."""
+
+    def __init__(self, llm: AsyncLLM, names: tuple[str, ...]) -> None:
+        self.llm = llm
+        self.names = names
+        self.metrics = Metrics(names[0])
+        self.closing = False
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def model(self, wanted: str | None) -> str:
+        """The name to answer with; raises `ApiError` (404) for a model that is not served."""
+        if wanted is not None and wanted not in self.names:
+            raise unknown_model(wanted[:200], self.names[0])
+        return wanted or self.names[0]
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Around the work on one request; raises `Overloaded` once the server is shutting down."""
+        if self.closing:
+            raise Overloaded("the server is shutting down.", "Send the request to another one.")
+        self._active += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    async def drained(self, seconds: float) -> bool:
+        """Takes no more requests and waits for those that run; False if some still do after ``seconds``."""
+        self.closing = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+
+def served_names(model: ModelOptions, given: str | None) -> tuple[str, ...]:
+    """The names of ``--served-model-name`` (separated by commas), else the model's; of a local one its last part first.
+
+    A path tells about the machine, so it is accepted in requests but not shown.
+    """
+    names = [name.strip() for name in (given or "").split(",") if name.strip()]
+    if names:
+        return tuple(names)
+    path = Path(model.model)
+    return (path.name, model.model) if path.exists() and path.name else (model.model,)
