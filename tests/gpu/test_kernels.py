@@ -1,0 +1,72 @@
+"""Triton kernels against the reference, on the grid that all kernels share; on a card, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from octavo.kernels import reference
+from tests.kernels import grid
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU, and TRITON_INTERPRET is not 1"),
+]
+DTYPES = [torch.float32] if DEVICE == "cpu" else [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", grid.ATTENTION, ids=str)
+def test_attention_equals_the_float64_answer(case: grid.Case, dtype: torch.dtype) -> None:
+    from octavo.kernels import attn_triton
+
+    batch = case.batch(dtype, DEVICE)
+    grid.assert_close(attn_triton.attention(*batch.arguments()), batch.expected())
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [16, 576, 2048, 4096, 8192])
+def test_norms_and_activations_equal_the_reference(size: int, dtype: torch.dtype) -> None:
+    from octavo.kernels import triton_ops
+
+    x, residual, weight = normal(7, size, dtype=dtype), normal(7, size, dtype=dtype), normal(size, dtype=dtype)
+    close(triton_ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    for got, want in zip(
+        triton_ops.add_rms_norm(x, residual, weight, 1e-5),
+        reference.add_rms_norm(x, residual, weight, 1e-5),
+        strict=True,
+    ):
+        close(got, want)
+    close(triton_ops.silu_and_mul(x), reference.silu_and_mul(x))
+    close(triton_ops.gelu_tanh_and_mul(x), reference.gelu_tanh_and_mul(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "dim", "rotated"), [(9, 64, 64), (3, 128, 128), (4, 80, 32), (1, 16, 16)])
+def test_rotary_and_store_take_slices_of_a_wider_row(heads: int, dim: int, rotated: int, dtype: torch.dtype) -> None:
+    from octavo.kernels import triton_ops
+
+    wide = normal(5, 3 * heads * dim, dtype=dtype)
+    q, k, v = (part.unflatten(-1, (heads, dim)) for part in wide.split(heads * dim, dim=-1))
+    table, positions = normal(50, rotated), torch.tensor([0, 3, 49, 7, 7], dtype=torch.int32, device=DEVICE)
+    close(triton_ops.rotary(q, table, positions), reference.rotary(q, table, positions))
+    close(triton_ops.rms_norm(q, normal(dim, dtype=dtype), 1e-6), reference.rms_norm(q, normal(dim, dtype=dtype), 1e-6))
+    slots = torch.tensor([0, 17, 31, 5, 40], dtype=torch.int32, device=DEVICE)
+    caches = [torch.full((3, 2, heads, 16, dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)]
+    triton_ops.store_kv_(caches[0], k, v, slots)
+    reference.store_kv_(caches[1], k, v, slots)
+    torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[got.dtype]
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
