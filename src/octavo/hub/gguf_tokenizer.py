@@ -22,7 +22,9 @@ from octavo.hub.gguf_config import end_ids
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 _MAX_TOKENS = 1 << 21
-_MAX_TOKEN_CHARS = 1 << 12  # of a token whose merges are derived: the work is quadratic in this
+# Limits of deriving merges from scores, whose work is the characters of all tokens times the length of the longest.
+_MAX_TOKEN_CHARS = 1 << 8  # a longer token gets no merges
+_MAX_CHARS = 1 << 23
 
 _SPECIAL_KEYS = {
     "bos_token": "bos_token_id",
@@ -112,7 +114,9 @@ def gguf_tokenizer(reader: GgufReader) -> GgufTokenizer:
     add_bos = (default_bos if flag is None else flag) and "bos_token" in ids
     add_eos = bool(reader.flag("tokenizer.ggml.add_eos_token")) and "eos_token" in ids
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    _add_template(tokenizer, special["bos_token"] if add_bos else None, special["eos_token"] if add_eos else None)
+    _add_template(
+        tokenizer, tokens, ids.get("bos_token") if add_bos else None, ids.get("eos_token") if add_eos else None
+    )
     return GgufTokenizer(
         tokenizer=tokenizer,
         special_tokens=special,
@@ -179,6 +183,8 @@ def _sentencepiece(reader: GgufReader, tokens: list[str]) -> Tokenizer:
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens) or not np.all(np.isfinite(scores)):
         _refuse(reader, "its tokenizer.ggml.scores are missing, not finite or not as many as its tokens")
     vocabulary = _vocabulary(tokens)
+    if sum(map(len, vocabulary)) > _MAX_CHARS:
+        _refuse(reader, f"its tokens have more than {_MAX_CHARS} characters")
     unknown = reader.integer("tokenizer.ggml.unknown_token_id")
     unknown = 0 if unknown is None or not 0 <= unknown < len(tokens) else unknown
     model = models.BPE(
@@ -204,7 +210,7 @@ def merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[
     """Every pair of tokens that makes a token, best score of the result first.
 
     SentencePiece merges, of all neighbours that make a token, those whose token scores best: the order of these pairs.
-    Ties are settled by the shorter left part and then by the ids, as Transformers does.
+    Ties are settled by the longer left part and then by the ids, as Transformers does.
     """
     found: list[tuple[float, int, int, int, int, str, str]] = []
     for token, i in vocabulary.items():
@@ -240,17 +246,19 @@ def _add(tokenizer: Tokenizer, texts: Iterable[str], *, special: bool) -> None:
         tokenizer.add_tokens(wrapped)
 
 
-def _add_template(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    named = [text for text in (bos, eos) if text is not None]
+def _add_template(tokenizer: Tokenizer, tokens: list[str], bos: int | None, eos: int | None) -> None:
+    """Puts ``bos`` before and ``eos`` behind each sequence, under names of ours: a token's text could be ``$A``."""
+    named = {name: i for name, i in (("bos", bos), ("eos", eos)) if i is not None}
     if not named:
         return
-    ids = [(text, tokenizer.token_to_id(text)) for text in dict.fromkeys(named)]
 
     def around(sequence: str) -> list[str]:
-        return [text for text in (bos, sequence, eos) if text is not None]
+        return [part for part in ("bos", sequence, "eos") if part == sequence or part in named]
 
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=around("$A"), pair=[*around("$A"), *(f"{part}:1" for part in around("$B"))], special_tokens=ids
+        single=around("$A"),
+        pair=[*around("$A"), *(f"{part}:1" for part in around("$B"))],
+        special_tokens=[{"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in named.items()],
     )
 
 
