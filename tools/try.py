@@ -14,7 +14,9 @@ QUESTION = "What is the capital of France? Answer in one sentence."
 
 def main(argv: list[str]) -> int:
     question, options = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (QUESTION, argv)
-    return _venv.run("", ["-m", "octavo", "chat", "--message", question, "--temperature", "0", *options])
+    return _venv.run(
+        "", ["-m", "octavo", "chat", "--message", question, "--temperature", "0", "--max-tokens", "200", *options]
+    )
 
 
 if __name__ == "__main__":

@@ -105,14 +105,14 @@ def _generate(args: argparse.Namespace) -> int:
     config, sampling = engine_config(args), sampling_values(args)
     from octavo.terminal import generate
 
-    return generate(config, sampling, args.prompt)
+    return generate(config, sampling, args.prompt, args.log_level)
 
 
 def _chat(args: argparse.Namespace) -> int:
     config, sampling = engine_config(args), sampling_values(args)
     from octavo.terminal import chat
 
-    return chat(config, sampling, args.message, args.system)
+    return chat(config, sampling, args.message, args.system, args.log_level)
 
 
 def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
