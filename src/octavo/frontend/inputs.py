@@ -141,6 +141,8 @@ class InputProcessor:
 
     def _check_ids(self, name: str, ids: Collection[int]) -> None:
         vocab = self.info.vocab_size
+        if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab):
+            return
         for token in ids:
             if type(token) is not int or not 0 <= token < vocab:
                 raise RequestError(
