@@ -12,6 +12,7 @@ import torch
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import OutOfMemory
+from octavo.platforms.cpu import CpuPlatform
 from octavo.runtime.worker import Worker
 from tests.core.stub_engine import collect, make_request, run
 from tools import tiny
@@ -77,6 +78,17 @@ def test_greedy_tokens_equal_transformers(
     requests = prompts(8)
     answers = serve(engine(folder, overlap=overlap, **options), requests)
     assert answers == {id: oracle(tokens) for id, tokens in requests.items()}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_captured_decode_steps_change_no_token(
+    folder: Path, oracle: Callable[[list[int]], list[int]], overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuPlatform, "captures", True)  # "replays" by running the work again on the same memory
+    requests = prompts(7)
+    core = engine(folder, overlap=overlap, max_num_seqs=7)
+    assert serve(core, requests) == {id: oracle(tokens) for id, tokens in requests.items()}
+    assert core._worker._runner._graphs is not None
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -99,8 +99,32 @@ def ops(device: torch.device, dtype: torch.dtype) -> Ops:
             return chosen
         _note(f"cpu kernels: {REFERENCE.name}; {chosen}")
         return REFERENCE
-    _note(f"{device.type} kernels: {REFERENCE.name}")
+    chosen = _triton()
+    if isinstance(chosen, Ops):
+        _note(f"{device.type} kernels: {chosen.name}")
+        return chosen
+    _note(f"{device.type} kernels: {REFERENCE.name}; {chosen}")
     return REFERENCE
+
+
+def _triton() -> Ops | str:
+    """The Triton kernels, or why not."""
+    try:
+        from octavo.kernels import attn_triton, triton_ops
+    except ImportError as error:
+        return f"no Triton ({error}): install the package triton for many times the speed"
+    return Ops(
+        name="triton",
+        linear=reference.linear,
+        rms_norm=triton_ops.rms_norm,
+        add_rms_norm=triton_ops.add_rms_norm,
+        silu_and_mul=triton_ops.silu_and_mul,
+        gelu_tanh_and_mul=triton_ops.gelu_tanh_and_mul,
+        rotary=triton_ops.rotary,
+        store_kv_=triton_ops.store_kv_,
+        attention=attn_triton.attention,
+        pack_linear=_never_packs,
+    )
 
 
 def _extension(dtype: torch.dtype) -> Ops | str:

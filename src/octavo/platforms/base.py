@@ -23,6 +23,7 @@ class Platform(Protocol):
 
     device: torch.device
     overlaps: bool
+    captures: bool  # `capture` is worth calling
 
     def describe(self) -> str:
         """One line for the start-up log."""
@@ -38,6 +39,10 @@ class Platform(Protocol):
 
     def to_host(self, tensor: torch.Tensor) -> HostCopy:
         """Starts a copy to the host."""
+        ...
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """``work`` recorded: the result replays it on the same memory and returns the same tensor each time."""
         ...
 
     def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:

@@ -27,6 +27,7 @@ class CpuPlatform:
     """See `platforms.base.Platform`."""
 
     overlaps = False
+    captures = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -47,6 +48,10 @@ class CpuPlatform:
     def to_host(self, tensor: torch.Tensor) -> _Here:
         """The tensor itself."""
         return _Here(tensor)
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Nothing to record: the work itself."""
+        return work
 
     def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
         """What the user set, else a tenth of the machine's memory."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -26,9 +28,11 @@ class CudaPlatform:
     """See `platforms.base.Platform`."""
 
     overlaps = True
+    captures = find_spec("triton") is not None  # the reference operators read lengths on the host
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self._graph_memory: Any = None  # shared by all graphs: one runs at a time
 
     def describe(self) -> str:
         """Name, capability and memory of the card."""
@@ -50,6 +54,24 @@ class CudaPlatform:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
         return _Copy(host, done)
+
+    def capture(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """A CUDA graph of ``work``, which is run once before: kernels compile and libraries set themselves up."""
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=stream):
+            result = work()
+        self._graph_memory = graph.pool()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay
 
     def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
         """What the user set, else the share of the card that the weights and the largest step leave."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.kernels.metadata import AttentionMetadata
 from octavo.platforms.base import Platform
 from octavo.runtime.tables import Ints, Tables
 from octavo.types import StepPlan
+
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(slots=True)
@@ -32,7 +35,7 @@ def pack(plan: StepPlan, tables: Tables, platform: Platform, page_size: int) -> 
     np.cumsum(counts, out=starts[1:])
     positions = np.arange(starts[-1], dtype=np.int32) + np.repeat(computed - starts[:-1], counts)
     pages = tables.host_table[np.repeat(rows, counts), positions // page_size]
-    token_ids, fed = _token_ids(plan, tables, starts)
+    token_ids, fed = _token_ids(plan, tables, rows, computed, starts)
     samples = np.asarray(plan.samples, bool)
     parts = {
         "token_ids": token_ids,
@@ -66,17 +69,16 @@ def pack(plan: StepPlan, tables: Tables, platform: Platform, page_size: int) -> 
     return StepInputs(views["token_ids"], views["positions"], views["logits_at"], views["sampled_rows"], attention)
 
 
-def _token_ids(plan: StepPlan, tables: Tables, starts: Ints) -> tuple[Ints, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
+def _token_ids(plan: StepPlan, tables: Tables, rows: Ints, computed: Ints, starts: Ints) -> tuple[Ints, Bools]:
     """(ids[T] as far as the host knows them, fed[B]: items whose one token is the row's last sampled one)."""
     token_ids = np.zeros(starts[-1], np.int32)
-    fed = np.zeros(len(plan.rows), bool)
-    for b, (row, count, computed) in enumerate(zip(plan.rows, plan.counts, plan.computed, strict=True)):
-        known = tables.known[row]
-        if computed < len(known):
-            token_ids[starts[b] : starts[b + 1]] = known[computed : computed + count]
-        else:
-            fed[b] = True
-    return token_ids, fed
+    fed = np.zeros(len(rows), np.int32)
+    single = next((b for b, count in enumerate(plan.counts) if count > 1), len(rows))
+    tables.feed(rows[:single], computed[:single], token_ids[:single], fed[:single])
+    for b in range(single, len(rows)):
+        known = tables.known[plan.rows[b]]
+        token_ids[starts[b] : starts[b + 1]] = known[plan.computed[b] : plan.computed[b] + plan.counts[b]]
+    return token_ids, fed.astype(bool)
 
 
 def _upload(parts: dict[str, Ints], platform: Platform) -> dict[str, torch.Tensor]:

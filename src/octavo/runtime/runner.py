@@ -10,6 +10,7 @@ from octavo.kernels.metadata import AttentionMetadata
 from octavo.layers import context
 from octavo.models.base import Model
 from octavo.platforms.base import Platform
+from octavo.runtime.graphs import DecodeGraphs
 from octavo.runtime.inputs import pack
 from octavo.runtime.sampler import Sampled, SampleItem, Sampler
 from octavo.runtime.tables import Tables
@@ -40,16 +41,27 @@ class _Launched:
 
 
 class Runner:
-    """``cache`` as in `kernels.metadata`; ``max_rows`` sequences of up to ``max_len`` tokens."""
+    """``cache`` as in `kernels.metadata`; ``max_rows`` sequences of up to ``max_len`` tokens.
 
-    def __init__(self, model: Model, cache: torch.Tensor, platform: Platform, *, max_rows: int, max_len: int) -> None:
+    With ``graphs``, decode steps are captured now where the platform can.
+    """
+
+    def __init__(
+        self, model: Model, cache: torch.Tensor, platform: Platform, *, max_rows: int, max_len: int, graphs: bool = True
+    ) -> None:
         self._model = model
         self._cache = cache
         self._platform = platform
         self._page_size = cache.shape[4]
-        self._tables = Tables(max_rows, -(-max_len // self._page_size), platform.device)
+        dummy_page = cache.shape[1] - 1
+        self._tables = Tables(max_rows, max_len, self._page_size, dummy_page, platform.device)
         self._sampler = Sampler(model.config.vocab_size, platform.device)
         self._scored: dict[int, tuple[list[int], int]] = {}  # row -> (prompt, how many alternatives)
+        self._logits: torch.Tensor | None = None
+        self._graphs: DecodeGraphs | None = None
+        if graphs and platform.captures:
+            with torch.inference_mode():
+                self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> None:
@@ -61,23 +73,32 @@ class Runner:
             self._sampler.start(start.row, start.tokens, start.prompt_len, start.sampling)
             if start.sampling.prompt_logprobs is not None:
                 self._scored[start.row] = (start.tokens[: start.prompt_len], start.sampling.prompt_logprobs)
+        self._plan = plan
+        self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        graph = self._graphs.fitting(plan) if self._graphs and not self._scored else None
+        if graph is not None:
+            self._logits, self._sampled_rows = graph.run(plan)
+        else:
+            self._forward(plan)
+
+    def _forward(self, plan: StepPlan) -> None:
         inputs = pack(plan, self._tables, self._platform, self._page_size)
         with context.use(context.ForwardContext(inputs.attention, self._cache)):
             hidden = self._model(inputs.token_ids, inputs.positions)
-        self._plan, self._inputs = plan, inputs
         self._prompt_logprobs = self._score_prompts(plan, hidden)
+        self._sampled_rows = inputs.sampled_rows
         self._logits = self._model.logits(hidden[inputs.logits_at]) if any(plan.samples) else None
 
     @torch.inference_mode()
     def sample(self) -> _Launched:
         """Launches sampling for the last `step`; its rows' next input is the sampled token, read or not."""
-        plan, inputs = self._plan, self._inputs
+        plan = self._plan
         items = [b for b, samples in enumerate(plan.samples) if samples]
         sampled = None
         if self._logits is not None:
             where = [SampleItem(plan.rows[b], plan.computed[b] + plan.counts[b]) for b in items]
             sampled = self._sampler.sample(self._logits, where)
-            self._tables.last_token[inputs.sampled_rows] = sampled.tokens
+            self._tables.last_token[self._sampled_rows] = sampled.tokens
         self._logits = None
         return _Launched(plan, items, sampled, self._prompt_logprobs)
 

@@ -16,14 +16,19 @@ class Tables:
 
     ``block_table[r, i]``: the page of its tokens i * page_size …; kept on the host to compute slots, and on the device
     for attention. ``last_token[r]``: its newest sampled token, on the device only. ``known[r]``: its tokens at its
-    start, on the host.
+    start, on the host. One more row, the dummy, belongs to nobody: padding uses it; its pages are all ``dummy_page``.
     """
 
-    def __init__(self, rows: int, max_pages: int, device: torch.device) -> None:
-        self.host_table: Ints = np.zeros((rows, max_pages), np.int32)
-        self.block_table = torch.zeros((rows, max_pages), dtype=torch.int32, device=device)
-        self.last_token = torch.zeros(rows, dtype=torch.int32, device=device)
+    def __init__(self, rows: int, max_len: int, page_size: int, dummy_page: int, device: torch.device) -> None:
+        self.max_len = max_len
+        self.dummy_row, self.dummy_page = rows, dummy_page
+        max_pages = -(-max_len // page_size)
+        self.dummy_entry = rows * max_pages  # the dummy row's first entry of the flat table
+        self.host_table: Ints = np.full((rows + 1, max_pages), dummy_page, np.int32)
+        self.block_table = torch.from_numpy(self.host_table).to(device, copy=True)
+        self.last_token = torch.zeros(rows + 1, dtype=torch.int32, device=device)
         self.known: dict[int, Ints] = {}
+        self._known_len: Ints = np.zeros(rows + 1, np.int32)
 
     def apply(self, plan: StepPlan) -> tuple[Ints, Ints]:
         """Takes the plan's deltas; returns (flat indices, values) of the block table for the device to take too."""
@@ -33,6 +38,7 @@ class Tables:
         changes += [(grant.row, grant.first, grant.ids) for grant in plan.pages]
         for start in plan.starts:
             self.known[start.row] = np.asarray(start.tokens, np.int32)
+            self._known_len[start.row] = len(start.tokens)
         if not changes:
             return _NONE, _NONE
         width = self.host_table.shape[1]
@@ -41,6 +47,13 @@ class Tables:
         at = [np.arange(row * width + first, row * width + first + len(ids)) for row, first, ids in changes]
         indices = np.concatenate(at).astype(np.int32)
         return indices, self.host_table.reshape(-1)[indices]
+
+    def feed(self, rows: Ints, computed: Ints, token_ids: Ints, fed: Ints) -> None:
+        """For single tokens at ``computed`` of ``rows``: sets ``fed`` where the input is the row's last sampled token,
+        whose value only the device knows, and ``token_ids`` elsewhere."""
+        fed[:] = computed >= self._known_len[rows]
+        for b in np.flatnonzero(fed == 0):
+            token_ids[b] = self.known[int(rows[b])][computed[b]]
 
 
 _NONE: Ints = np.zeros(0, np.int32)

@@ -81,7 +81,14 @@ class Worker:
         )
         get_logger().info("kv cache: %s", plan.reason)
         cache = plan.allocate(self._model_config, self.platform)
-        self._runner = Runner(self._model, cache, self.platform, max_rows=limits.max_num_seqs, max_len=plan.max_len)
+        self._runner = Runner(
+            self._model,
+            cache,
+            self.platform,
+            max_rows=limits.max_num_seqs,
+            max_len=plan.max_len,
+            graphs=not self._config.device.enforce_eager,
+        )
         return plan.num_pages, plan.max_len
 
     def step(self, plan: StepPlan) -> None:
