@@ -1,0 +1,75 @@
+"""The whole application over a fake engine: HTTP in, HTTP out, no process and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from octavo.async_llm import AsyncLLM
+from octavo.errors import EngineDead
+from octavo.frontend.loading import TextModel
+from octavo.server.app import build_app
+from octavo.server.service import Service
+from octavo.types import Request, TokenLogprobs, TokenOutput
+from tests.frontend.fakes import FakeClient, byte_level, info, prompt_of
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
+)
+SPOKEN = "hello world, this is a longer text"
+
+
+def speak(tokens: Sequence[int], *, ends: bool = True, finish: str = "length") -> Any:
+    """A script for `FakeClient`: one of ``tokens`` a step, up to the request's max_tokens."""
+
+    def script(request: Request) -> list[TokenOutput]:
+        count = min(len(tokens), request.sampling.max_tokens)
+        top = request.sampling.logprobs
+        prompt = request.sampling.prompt_logprobs
+        outputs = []
+        for i in range(count):
+            last = ends and i == count - 1
+            outputs.append(
+                TokenOutput(
+                    id=request.id,
+                    token_ids=[tokens[i]],
+                    logprobs=[] if top is None else [scores(tokens[i], top)],
+                    prompt_logprobs=[] if prompt is None or i else prompt_scores(request, prompt),
+                    finish_reason=finish if last else None,
+                    cached=4 if i == 0 else 0,
+                )
+            )
+        return outputs
+
+    return script
+
+
+def prompt_scores(request: Request, top: int) -> list[TokenLogprobs]:
+    """One for each token of the prompt but the first."""
+    return [scores(token, top) for token in prompt_of(request)[1:]]
+
+
+def scores(token: int, top: int) -> TokenLogprobs:
+    """Rank 1 for ``token``; the next best are the ids below it."""
+    ids = [token - i for i in range(top)]
+    return TokenLogprobs(token, -0.5, 1, ids, [-0.5 - i for i in range(top)])
+
+
+class Server:
+    """An application and a client for it; ``fake`` is the engine behind."""
+
+    def __init__(self, script: Any = None, *, names: tuple[str, ...] = ("m", "alias"), **options: Any) -> None:
+        self.tokenizer = byte_level(chat_template=TEMPLATE)
+        self.fake = FakeClient(script or speak(self.tokenizer.encode(SPOKEN)), info(max_model_len=128))
+        self.llm = AsyncLLM(self.fake, TextModel(self.tokenizer))
+        self.service = Service(self.llm, names)
+        self.app = build_app(self.service, **options)
+        self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
+
+    async def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:
+        return await self.http.post(path, json=body, **kwargs)
+
+    def die(self) -> None:
+        self.fake.dead = EngineDead("the engine process was killed by signal 9.", "Restart it.")
