@@ -43,12 +43,11 @@ PIECES = [
 
 
 def samples() -> Iterator[str]:
-    """Every piece, and every ordered pair with a space or nothing between: 20 + 800 texts."""
+    """Every piece, and every ordered pair, half of them with a space between: 20 + 400 texts."""
     yield from PIECES
-    for a in PIECES:
-        for b in PIECES:
-            yield a + b
-            yield f"{a} {b}"
+    for i, a in enumerate(PIECES):
+        for j, b in enumerate(PIECES):
+            yield f"{a} {b}" if (i + j) % 2 else a + b
 
 
 def build(tmp_path: Path, metadata: dict[str, Any]) -> GgufTokenizer:
@@ -71,7 +70,7 @@ def test_smollm2_equals_transformers_with_the_pre_tokenizer_of_the_model(smollm2
     path, ours = smollm2
     theirs = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     plain = [text for text in samples() if not any(c.isnumeric() for c in text)]
-    assert len(plain) > 500
+    assert len(plain) > 250
     for text in plain:  # as Transformers converts the file
         assert ours.tokenizer.encode(text).ids == theirs.encode(text), text
     # Transformers' conversion knows no pre-tokenizer "smollm"; this is that of the model's own tokenizer.json.
@@ -243,7 +242,7 @@ def test_sentencepiece_vocabulary_tokenises_as_sentencepiece(
         assert ours.tokenizer.encode(text).ids == [processor.bos_id(), *ids], text
         assert ours.tokenizer.decode(ids) == text
         compared += 1
-    assert compared > 400
+    assert compared > 200
 
 
 def test_a_leading_space_is_not_doubled_as_in_transformers(
