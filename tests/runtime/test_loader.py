@@ -189,6 +189,18 @@ def test_buffers_of_old_checkpoints_and_a_tied_head_are_ignored() -> None:
     assert sum(p.numel() == 384 * 64 for p in target.parameters()) == 1
 
 
+def test_a_head_of_its_own_is_used_though_config_json_ties_it() -> None:
+    """As Transformers does."""
+    source, target = checkpoint("qwen3"), model("qwen3")
+    head = np.random.default_rng(0).standard_normal((384, 64), np.float32)
+    source.arrays["lm_head.weight"] = Array(head, "float32")
+    run(target, source)
+    hidden = torch.randn(2, 64)
+    torch.testing.assert_close(target.logits(hidden), hidden @ torch.from_numpy(head).T)
+    embedding = torch.from_numpy(source.arrays["model.embed_tokens.weight"].data)
+    assert torch.equal(target.model.embed_tokens(torch.arange(384)), embedding)
+
+
 def test_a_head_that_is_not_tied_is_not_ignored() -> None:
     source = checkpoint()
     del source.arrays["lm_head.weight"]

@@ -24,6 +24,12 @@ class Model(nn.Module):
         self.config = config
         self.max_len = max_len
         self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.tied: tuple[str, str] | None = None
+        """With a tied head, the checkpoint names that the head's weight and the embedding's have."""
+
+    def untie(self) -> None:
+        """Gives a tied head a weight of its own; the loader asks for it where a checkpoint has two different ones."""
+        raise NotImplementedError
 
     @abstractmethod
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -133,10 +133,15 @@ class LlamaForCausalLM(Model):
         self.model = LlamaModel(config, max_len, self.dtype)
         self.lm_head: Linear | None = None
         if config.tie_embeddings:
-            self.unused = (*self.unused, "lm_head.weight")
+            self.tied = ("lm_head.weight", "model.embed_tokens.weight")
         else:
-            parts = {"lm_head": config.vocab_size}
-            self.lm_head = Linear(config.hidden_size, parts, shard="out", dtype=self.dtype)
+            self.untie()
+
+    def untie(self) -> None:
+        self.tied = None
+        self.model.embed_tokens.tied = False
+        parts = {"lm_head": self.config.vocab_size}
+        self.lm_head = Linear(self.config.hidden_size, parts, shard="out", dtype=self.dtype)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.model(token_ids, positions)

@@ -13,11 +13,12 @@ import time
 import warnings
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 
 from octavo.errors import ModelError
@@ -25,14 +26,14 @@ from octavo.hub.checkpoint import Array, Checkpoint
 from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
 from octavo.layers.base import Layer, LoadRule
+from octavo.log import get_logger
 from octavo.models.base import Model
+from octavo.runtime.base import Progress
 
 LISTED = 10  # names that an error message lists
 PIECE = 64 << 20  # bytes that one read returns at most, unless a single row is more
 READERS = min(4, os.cpu_count() or 1)  # threads that read ahead; what they cost is the dequantising of GGUF blocks
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
-
-LoadProgress = Callable[[str, float], None]  # (phase, share done 0..1), as `runtime.base.Progress`
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,18 @@ class LoadReport:
         return f"{text}; not needed: {', '.join(self.unused[:LISTED])}" if self.unused else text
 
 
-def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: LoadProgress) -> LoadReport:
+def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: Progress) -> LoadReport:
     """Fills ``model``, built without memory, on ``device``.
 
     Raises `ModelError`: HF042 for tensors that the model has no place for, HF043 for parameters that the checkpoint
     lacks, HF044 for shapes that differ, HF050 for types that are not plain floats.
     """
     start = time.perf_counter()
-    plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
     tensors = checkpoint.tensors()
-    unused = _check_names([rule for _, rules in plan for rule in rules], tensors, model.unused)
+    _untie_if_distinct(model, checkpoint, tensors)
+    plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
+    ignorable = (*model.unused, model.tied[0]) if model.tied else model.unused
+    unused = _check_names([rule for _, rules in plan for rule in rules], tensors, ignorable)
     _check_types(plan, tensors)
     _check_shapes(plan, tensors)
 
@@ -113,10 +116,32 @@ def as_tensor(array: Array) -> torch.Tensor:
     return tensor.view(torch.bfloat16) if array.dtype == "bfloat16" else tensor
 
 
+def _untie_if_distinct(model: Model, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:
+    """As Transformers does, believes two different weights in the checkpoint more than ``tie_word_embeddings``."""
+    if model.tied is None or any(name not in tensors for name in model.tied):
+        return
+    head, embedding = model.tied
+    same = tensors[head] == tensors[embedding] and len(tensors[head].shape) == 2
+    if same and all(
+        np.array_equal(checkpoint.read(head, (rows,)).data, checkpoint.read(embedding, (rows,)).data)
+        for rows in _runs(tensors[head])
+    ):
+        return
+    get_logger().warning(
+        "config.json ties the head to the embedding, but %s differs from %s: not tied", head, embedding
+    )
+    model.untie()
+
+
 def _pieces(rule: LoadRule, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, slice]]:
-    """The source's name with its rows in runs of about `PIECE` bytes."""
-    step = max(1, rule.rows * PIECE // max(1, tensors[rule.source].nbytes))
-    return [(rule.source, slice(first, min(first + step, rule.rows))) for first in range(0, rule.rows, step)]
+    return [(rule.source, rows) for rows in _runs(tensors[rule.source])]
+
+
+def _runs(info: TensorInfo) -> list[slice]:
+    """The rows of a tensor in runs of about `PIECE` bytes."""
+    count = info.shape[0]
+    step = max(1, count * PIECE // max(1, info.nbytes))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def _read_ahead(checkpoint: Checkpoint, pieces: Iterable[tuple[str, slice]]) -> Iterator[Array]:
