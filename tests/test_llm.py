@@ -138,6 +138,17 @@ def test_a_closed_llm_says_so(llm: LLM) -> None:
         llm.generate("ax", use_tqdm=False)
 
 
+def test_a_step_that_fails_closes_the_engine() -> None:
+    worker = StubWorker(num_pages=200, max_len=200)
+    config = EngineConfig.of(model="stub")
+    llm = LLM.over(EngineCore(config, worker), TextModel(None), config)
+    worker.fail_at = 3
+    with pytest.raises(RuntimeError, match="told to fail"):
+        ids(llm, [[1]], max_tokens=10)
+    with pytest.raises(EngineDead, match="closed"):
+        ids(llm, [[1]])
+
+
 def test_the_progress_bar_counts_prompts(llm: LLM) -> None:
     calls: list[tuple[str, Any]] = []
 

@@ -189,6 +189,9 @@ class LLM:
         except (OctavoError, KeyboardInterrupt):
             core.abort(outputs.drop())
             raise
+        except Exception:
+            self.close()  # nobody knows what state a step that failed has left
+            raise
         finally:
             bar.close()
         return [state.snapshot() for state in states]

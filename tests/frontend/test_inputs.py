@@ -82,6 +82,16 @@ def test_an_output_beyond_the_context_is_cut_only_when_told_so() -> None:
     assert process([1] * 60, _clamp=True, max_tokens=100).requests[0].sampling.max_tokens == 4
 
 
+def test_a_default_that_is_too_long_is_cut_without_being_told() -> None:
+    inputs = InputProcessor(None, info(), defaults={"max_tokens": 50})
+    assert inputs.process("r", [1] * 60).requests[0].sampling.max_tokens == 4
+
+
+def test_only_the_first_of_several_outputs_computes_prompt_logprobs() -> None:
+    requests = process([1, 2], n=2, prompt_logprobs=0).requests
+    assert [r.sampling.prompt_logprobs for r in requests] == [0, None]
+
+
 def test_ends_are_eos_and_stop_tokens() -> None:
     sampling = process([1], stop_token_ids=[7], min_tokens=2).requests[0].sampling
     assert set(sampling.end_ids) == set(sampling.masked_until_min) == {EOS, 7}

@@ -88,11 +88,12 @@ class InputProcessor:
         salt: bytes = b"",
     ) -> Prepared:
         """As `process`, from token ids; ``text`` is what they came from, if known."""
+        clamp = self._clamp or params is None  # a default is no demand
         params = params or self.default_params()
         params.validate()
         ids = list(ids)
         self._check_ids("prompt", ids)
-        sampling = self._sampling(params, len(ids))
+        sampling = self._sampling(params, self._max_tokens(params, len(ids), clamp))
         packed = pack(ids)
         info = self.info
         keys = page_hashes(info.hash_key, salt, packed, info.page_size) if info.prefix_caching else b""
@@ -101,7 +102,11 @@ class InputProcessor:
                 id=id if params.n == 1 else f"{id}_{i}",
                 token_ids=packed,
                 page_hashes=keys,
-                sampling=msgspec.structs.replace(sampling, seed=self._seed(params.seed, i)),
+                sampling=msgspec.structs.replace(
+                    sampling,
+                    seed=self._seed(params.seed, i),
+                    prompt_logprobs=params.prompt_logprobs if i == 0 else None,  # they have one prompt
+                ),
                 priority=priority,
                 salt=salt,
             )
@@ -151,7 +156,7 @@ class InputProcessor:
                     param=name,
                 )
 
-    def _sampling(self, params: SamplingParams, length: int) -> Sampling:
+    def _sampling(self, params: SamplingParams, max_tokens: int) -> Sampling:
         extra = tuple(params.stop_token_ids or ())
         for name, ids in (
             ("stop_token_ids", extra),
@@ -162,7 +167,7 @@ class InputProcessor:
         ends = set(extra) if params.ignore_eos else self.eos_ids | set(extra)
         end_ids = tuple(sorted(ends))
         return Sampling(
-            max_tokens=self._max_tokens(params, length),
+            max_tokens=max_tokens,
             min_tokens=params.min_tokens,
             temperature=float(params.temperature),
             top_p=float(params.top_p),
@@ -180,12 +185,12 @@ class InputProcessor:
             prompt_logprobs=params.prompt_logprobs,
         )
 
-    def _max_tokens(self, params: SamplingParams, length: int) -> int:
+    def _max_tokens(self, params: SamplingParams, length: int, clamp: bool) -> int:
         limit, wanted = self.info.max_model_len, params.max_tokens
         room = limit - length
         if length == 0:
             raise RequestError("the prompt is empty.", "Send at least one token.", param="prompt")
-        if room < 1 or (wanted is not None and wanted > room and not self._clamp):
+        if room < 1 or (wanted is not None and wanted > room and not clamp):
             asked = "at least 1" if wanted is None else wanted
             raise RequestError(
                 f"the prompt has {length} tokens and max_tokens is {asked}: "
