@@ -7,8 +7,10 @@ legacy keys are gone), ``architectures``, present-day names in ``layer_types``, 
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from octavo.errors import ModelError
 
@@ -90,13 +92,30 @@ CLASS_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
 def normalise(hf: Mapping[str, Any]) -> tuple[Hf, list[str]]:
     """A copy of ``hf`` in the one shape, and what was changed. Applying it twice changes nothing more.
 
-    Raises `ModelError` HF020 for RoPE settings that contradict each other or lack a key.
+    Raises `ModelError`: HF020 for RoPE settings that contradict each other or lack a key, HF002 for a value that is of
+    another kind than every reader of configs takes for granted.
     """
     notes: list[str] = []
     out = dict(hf)
     for patch in PATCHES:
         out = patch(out, notes)
     return out, notes
+
+
+def check_kinds(hf: Hf, notes: list[str]) -> Hf:
+    """Refuses values that the other patches could not even look at."""
+    kinds = hf.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise _bad("layer_types", kinds, "a list of names")
+    if not isinstance(hf.get("model_type", ""), str | None):
+        raise _bad("model_type", hf["model_type"], "a name")
+    for key in ("max_position_embeddings", "original_max_position_embeddings"):
+        if hf.get(key) is not None and not _is_positive(hf[key]):
+            raise _bad(key, hf[key], "a number above 0")
+    inner = hf.get("text_config")
+    if isinstance(inner, Mapping) and {"text_config", "llm_config"} & set(inner):
+        raise _bad("text_config", inner, "a config of one level")
+    return hf
 
 
 # 2025: multimodal configs of InternVL and its kin call their language part llm_config; Transformers says text_config.
@@ -166,6 +185,10 @@ _REQUIRED: Final[Mapping[str, tuple[str, ...]]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 _SCALED_FROM_ORIGINAL: Final = ("llama3", "yarn", "longrope")
+_NUMBERS: Final = (
+    *("rope_theta", "factor", "alpha", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow"),
+)
 _SAME_TYPE: Final = (("su", "longrope"), ("mrope", "default"))
 DEFAULT_THETA: Final = 10_000.0
 
@@ -239,6 +262,8 @@ def _rope_type(given: Hf, hf: Hf, layers: str, notes: list[str]) -> str:
     if old is not None and new is not None and old != new and (old, new) not in _SAME_TYPE:
         raise _rope_error(layers, f"type is {old!r} but rope_type is {new!r}", "Keep rope_type only.")
     kind = new or old or "default"
+    if not isinstance(kind, str):
+        raise _rope_error(layers, f"rope_type is {kind!r}, not a name")
     if kind == "mrope" and not given.get("mrope_section"):
         raise _rope_error(layers, "rope_type 'mrope' has no mrope_section")
     renamed = {"su": "longrope", "mrope": "default", "telechat3-yarn": "yarn"}.get(kind, kind)
@@ -246,7 +271,7 @@ def _rope_type(given: Hf, hf: Hf, layers: str, notes: list[str]) -> str:
         renamed = "longrope"  # the first Phi-3 files called it so
     if renamed != kind:
         notes.append(f"rope_type {kind} read as {renamed}")
-    return str(renamed)
+    return renamed
 
 
 def _check(rope: Hf, kind: str, layers: str) -> None:
@@ -257,20 +282,17 @@ def _check(rope: Hf, kind: str, layers: str) -> None:
         missing.append("original_max_position_embeddings")
     if missing:
         raise _rope_error(layers, f"rope_type {kind!r} has no {', '.join(missing)}")
-    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-        value = rope.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
-            raise _rope_error(layers, f"{key} is {value!r}, not a number above 0")
+    for key in _NUMBERS:
+        if rope.get(key) is not None and not _is_positive(rope[key]):
+            raise _rope_error(layers, f"{key} is {rope[key]!r}, not a number above 0")
     partial = rope.get("partial_rotary_factor", 1.0)
-    if not isinstance(partial, (int, float)) or not 0 < partial <= 1:
+    if not _is_positive(partial) or partial > 1:
         raise _rope_error(layers, f"partial_rotary_factor is {partial!r}, outside (0, 1]")
 
 
 def _telechat_attention(rope: Hf, layers: str) -> float:
-    import math
-
     factor = rope.get("factor")
-    if not isinstance(factor, (int, float)) or factor <= 0:
+    if not _is_positive(factor):
         raise _rope_error(layers, f"factor is {factor!r}, not a number above 0")
     return 0.07 * math.log(factor) + 1.0
 
@@ -279,8 +301,23 @@ def _class_theta(hf: Hf) -> float:
     return float(CLASS_DEFAULTS.get(str(hf.get("model_type")), {}).get("rope_theta", DEFAULT_THETA))
 
 
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    """Whether ``value`` is a number above 0 that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 < value <= sys.float_info.max
+
+
 def _first(hf: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((hf[key] for key in keys if hf.get(key) is not None), None)
+
+
+def _bad(key: str, value: object, wanted: str) -> ModelError:
+    return ModelError(
+        f"config: {key} is {repr(value)[:80]}, not {wanted}.",
+        "Correct config.json, or give it with --hf-overrides.",
+        id="HF002",
+    )
 
 
 def _rope_error(layers: str, what: str, remedy: str = "") -> ModelError:
@@ -289,6 +326,7 @@ def _rope_error(layers: str, what: str, remedy: str = "") -> ModelError:
 
 
 PATCHES: Final[tuple[Patch, ...]] = (
+    check_kinds,
     rename_text_config,
     normalise_text_config,
     rename_dtype,

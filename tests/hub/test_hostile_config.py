@@ -1,0 +1,84 @@
+"""Any JSON in any place of a config gives a model or a `ModelError`, never another exception."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from octavo.errors import ModelError
+from octavo.hub import configs
+from tools import tiny
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-2, 5),
+    st.sampled_from([10**9, 2**40, -(2**70)]),
+    st.floats(),
+    st.text(max_size=4),
+    st.sampled_from(["linear", "yarn", "longrope", "llama3", "su", "mrope", "default", "llama", "mistral", "phi3"]),
+)
+JSON = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(["full_attention", "rope_type", "factor", "type", "x"]), inner, max_size=3),
+    ),
+    max_leaves=6,
+)
+VALID = [tiny.config(family) for family in tiny.FAMILIES] + [tiny.config("llama", rope=rope) for rope in tiny.ROPES]
+TOP_KEYS = sorted(
+    {key for hf in VALID for key in hf}
+    | {"rope_scaling", "rope_theta", "rope_local_base_freq", "layer_types", "text_config", "llm_config", "dtype"}
+    | {"torch_dtype", "model_max_length", "use_sliding_window", "attn_logit_softcapping", "hidden_act"}
+    | {"original_max_position_embeddings", "partial_rotary_factor", "no_rope_layer_interval", "max_window_layers"}
+)
+ROPE_KEYS = sorted({key for hf in VALID for key in hf["rope_parameters"]} | {"type", "alpha", "partial_rotary_factor"})
+FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def check(error: ModelError) -> None:
+    assert error.id.startswith("HF0")
+    assert error.remedy
+
+
+def survives(hf: dict[str, Any], overrides: dict[str, Any], generation: dict[str, Any]) -> None:
+    try:
+        config = configs.model_config(configs.override(hf, overrides), generation=generation)
+        length, reason = configs.max_model_len(config, None)
+    except ModelError as error:
+        check(error)
+        return
+    assert length >= 1
+    assert reason
+    assert len(config.layers) >= 1
+
+
+@FUZZ
+@given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(TOP_KEYS), JSON, max_size=3))
+def test_any_value_at_the_top_level(hf: dict[str, Any], changes: dict[str, Any]) -> None:
+    survives({**hf, **changes}, {}, {})
+
+
+@FUZZ
+@given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(ROPE_KEYS), JSON, min_size=1, max_size=3))
+def test_any_value_in_the_rope_dict(hf: dict[str, Any], changes: dict[str, Any]) -> None:
+    survives({**hf, "rope_parameters": {**hf["rope_parameters"], **changes}}, {}, {})
+
+
+@FUZZ
+@given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(TOP_KEYS), JSON, max_size=3))
+def test_any_override(hf: dict[str, Any], overrides: dict[str, Any]) -> None:
+    survives(hf, overrides, {})
+
+
+@FUZZ
+@given(st.dictionaries(st.sampled_from(["eos_token_id", "temperature", "top_k", "do_sample", "max_new_tokens"]), JSON))
+def test_any_generation_config(generation: dict[str, Any]) -> None:
+    survives(VALID[0], {}, generation)
+    try:
+        configs.sampling_defaults(generation)
+    except ModelError as error:
+        check(error)
