@@ -191,7 +191,7 @@ def attention(
     return out
 
 
-def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):  # type: ignore[no-untyped-def]
+def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     items, heads, dim = meta.num_decodes, query.shape[1], query.shape[2]
     kv_heads, page = cache.shape[2], cache.shape[3]
     splits = num_splits(items * kv_heads, _processors(query.device))
@@ -206,7 +206,7 @@ def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):  # ty
     _merge_kernel[(items, heads)](acc, lse, out, sinks, heads, dim, pad, splits, sinks is not None, num_warps=1)
 
 
-def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):  # type: ignore[no-untyped-def]
+def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     items, heads, dim = len(meta.rows) - meta.num_decodes, query.shape[1], query.shape[2]
     kv_heads, page = cache.shape[2], cache.shape[3]
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))

@@ -1,7 +1,7 @@
 """Decode steps captured once and replayed: a step of one token a row is one upload and one launch.
 
-A graph is captured for each of a few batch sizes; a smaller batch is padded with the dummy row, whose table holds the dummy
-page. Everything a replay reads lies in one int32 buffer of fixed address, so nothing is patched between replays:
+A graph is captured for each of a few batch sizes; a smaller batch is padded with the dummy row, whose table holds the
+dummy page. Everything a replay reads lies in one int32 buffer of fixed address; nothing is patched between replays:
 
     token_ids | fed | positions | slots | rows | seq_lens | table_at | table_values         each [size]
 
