@@ -61,11 +61,7 @@ class AsyncLLM:
         self.inputs = InputProcessor(
             text.tokenizer, client.info, eos_ids=text.eos_ids, defaults=text.defaults, seeds=seeds
         )
-        model_template = text.tokenizer.chat_template if text.tokenizer is not None else None
-        self.renderer = ChatRenderer(
-            chat_template if chat_template is not None else model_template,
-            text.tokenizer.special_tokens if text.tokenizer is not None else None,
-        )
+        self.renderer = ChatRenderer.of(text.tokenizer, chat_template)
         self._decoder = TextDecoder(text.tokenizer) if text.tokenizer is not None else None
         self._running: dict[str, RequestState] = {}
 

@@ -84,8 +84,7 @@ class LLM:
             seeds=random.Random(config.model.seed),
             clamp_max_tokens=True,
         )
-        template = text.tokenizer.chat_template if text.tokenizer is not None else None
-        self._chat = ChatRenderer(template, text.tokenizer.special_tokens if text.tokenizer is not None else None)
+        self._chat = ChatRenderer.of(text.tokenizer)
         self._ids = itertools.count()
 
     def generate(
@@ -117,10 +116,12 @@ class LLM:
     ) -> list[RequestOutput]:
         """One result for each conversation: a list of messages, or a list of such lists.
 
-        ``chat_template`` is a file or a template itself, instead of the model's.
+        ``chat_template`` is a file, a template itself or the name of one of the model's, instead of its usual one.
         """
         chats = _conversations(messages)
-        template = load_template(chat_template) if chat_template is not None else None
+        template = chat_template
+        if template is not None and template not in self._chat.named:
+            template = load_template(template)
         prepared = []
         for conversation, params in zip(chats, _params_for(sampling_params, len(chats)), strict=True):
             text = self._chat.render(

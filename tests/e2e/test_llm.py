@@ -117,6 +117,18 @@ def test_async_llm_starts_a_process_and_ends_it(model: Path) -> None:
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
+def test_a_start_that_is_cancelled_leaves_no_process(model: Path) -> None:
+    async def work() -> None:
+        task = asyncio.create_task(AsyncLLM.start(EngineConfig.of(model=str(model), **LIMITS)))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert psutil.Process().children() == []
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
 def test_async_llm_that_cannot_start_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     async def work() -> None:
         with pytest.raises(ModelError):

@@ -26,6 +26,7 @@ class FakeTokenizer:
         self.bos_id = lib.token_to_id("<s>")
         self.eos_id = lib.token_to_id("</s>")
         self.chat_template = chat_template
+        self.chat_templates = {} if chat_template is None else {"default": chat_template}
         self.special_tokens = {"bos_token": "<s>", "eos_token": "</s>"}
         self._bos = bos
         self.decoded = 0  # ids passed to decode, in all

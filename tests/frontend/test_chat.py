@@ -217,6 +217,16 @@ def test_a_model_without_a_template_says_how_to_pass_one() -> None:
     assert renderer(None).render(CHATS["one"], chat_template="{{ messages|length }}") == "1"
 
 
+def test_a_named_template_is_taken_for_tools_or_by_its_name() -> None:
+    tokenizer = byte_level(chat_template="plain")
+    tokenizer.chat_templates["tool_use"] = "with tools"
+    ours = ChatRenderer.of(tokenizer)
+    assert ours.render(CHATS["one"]) == "plain"
+    assert ours.render(CHATS["one"], tools=TOOLS) == "with tools"
+    assert ours.render(CHATS["one"], chat_template="tool_use") == "with tools"
+    assert ChatRenderer.of(tokenizer, "given").render(CHATS["one"], tools=TOOLS) == "given"
+
+
 def test_reserved_variables_are_refused() -> None:
     with pytest.raises(RequestError, match="'chat_template'"):
         renderer(SMOLLM2).render(CHATS["one"], template_kwargs={"chat_template": "x"})

@@ -7,13 +7,16 @@ import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jinja2
 from jinja2 import nodes
 
 from octavo.errors import ConfigError, ModelError, RequestError
 from octavo.frontend import sandbox
+
+if TYPE_CHECKING:
+    from octavo.hub.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]  # as OpenAI's: {"role": …, "content": …, …}
 ContentFormat: TypeAlias = Literal["string", "openai"]
@@ -26,11 +29,29 @@ MAX_DEPTH = 64  # of what is nested in a message or a tool
 
 
 class ChatRenderer:
-    """Renders conversations with one model's template. ``special_tokens`` are what templates call ``bos_token`` etc."""
+    """Renders conversations with one model's template. ``special_tokens`` are what templates call ``bos_token`` etc.
 
-    def __init__(self, template: str | None, special_tokens: Mapping[str, str] | None = None) -> None:
+    ``named`` are further templates of the model; the one called ``tool_use`` is taken when there are tools.
+    """
+
+    def __init__(
+        self,
+        template: str | None,
+        special_tokens: Mapping[str, str] | None = None,
+        named: Mapping[str, str] | None = None,
+    ) -> None:
         self.template = template
+        self.named = dict(named or {})
         self._special_tokens = dict(special_tokens or {})
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None, template: str | None = None) -> ChatRenderer:
+        """With the templates of ``tokenizer``, or with ``template`` instead of all of them."""
+        if tokenizer is None:
+            return cls(template)
+        if template is not None:
+            return cls(template, tokenizer.special_tokens)
+        return cls(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.chat_templates)
 
     def render(
         self,
@@ -45,10 +66,11 @@ class ChatRenderer:
     ) -> str:
         """The prompt's text, special tokens included: encode it with ``add_special_tokens=False``.
 
-        ``chat_template`` overrides the model's; never pass one that a client sent. Raises `RequestError` for messages
-        that are malformed or that the template refuses, and `ModelError` for a template that is broken.
+        ``chat_template``, a text or a name, overrides the model's; never pass a text that a client sent. Raises
+        `RequestError` for messages that are malformed or that the template refuses, and `ModelError` for a template
+        that is broken.
         """
-        template = chat_template if chat_template is not None else self.template
+        template = self._template(chat_template, bool(tools))
         if template is None:
             raise RequestError(
                 "this model has no chat template.",
@@ -80,6 +102,11 @@ class ChatRenderer:
         }
         text = _render(template, variables)
         return text if marker is None else _cut(text, marker)
+
+    def _template(self, wanted: str | None, tools: bool) -> str | None:
+        if wanted is not None:
+            return self.named.get(wanted, wanted)
+        return self.named.get("tool_use", self.template) if tools else self.template
 
 
 def load_template(source: str) -> str:
