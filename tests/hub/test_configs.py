@@ -193,6 +193,27 @@ def test_theta_override_reaches_the_rope_dict(tmp_path: Path) -> None:
     assert out["rope_parameters"]["rope_theta"] == 1e6
 
 
+def test_null_rope_override_takes_the_scaling_away(tmp_path: Path) -> None:
+    hf = tiny.config("llama", rope_parameters={**tiny.ROPES["yarn"], "rope_theta": 5e5})
+    out = read(written(tmp_path, hf), {"rope_scaling": None})
+    assert out["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+
+
+def test_override_mends_a_config_that_cannot_be_read(tmp_path: Path) -> None:
+    hf = tiny.config("llama", rope_parameters={"rope_type": "linear", "type": "yarn"}, rope_theta=7.0)
+    with pytest.raises(ModelError):
+        read(written(tmp_path, hf))
+    out = read(tmp_path, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}})
+    assert out["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
+
+
+def test_rope_of_a_language_part_is_overridden_in_it(tmp_path: Path) -> None:
+    hf = {"model_type": "x", "architectures": ["X"], "llm_config": tiny.config("llama", rope="llama3")}
+    out = read(written(tmp_path, hf), {"text_config": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}})
+    assert out["text_config"]["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    assert "llm_config" not in out
+
+
 def test_override_of_a_text_config_is_merged_into_it(tmp_path: Path) -> None:
     hf = {"model_type": "x", "architectures": ["X"], "text_config": tiny.config("llama")}
     out = read(written(tmp_path, hf), {"text_config": {"num_hidden_layers": 1}})
@@ -236,6 +257,16 @@ def test_dtype(written_dtype: str | None, wanted: str, device: str, got: str) ->
     config = build(tiny.config("llama", dtype=written_dtype), dtype=wanted, device=device)
     assert config.dtype == got
     assert config.dtype_reason
+
+
+def test_dtype_that_is_not_named_is_that_of_the_weights(tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, dtype="bfloat16", shards=2)
+    hf = json.loads((folder / "config.json").read_text())
+    written(folder, {key: value for key, value in hf.items() if key != "dtype"})
+    assert configs.model_config(read(folder)).dtype == "bfloat16"
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(b"damaged")
+    assert configs.model_config(read(folder)).dtype == "float32"
 
 
 def test_old_torch_dtype_is_read() -> None:

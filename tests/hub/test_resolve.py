@@ -252,6 +252,15 @@ def test_without_weights_only_small_files_are_fetched(hub: Hub, client: Client) 
     assert set(client()["files"]) == NEEDED, "asking for weights later completes the snapshot"
 
 
+def test_repo_of_a_tokenizer_alone(hub: Hub, client: Client) -> None:
+    hub.push("owner/name", {"tokenizer.json": b"{}", "tokenizer_config.json": b"{}"})
+    got = client(weights=False)
+    assert got["files"] == ["tokenizer.json", "tokenizer_config.json"]
+    hub.requests.clear()
+    assert client(weights=False, env={"HF_HUB_OFFLINE": "1"})["path"] == got["path"]
+    assert hub.requests == []
+
+
 def test_bin_files_are_taken_where_there_are_no_safetensors() -> None:
     names = ["config.json", "pytorch_model.bin", "training_args.bin", "sub/pytorch_model.bin", "model.pth"]
     assert wanted_files(names) == ["config.json", "pytorch_model.bin"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -10,7 +12,7 @@ from typing import Any, Final
 from octavo.config import ModelConfig
 from octavo.errors import ModelError, RequestError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
-from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise
+from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
 from octavo.hub.resolve import Source
 from octavo.log import get_logger
 from octavo.types import SamplingParams
@@ -44,31 +46,23 @@ _DTYPES: Final = {
 def read_hf_dict(source: Source, overrides: Mapping[str, Any] | None = None) -> Hf:
     """The config of ``source`` as a dict in the shape that `hub.patches` makes, with ``overrides`` (user's) merged in.
 
-    A GGUF file's config is made from its metadata. Raises `ModelError`: HF002 for a missing or broken ``config.json``,
-    HF020 for contradictory RoPE settings.
+    A GGUF file's config is made from its metadata; a dtype that is not named is that of the weights. Raises
+    `ModelError`: HF002 for a missing or broken ``config.json``, HF020 for contradictory RoPE settings.
     """
     return override(_raw_dict(source), overrides or {})
 
 
 def override(hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> Hf:
-    """``hf`` normalised, with scalars and lists of ``overrides`` merged before that and objects after it.
+    """``hf`` with ``overrides`` merged in, normalised after that, so that they can also mend what could not be read.
 
-    An object for RoPE replaces the old settings but for theta and the rotated share, which stay unless it names them;
-    one for a sub-config is merged into it; any other replaces the value. Unknown keys are merged with a warning.
+    An object for RoPE replaces the old settings but for theta and the rotated share, which stay unless it names them
+    (null: no scaling); one for a sub-config is merged into it; any other value replaces the old one. Keys that nobody
+    reads are merged with a warning.
     """
-    objects = {key: value for key, value in overrides.items() if isinstance(value, Mapping)}
-    merged = _with_scalars(hf, {key: value for key, value in overrides.items() if key not in objects})
-    out, notes = normalise(merged)
-    for key in sorted(set(overrides) - set(hf) - set(CLASS_DEFAULTS.get(str(out.get("model_type")), ())) - _KNOWN_KEYS):
+    out, notes = normalise(_merged(rename_text_config(dict(hf), []), overrides))
+    known = {*hf, *CLASS_DEFAULTS.get(str(out.get("model_type")), ()), *_KNOWN_KEYS}
+    for key in sorted(set(overrides) - known):
         get_logger().warning("hf_overrides: %r is not a key of this config or of any that octavo reads", key)
-    for key, value in objects.items():
-        if key in _ROPE_DICTS:
-            out = {k: v for k, v in out.items() if k not in _ROPE_DICTS} | {"rope_parameters": _new_rope(out, value)}
-        else:
-            out[key] = _merged(out[key], value) if isinstance(out.get(key), Mapping) else dict(value)
-    if objects:
-        out, more = normalise(out)
-        notes += more
     for note in notes:
         get_logger().info("config: %s", note)
     if overrides:
@@ -90,7 +84,25 @@ def _raw_dict(source: Source) -> Hf:
             "Name a folder or repo with a Transformers model in it, or a .gguf file.",
             id="HF002",
         )
-    return read_json(path)
+    return _with_dtype(read_json(path), source)
+
+
+def _with_dtype(hf: Hf, source: Source) -> Hf:
+    """``hf``, which may name no dtype, with that of most bytes in the first safetensors file."""
+    inner = hf.get("text_config")
+    named = [part.get(key) for part in (hf, inner) if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
+    if any(value is not None for value in named):
+        return hf
+    from octavo.hub.checkpoint import safetensors_paths
+    from octavo.hub.safetensors_file import SafetensorsFile
+
+    sizes: Counter[str] = Counter()
+    with contextlib.suppress(ModelError):  # a damaged or missing file is reported by whoever needs the weights
+        for path in safetensors_paths(source.path)[:1]:
+            for tensor in SafetensorsFile(path).tensors.values():
+                sizes[tensor.dtype] += tensor.nbytes
+    floats = [(size, dtype) for dtype, size in sizes.items() if "float" in dtype]
+    return {**hf, "dtype": max(floats)[1]} if floats else hf
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,29 +116,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _with_scalars(hf: Mapping[str, Any], scalars: Mapping[str, Any]) -> Hf:
-    """Overrides one level up lose against the RoPE dict, so theta and the rotated share are put into it as well."""
-    out = {**hf, **scalars}
-    inner = {key: value for key, value in scalars.items() if key in _ROPE_SCALARS}
-    for name in _ROPE_DICTS:
-        rope = out.get(name)
-        if inner and isinstance(rope, Mapping) and not any(isinstance(value, Mapping) for value in rope.values()):
-            out[name] = {**rope, **inner}
-    return out
-
-
-def _new_rope(hf: Hf, given: Mapping[str, Any]) -> Hf:
-    old = hf.get("rope_parameters") or {}
-    kept = {key: old[key] for key in _ROPE_SCALARS if not isinstance(old.get(key, {}), Mapping)}
-    return {**kept, **given}
-
-
 def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> Hf:
-    out = dict(old)
+    out = {**old, **new}
     for key, value in new.items():
-        inner = out.get(key)
-        out[key] = _merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+        inner = old.get(key)
+        if key.endswith("_config") and key != "quantization_config" and isinstance(inner, dict):
+            out[key] = _merged(inner, value) if isinstance(value, Mapping) else value
+    given = [new[key] for key in _ROPE_DICTS if key in new]
+    if given or any(key in new for key in _ROPE_SCALARS):
+        rope = _new_rope(old, new, given)
+        out = {key: value for key, value in out.items() if key not in _ROPE_DICTS} | {"rope_parameters": rope}
     return out
+
+
+def _new_rope(old: Mapping[str, Any], new: Mapping[str, Any], given: list[Any]) -> Any:
+    """The RoPE dict under overrides. Theta given one level up would lose against an old dict, so it is put inside."""
+    before: Any = next((old[key] for key in _ROPE_DICTS if old.get(key)), {})
+    flat = isinstance(before, Mapping) and not any(isinstance(value, Mapping) for value in before.values())
+    scalars = {key: new[key] for key in _ROPE_SCALARS if key in new}
+    if not given:
+        return {**before, **scalars} if flat else before
+    kept = {key: before[key] for key in _ROPE_SCALARS if flat and key in before}
+    rope = given[0] or {}
+    return {**kept, **scalars, **rope} if isinstance(rope, Mapping) else rope
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

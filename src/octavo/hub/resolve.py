@@ -143,8 +143,12 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _missing(snapshot: Path, weights: bool) -> list[str]:
     """What a snapshot lacks of a model; an interrupted download leaves one with some of its files."""
-    out = [] if (snapshot / "config.json").is_file() else ["config.json"]
-    if not any((snapshot / name).is_file() for name in _TOKENIZER_FILES):
+    has_config = (snapshot / "config.json").is_file()
+    has_tokenizer = any((snapshot / name).is_file() for name in _TOKENIZER_FILES)
+    if not weights and has_tokenizer:
+        return []  # there are repos of a tokenizer alone
+    out = [] if has_config else ["config.json"]
+    if not has_tokenizer:
         out.append("tokenizer.json")
     return out + _missing_weights(snapshot) if weights else out
 
