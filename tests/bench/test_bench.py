@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import make_workload
 from octavo import cli
 from octavo.bench import offline, report, serve
 from octavo.config import EngineConfig
@@ -75,6 +76,13 @@ def test_kv_waste_is_the_share_of_allocated_slots_without_a_token() -> None:
     core = EngineCore(EngineConfig.of(model="stub", block_size=16), StubWorker(64, 128))
     result = offline.run(core, [[5] * 8], 1)  # one step: a page of 16 slots with 8 tokens
     assert result.kv_waste == pytest.approx(0.5)
+
+
+def test_pages_of_the_throughput_workload_waste_under_four_percent() -> None:
+    core = EngineCore(EngineConfig.of(model="stub"), StubWorker(8192, 2048))
+    case = make_workload.CASES["A"]
+    result = offline.run(core, case.rounds()[1]["prompts"], case.max_tokens)
+    assert result.kv_waste < 0.04
 
 
 def test_percentiles_are_nearest_ranks() -> None:
