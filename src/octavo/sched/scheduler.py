@@ -89,7 +89,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request; its prompt is shorter than ``max_len`` and its id is new."""
-        seq = SequenceState(request, self._arrivals)
+        seq = SequenceState(request, self._arrivals, self.limits.max_len)
         self._arrivals += 1
         self._sequences[seq.id] = seq
         self._wait(seq)
@@ -134,24 +134,27 @@ class Scheduler:
         grants: list[PageGrant] = []
         budget = self.limits.max_tokens
         decodes, chunks = [], []
+        preemptions = self.counters.preemptions
         for seq in self._running:
-            if seq.todo == 1 and not self._will_end(seq):
-                decodes.append(seq)
-            elif seq.todo > 1:
+            known = len(seq.tokens) + seq.inflight
+            if known - seq.computed > 1:
                 chunks.append(seq)
+            elif known < seq.limit:  # else the token in flight is the last one, whatever its value
+                decodes.append(seq)
         for seq in (*decodes, *chunks):
             if budget == 0:
                 break
             count = min(seq.todo, budget)
-            if seq.status is Status.RUNNING and self._grow(seq, count, grants):
+            if seq.status is not Status.RUNNING:
+                continue  # preempted for an earlier one
+            if seq.computed + count <= seq.capacity or self._grow(seq, count, grants):
                 items.append(_Item(seq, seq.computed, count, seq.advance(count), seq.epoch))
                 budget -= count
-        for item in items:  # preempted for the sake of an earlier one, after it had its turn
-            if item.epoch != item.seq.epoch:
-                item.seq.inflight -= item.samples
-        items = [item for item in items if item.epoch == item.seq.epoch]
+        if self.counters.preemptions > preemptions:
+            items, budget = self._without_preempted(items)
         starts: list[RowStart] = []
-        self._admit(self.limits.max_tokens - sum(item.count for item in items), items, starts)
+        if self._waiting:
+            self._admit(budget, items, starts)
         return self._plan(items, starts, grants)
 
     def commit(self, result: StepResult) -> list[TokenOutput]:
@@ -165,8 +168,10 @@ class Scheduler:
                 seq.append(result.tokens[index])
             if seq.epoch == item.epoch:
                 seq.committed += item.count
-                self._publish(seq)
-            prompt_logprobs = self._fresh_scores(item, result.prompt_logprobs.get(index, []))
+                if seq.committed >= (seq.published + 1) * self.limits.page_size:
+                    self._publish(seq)
+            scores = result.prompt_logprobs
+            prompt_logprobs = self._fresh_scores(item, scores[index]) if index in scores else []
             if index in result.bad:
                 self._finish(seq, "error")
                 cause = "The model produced logits that are not finite for this request."
@@ -217,25 +222,31 @@ class Scheduler:
 
     # --- parts of a step ------------------------------------------------------------------------------------
 
-    def _will_end(self, seq: SequenceState) -> bool:
-        """Whether the token in flight is the last one, whatever its value."""
-        return bool(seq.inflight) and (seq.outputs >= seq.sampling.max_tokens or seq.known >= self.limits.max_len)
+    def _without_preempted(self, items: list[_Item]) -> tuple[list[_Item], int]:
+        """Items that still hold, and the budget they leave; some were preempted after they had their turn."""
+        for item in items:
+            if item.epoch != item.seq.epoch:
+                item.seq.inflight -= item.samples
+        items = [item for item in items if item.epoch == item.seq.epoch]
+        return items, self.limits.max_tokens - sum(item.count for item in items)
 
     def _grow(self, seq: SequenceState, count: int, grants: list[PageGrant]) -> bool:
         """Gives ``seq`` pages for ``count`` more tokens; preempts others if need be. False: it was preempted itself."""
         missing = -(-(seq.computed + count) // self.limits.page_size) - len(seq.pages)
-        if missing <= 0:
-            return True
         while missing > self.pool.num_free:
             victim = max(self._running, key=lambda s: s.order)
             self._preempt(victim)
             grants[:] = [g for g in grants if g.row not in self._ended]
             if victim is seq:
                 return False
-        pages = self.pool.take(missing)
-        grants.append(PageGrant(seq.row, len(seq.pages), [page.id for page in pages]))
-        seq.pages.extend(pages)
+        first = len(seq.pages)
+        self._take(seq, missing)
+        grants.append(PageGrant(seq.row, first, [page.id for page in seq.pages[first:]]))
         return True
+
+    def _take(self, seq: SequenceState, count: int) -> None:
+        seq.pages.extend(self.pool.take(count))
+        seq.capacity = len(seq.pages) * self.limits.page_size
 
     def _admit(self, budget: int, items: list[_Item], starts: list[RowStart]) -> None:
         passed: list[SequenceState] = []
@@ -277,7 +288,7 @@ class Scheduler:
         self.pool.reuse(hit)
         seq.start(self._free_rows.pop(), hit, self.limits.page_size)
         count = min(seq.todo, budget)
-        seq.pages.extend(self.pool.take(-(-(seq.computed + count) // self.limits.page_size) - len(hit)))
+        self._take(seq, -(-(seq.computed + count) // self.limits.page_size) - len(hit))
         self._running.append(seq)
         if self.limits.prefix_caching:
             for key in seq.keys[len(hit) :]:
@@ -296,8 +307,8 @@ class Scheduler:
         self._launched.append(items)
         ended, self._ended = self._ended, []
         self.counters.steps += 1
-        self.counters.slots_allocated += self.limits.page_size * sum(len(seq.pages) for seq in self._running)
-        self.counters.slots_filled += sum(seq.computed for seq in self._running)
+        self.counters.slots_allocated += sum([seq.capacity for seq in self._running])
+        self.counters.slots_filled += sum([seq.computed for seq in self._running])
         return StepPlan(
             step=self._step,
             starts=starts,
@@ -332,11 +343,10 @@ class Scheduler:
         )
 
     def _reason(self, seq: SequenceState) -> FinishReason | None:
-        if seq.tokens[-1] in seq.sampling.end_ids and len(seq.tokens) - seq.prompt_len >= seq.sampling.min_tokens:
+        length, end_ids = len(seq.tokens), seq.sampling.end_ids
+        if end_ids and seq.tokens[-1] in end_ids and length - seq.prompt_len >= seq.sampling.min_tokens:
             return "stop"
-        if len(seq.tokens) - seq.prompt_len >= seq.sampling.max_tokens or len(seq.tokens) >= self.limits.max_len:
-            return "length"
-        return None
+        return "length" if length >= seq.limit else None
 
     # --- bookkeeping ----------------------------------------------------------------------------------------
 

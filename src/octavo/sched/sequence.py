@@ -29,6 +29,7 @@ class SequenceState:
 
     __slots__ = (
         "cached",
+        "capacity",
         "committed",
         "computed",
         "epoch",
@@ -36,6 +37,7 @@ class SequenceState:
         "id",
         "inflight",
         "keys",
+        "limit",
         "order",
         "pages",
         "preemptions",
@@ -49,7 +51,7 @@ class SequenceState:
         "tokens",
     )
 
-    def __init__(self, request: Request, order: int) -> None:
+    def __init__(self, request: Request, order: int, max_len: int) -> None:
         tokens = array("i")
         tokens.frombytes(request.token_ids)
         self.id = request.id
@@ -58,10 +60,12 @@ class SequenceState:
         self.order = (request.priority, order)  # smaller runs first and is preempted last
         self.tokens: list[int] = tokens.tolist()
         self.prompt_len = len(self.tokens)
+        self.limit = min(self.prompt_len + request.sampling.max_tokens, max_len)  # tokens at which it ends
         self.keys = split_keys(request.page_hashes)  # keys of full pages, as far as anyone needed them
         self.status = Status.WAITING
         self.row = -1
         self.pages: list[Page] = []
+        self.capacity = 0  # tokens that its pages hold
         self.computed = 0  # tokens whose K/V is computed or launched
         self.committed = 0  # … and whose step has been read back
         self.published = 0  # pages offered for reuse
@@ -80,18 +84,13 @@ class SequenceState:
     def todo(self) -> int:
         return self.known - self.computed
 
-    @property
-    def outputs(self) -> int:
-        """Output tokens, the one in flight included."""
-        return self.known - self.prompt_len
-
     def start(self, row: int, hit: list[Page], page_size: int) -> None:
         """Admission to ``row``, with the pages that the prefix cache had."""
         self.status = Status.RUNNING
         self.row = row
         self.epoch += 1
         self.pages = hit
-        self.computed = self.committed = len(hit) * page_size
+        self.computed = self.committed = self.capacity = len(hit) * page_size
         self.published = len(hit)
         if self.preemptions == 0:
             self.cached = self.computed
@@ -99,7 +98,7 @@ class SequenceState:
     def advance(self, count: int) -> bool:
         """``count`` more tokens are launched; returns whether that reaches the end of the known: one is sampled."""
         self.computed += count
-        if self.computed < self.known:
+        if self.computed < len(self.tokens) + self.inflight:
             return False
         self.inflight += 1
         return True
@@ -125,5 +124,5 @@ class SequenceState:
         pages, self.pages = self.pages, []
         self.row = -1
         self.epoch += 1
-        self.computed = self.committed = self.published = 0
+        self.computed = self.committed = self.published = self.capacity = 0
         return pages
