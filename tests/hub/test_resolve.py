@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -232,6 +233,30 @@ def test_interrupted_download_is_completed(hub: Hub, client: Client) -> None:
     assert fetched[0].endswith(shard.name)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "chat_template.jinja"])
+def test_snapshot_that_another_process_is_filling_is_not_taken_for_complete(
+    name: str, hub: Hub, client: Client
+) -> None:
+    hub.push("owner/name", FILES)
+    (Path(client(weights=False)["path"]) / name).unlink()
+    hub.requests.clear()
+    assert name in client(weights=False)["files"]
+    assert hub.requests
+
+
+def test_snapshot_of_another_program_is_complete_with_config_weights_and_tokenizer(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    hub.push("owner/name", FILES)
+    got = client()
+    shutil.rmtree(tmp_path / "cache" / "models--owner--name" / "trees")
+    (Path(got["path"]) / "generation_config.json").unlink()
+    hub.requests.clear()
+    fresh = {"OCTAVO_TEST_PROCESS": "fresh"}  # the client keeps listings in memory
+    assert client(env=fresh)["path"] == got["path"]
+    assert hub.requests == []
+
+
 def test_cache_is_that_of_the_client_unless_a_folder_is_given(hub: Hub, clients: Clients, tmp_path: Path) -> None:
     hub.push("owner/name", FILES)
     for kwargs, root in (({}, clients.home / "hub"), ({"download_dir": str(tmp_path / "x")}, tmp_path / "x")):
@@ -354,9 +379,10 @@ def test_no_server_at_all(hub: Hub, client: Client) -> None:
     assert "HF_ENDPOINT" in got["remedy"]
 
 
-def test_snapshot_without_a_tokenizer_serves_while_the_hub_is_down(hub: Hub, client: Client) -> None:
-    hub.push("owner/name", {name: data for name, data in FILES.items() if "tokenizer" not in name})
+def test_snapshot_with_config_and_weights_serves_while_the_hub_is_down(hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
     first = client()
+    (Path(first["path"]) / "tokenizer.json").unlink()
     hub.fail_with = 503
     assert client()["path"] == first["path"]
     assert client(env={"HF_HUB_OFFLINE": "1"})["path"] == first["path"]

@@ -75,7 +75,7 @@ def resolve(
         raise _no_such_path(name, path)
     repo = _Repo(name, revision, token, download_dir, weights)
     snapshot = repo.cached()
-    missing = ["the whole snapshot"] if snapshot is None else _missing(snapshot, weights)
+    missing = ["the whole snapshot"] if snapshot is None else repo.missing(snapshot)
     if snapshot is not None and not missing:
         return repo.source(snapshot, "complete in the cache, so the Hub was not asked")
     return repo.download(snapshot, missing)
@@ -142,7 +142,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _missing(snapshot: Path, weights: bool) -> list[str]:
-    """What a snapshot lacks of a model; an interrupted download leaves one with some of its files."""
+    """What a snapshot lacks that no model does without, as far as that shows without a listing of the repo."""
     has_config = (snapshot / "config.json").is_file()
     has_tokenizer = any((snapshot / name).is_file() for name in _TOKENIZER_FILES)
     if not weights and has_tokenizer:
@@ -198,11 +198,28 @@ class _Repo:
             ) from None
         return None
 
+    def missing(self, snapshot: Path) -> list[str]:
+        """What the snapshot lacks: by the listing of the repo that its download left, else by what every model has.
+
+        Another process may be filling the snapshot just now, so that some file is there says nothing of the others.
+        """
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+
+        if not hasattr(hub, "get_cached_repo_tree"):  # before 2.0
+            return _missing(snapshot, self.weights)
+        try:
+            listing = hub.get_cached_repo_tree(self.id, revision=snapshot.name, cache_dir=self.cache)
+        except errors.CachedRepoTreeNotFoundError:
+            return _missing(snapshot, self.weights)
+        names = wanted_files((file.path for file in listing), self.weights)
+        return [name for name in names if not (snapshot / name).is_file()]
+
     def source(self, snapshot: Path, why: str) -> Source:
         return Source(self.id, "snapshot", snapshot, snapshot.name, f"{self.label} at {snapshot.name}: {why}")
 
     def download(self, snapshot: Path | None, missing: list[str]) -> Source:
-        """Fetches what is needed, or falls back to a snapshot that lacks nothing but a tokenizer, with a warning."""
+        """Fetches what is needed, or falls back to a snapshot that has config and weights, with a warning."""
         import huggingface_hub as hub
 
         if hub.is_offline_mode():
@@ -235,10 +252,11 @@ class _Repo:
             )
 
     def _fall_back(self, snapshot: Path | None, missing: list[str], error: ModelError) -> Source:
-        if snapshot is None or missing != ["tokenizer.json"]:
+        if snapshot is None or set(_missing(snapshot, self.weights)) - {"tokenizer.json"}:
             raise error
-        get_logger().warning("%s The cached snapshot, which has no tokenizer, is used.", error.cause)
-        return self.source(snapshot, "from the cache, without a tokenizer")
+        lacking = ", ".join(missing)
+        get_logger().warning("%s The cached snapshot is used, which has no %s.", error.cause, lacking)
+        return self.source(snapshot, f"from the cache, without {lacking}")
 
     def _call(self, request: Callable[[], Any]) -> Any:
         """Runs ``request``, again if the Hub did not answer; raises a `ModelError` for what huggingface_hub raises."""
