@@ -1,4 +1,5 @@
-# The C++ extension (csrc/); arguments named `*_at` are addresses, strides count elements. Only octavo.kernels.cpu calls it.
+# The C++ extension (csrc/); arguments named `*_at` are addresses, strides count elements.
+# Only octavo.kernels.cpu calls it.
 
 def names() -> list[str]: ...
 def use(name: str, /) -> None: ...

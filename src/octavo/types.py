@@ -1,7 +1,7 @@
 """The vocabulary: what a request is, what a step is, and the messages between frontend and core.
 
-Everything here crosses a process boundary or could (msgspec structs, msgpack), and imports nothing of octavo but errors.
-Text never reaches the core: `SamplingParams` is what a user writes, `Sampling` is the part of it that the core sees.
+Everything here crosses a process boundary or could (msgspec structs, msgpack), and imports nothing of octavo but
+errors. Text never reaches the core: `SamplingParams` is what a user writes, `Sampling` the part that the core sees.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     status: int = 0  # with finish_reason "error": the HTTP status of the error
 
 
-# --- the step: the only thing between scheduler and worker -----------------------------------------------------------
+# --- the step: the only thing between scheduler and worker ------------------------------------------------------------
 
 
 class RowStart(msgspec.Struct, frozen=True, array_like=True):
@@ -229,7 +229,7 @@ class StepResult(msgspec.Struct, kw_only=True):
     bad: list[int] = []
 
 
-# --- messages (tagged; see core/transport.py) --------------------------------------------------------------------------
+# --- messages (tagged; see core/transport.py) -------------------------------------------------------------------------
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # a longer message is not sent, and a peer that sends one is cut off
 
@@ -319,7 +319,7 @@ class Dead(msgspec.Struct, frozen=True, tag="dead"):
 CoreOutput = Ready | Outputs | Pong | Dead
 
 
-# --- results that a user sees ------------------------------------------------------------------------------------------
+# --- results that a user sees -----------------------------------------------------------------------------------------
 
 
 class Logprob(msgspec.Struct, frozen=True):

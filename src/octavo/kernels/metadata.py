@@ -1,7 +1,7 @@
 """What attention must know about a step, and the layout of the KV cache.
 
-KV cache of the model: ``[layers, pages, 2, kv_heads, page_size, head_dim]``; index 0 of dimension 2 is K, 1 is V. A layer
-sees its own ``[pages, 2, kv_heads, page_size, head_dim]``. One (page, K or V, head) is contiguous: a tile of
+KV cache of the model: ``[layers, pages, 2, kv_heads, page_size, head_dim]``; index 0 of dimension 2 is K, 1 is V. A
+layer sees its own ``[pages, 2, kv_heads, page_size, head_dim]``. One (page, K or V, head) is contiguous: a tile of
 ``page_size x head_dim``, which is what both the CPU and the GPU kernels stream. Slot s is token s % page_size of
 page s // page_size. The last page is a dummy that padding may write to; the pool never hands it out.
 """
@@ -15,8 +15,8 @@ import torch
 
 @dataclass(slots=True)
 class AttentionMetadata:
-    """Item b of the batch has queries ``query_start[b] : query_start[b+1]`` of the flat token axis and row ``rows[b]`` of
-    the block table; after this step it holds ``seq_lens[b]`` tokens, the queries being the last of them.
+    """Item b of the batch has queries ``query_start[b] : query_start[b+1]`` of the flat token axis and row ``rows[b]``
+    of the block table; after this step it holds ``seq_lens[b]`` tokens, the queries being the last of them.
 
     All tensors are int32 and on the model's device. The first ``num_decodes`` items have one query each.
     """
