@@ -33,6 +33,7 @@ from octavo.types import (
     TokenOutput,
 )
 from tests.core.stub_engine import expected, make_engine, make_request
+from tests.e2e.serving import ended
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 CONFIG = EngineConfig.of(model="stub", max_num_seqs=4, max_num_batched_tokens=32)
@@ -250,8 +251,7 @@ def test_a_core_whose_parent_is_killed_ends_at_once_and_removes_the_sockets() ->
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    psutil.wait_procs([child], timeout=2)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert ended(child, 2)
     assert not Path(folder).exists()
 
 

@@ -45,8 +45,7 @@ class Server:
     def wait(self, seconds: float) -> int:
         """The exit code of a server that is to end within ``seconds``, its engine with it."""
         code = self.process.wait(seconds)
-        _, alive = psutil.wait_procs([self.core], timeout=seconds)
-        assert not alive
+        assert ended(self.core, seconds)
         return code
 
     def _wait(self) -> str:
@@ -64,6 +63,19 @@ class Server:
         return core
 
 
+def ended(process: psutil.Process, seconds: float) -> bool:
+    """Whether ``process`` ends within ``seconds``. A zombie has ended: whoever inherited it reaps it at leisure."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.005)
+    return False
+
+
 @contextlib.contextmanager
 def running(command: list[str], log: Path) -> Iterator[Server]:
     server = Server(command, log)
@@ -72,4 +84,4 @@ def running(command: list[str], log: Path) -> Iterator[Server]:
     finally:
         server.process.kill()
         server.process.wait()
-        psutil.wait_procs([server.core], timeout=5)
+        ended(server.core, 5)

@@ -130,6 +130,7 @@ class FakeClient:
 
     def __init__(self, script: Script, engine_info: EngineInfo | None = None) -> None:
         self.info = engine_info or info()
+        self.stats = Stats()
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.closed = False

@@ -23,6 +23,11 @@ class EngineClient(Protocol):
         """What the core said when it was ready."""
         ...
 
+    @property
+    def stats(self) -> Stats:
+        """The latest statistics that came, with a step's outputs or from `health`."""
+        ...
+
     async def submit(self, request: Request) -> AsyncIterator[TokenOutput]:
         """Sends ``request``; the iterator ends after the terminal output. The id must not be in use.
 

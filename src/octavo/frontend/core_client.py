@@ -45,7 +45,7 @@ class CoreClient:
         self, process: CoreProcess, info: EngineInfo, *, on_death: Callable[[OctavoError], None] | None = None
     ) -> None:
         self.info = info
-        self.stats = Stats(pages_total=info.num_pages)  # the latest that came
+        self.stats = Stats(pages_total=info.num_pages)
         self._process = process
         self._on_death = on_death
         self._pending: dict[str, _Queue] = {}

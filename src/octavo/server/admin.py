@@ -53,8 +53,8 @@ async def model(service: Service, request: Request) -> Response:
 
 async def metrics(service: Service, request: Request) -> Response:
     with contextlib.suppress(EngineDead, TimeoutError):
-        service.metrics.stats = await asyncio.wait_for(service.llm.health(), METRICS_SECONDS)
-    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        await asyncio.wait_for(service.llm.health(), METRICS_SECONDS)
+    return Response(service.metrics.text(service.llm.client.stats), media_type=CONTENT_TYPE_LATEST)
 
 
 async def reset_prefix_cache(service: Service, request: Request) -> Response:

@@ -89,13 +89,13 @@ class Metrics:
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._output = self._histogram("request_generation_tokens", "Generated tokens of a request.", _TOKENS)
 
-    def finished(self, result: RequestOutput) -> None:
-        """Counts a request that has ended, in whatever way."""
+    def finished(self, result: RequestOutput, otherwise: str) -> None:
+        """Counts a request that has ended; ``otherwise`` is the reason of outputs that have none of their own."""
         times = result.metrics
         lengths = [len(output.token_ids) for output in result.outputs]
         self._prompt.observe(len(result.prompt_token_ids))
         for output, length in zip(result.outputs, lengths, strict=True):
-            self._ends.labels(self._model, output.finish_reason or "abort").inc()
+            self._ends.labels(self._model, output.finish_reason or otherwise).inc()
             self._output.observe(length)
         if times.first_token_time is None or times.finished_time is None:
             return
@@ -104,17 +104,9 @@ class Metrics:
         if max(lengths) > 1:
             self._each.observe((times.finished_time - times.first_token_time) / (max(lengths) - 1))
 
-    @property
-    def stats(self) -> Stats:
-        """The engine's state that is shown."""
-        return self._engine.stats
-
-    @stats.setter
-    def stats(self, stats: Stats) -> None:
+    def text(self, stats: Stats) -> bytes:
+        """The exposition format, with ``stats`` as the engine's state."""
         self._engine.stats = stats
-
-    def text(self) -> bytes:
-        """The exposition format."""
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

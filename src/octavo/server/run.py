@@ -186,6 +186,7 @@ def _http_config(app: Any) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,
+        timeout_keep_alive=60,  # longer than clients keep theirs, or they reuse a connection that is being closed
         backlog=2048,
     )
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
+from octavo.errors import OctavoError
 from octavo.frontend.inputs import Prepared
 from octavo.frontend.outputs import Delta
 from octavo.server.service import Service
@@ -30,14 +31,18 @@ class Runs:
     async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
         """(number of the prompt, what was added to one of its outputs), as they come."""
         with self._service.admitted():
+            otherwise = "abort"  # the client left
             try:
                 source = self._one() if len(self._generations) == 1 else self._merged()
                 async with contextlib.aclosing(source) as items:
                     async for item in items:
                         yield item
+            except OctavoError:
+                otherwise = "error"
+                raise
             finally:
                 for result in self.results:
-                    self._service.metrics.finished(result)
+                    self._service.metrics.finished(result, otherwise)
 
     async def finish(self) -> list[RequestOutput]:
         """Waits for the end of all."""
