@@ -122,6 +122,9 @@ OCTAVO_INLINE vf vmin(vf a, vf b) {
 }
 
 OCTAVO_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#endif
     float lanes[kLanes];
     store(lanes, v);
     for (int width = kLanes / 2; width; width /= 2)
@@ -129,6 +132,9 @@ OCTAVO_INLINE float sum(vf v) {
     return lanes[0];
 }
 OCTAVO_INLINE float max(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float lanes[kLanes];
     store(lanes, v);
     for (int width = kLanes / 2; width; width /= 2)

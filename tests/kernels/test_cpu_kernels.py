@@ -126,7 +126,7 @@ def test_metadata_that_point_outside_are_refused(field: str, value: int) -> None
     batch = grid.Case().batch(torch.bfloat16)
     tensor = getattr(batch.meta, field)
     tensor.view(-1)[-1 if field != "block_table" else batch.rows[0] * tensor.shape[1]] = value
-    with pytest.raises(IndexError, match="outside|exceeds"):
+    with pytest.raises(IndexError, match=r"outside|exceeds"):
         cpu.attention(*batch.arguments())
 
 
