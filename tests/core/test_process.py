@@ -160,6 +160,22 @@ def make_request_for(client: CoreClient, id: str, prompt: list[int], **sampling:
     return make_request(client, id, prompt, **sampling)  # type: ignore[arg-type]
 
 
+def test_a_backlog_of_outputs_leaves_other_tasks_their_turn(core: CoreProcess) -> None:
+    async def session() -> None:
+        client = CoreClient(core, core.wait_ready())
+        streams = [await client.submit(make_request_for(client, f"r{i}", [1, 2, 3], max_tokens=2000)) for i in range(4)]
+        await anext(streams[0])
+        time.sleep(0.5)  # noqa: ASYNC251  # the engine runs ahead
+        behind = client.stats.steps
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert client.stats.steps - behind < 50
+        assert (await client.health()).steps - behind > 200
+        await client.close()
+
+    asyncio.run(session())
+
+
 def test_abort_ends_a_request_and_frees_its_pages(core: CoreProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     async def session() -> None:
         client = CoreClient(core, core.wait_ready())

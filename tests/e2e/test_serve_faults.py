@@ -42,7 +42,7 @@ async def pending(server: Server, count: int, fault: object, *, stream: bool = F
         body = LONG | {"stream": stream}
         tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(count)]
         while 'num_requests_running{model_name="stub"} 8.0' not in (await client.get("/metrics")).text:
-            assert not all(task.done() for task in tasks)
+            assert not all(task.done() for task in tasks), tasks[0].result().text
         fault()  # type: ignore[operator]
         return list(await asyncio.gather(*tasks))
 

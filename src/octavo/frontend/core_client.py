@@ -136,6 +136,7 @@ class CoreClient:
     async def _read(self) -> None:
         while True:
             self._take(decode_output(await self._outputs.recv()))
+            await asyncio.sleep(0)  # `recv` does not suspend while messages are waiting: others must get their turn
 
     def _take(self, message: CoreOutput) -> None:
         if isinstance(message, Outputs):
