@@ -176,22 +176,32 @@ def test_a_backlog_of_outputs_leaves_other_tasks_their_turn(core: CoreProcess) -
     asyncio.run(session())
 
 
-def test_abort_ends_a_request_and_frees_its_pages(core: CoreProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_abort_ends_a_request_and_frees_its_pages(core: CoreProcess) -> None:
     async def session() -> None:
         client = CoreClient(core, core.wait_ready())
         stream = await client.submit(make_request_for(client, "a", [1, 2, 3], max_tokens=2000))
-        with pytest.raises(RequestError, match="is running"):
-            await client.submit(make_request_for(client, "a", [1]))
-        with monkeypatch.context() as patch:
-            patch.setattr("octavo.frontend.core_client.MAX_MESSAGE_BYTES", 100)
-            with pytest.raises(RequestError, match="over 100"):
-                await client.submit(make_request_for(client, "long", [1] * 100))
-        await anext(stream)
         await client.abort(["a", "unknown"])
         reasons = [output.finish_reason async for output in stream]
         assert reasons[-1] == "abort"
         stats = await client.health()
         assert (stats.running, stats.pages_used) == (0, 0)
+        await client.close()
+
+    asyncio.run(session())
+
+
+def test_an_id_in_use_and_a_message_over_the_limit_are_refused(
+    core: CoreProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def session() -> None:
+        client = CoreClient(core, core.wait_ready())
+        first = make_request_for(client, "a", [1, 2, 3])
+        await client.submit(first)
+        with pytest.raises(RequestError, match="is running"):
+            await client.submit(first)
+        monkeypatch.setattr("octavo.frontend.core_client.MAX_MESSAGE_BYTES", 100)
+        with pytest.raises(RequestError, match="over 100"):
+            await client.submit(make_request_for(client, "long", [1] * 100))
         await client.close()
 
     asyncio.run(session())
