@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib
 import os
 import re
 import sys
@@ -60,6 +62,8 @@ def chat(
 def _lines(interactive: bool) -> Iterator[str]:
     """Messages, one a line; empty lines are skipped."""
     if interactive:
+        with contextlib.suppress(ImportError):  # a Python built without it still chats
+            importlib.import_module("readline")  # importing it gives `input` line editing and the arrow keys
         print("An empty line is skipped; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:

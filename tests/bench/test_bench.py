@@ -145,7 +145,7 @@ def bench_serve(url: str, out: Path, *argv: str) -> int:
 def test_serve_reports_totals_and_percentiles(url: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     assert bench_serve(url, out, "--request-rate", "500") == 0
-    totals, *times = json.loads(out.read_text(encoding="utf-8"))
+    totals, *times = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert (totals["requests"], totals["failed"]) == (8, 0)
     assert {row["what"]: row["samples"] for row in times} == {"TTFT": 8, "TPOT": 8, "ITL": 16, "E2E": 8}
 
@@ -154,7 +154,7 @@ def test_serve_fails_when_a_request_does(url: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(_Canned, "refuse_odd", True)
     out = tmp_path / "rows.json"
     assert bench_serve(url, out) == 1
-    assert 0 < json.loads(out.read_text(encoding="utf-8"))[0]["failed"] < 8
+    assert 0 < json.loads(out.read_text(encoding="utf-8"))["rows"][0]["failed"] < 8
 
 
 def test_serve_without_a_server_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,12 +30,17 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def show(rows: list[Row], columns: Columns, out: Path | None) -> None:
-    """Prints ``rows`` as a table; with ``out`` also writes them, and what they were measured on, as JSON."""
+    """Prints ``rows`` as a table; with ``out`` also `write`s them."""
     print(table(rows, columns))
     if out is not None:
-        about = {"octavo": octavo.__version__, "python": platform.python_version(), "machine": platform.machine()}
-        out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        print(f"wrote {out}", file=sys.stderr)
+        write(rows, out)
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """``rows``, and what they were measured on, as JSON."""
+    about = {"octavo": octavo.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    out.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {out}", file=sys.stderr)
 
 
 def table(rows: list[Row], columns: Columns) -> str:

@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
         answers = asyncio.run(_load(args, case))
         rows += summary(case.name, answers, time.perf_counter() - start)
     print(report.table([row for row in rows if "wall_s" in row], TOTALS), end="\n\n")
-    report.show([row for row in rows if "ms" in row], {"case": "case", **COLUMNS}, None)
+    print(report.table([row for row in rows if "ms" in row], {"case": "case", **COLUMNS}))
     if args.json is not None:
-        args.json.write_bytes(msgspec.json.format(msgspec.json.encode(rows)) + b"\n")
+        report.write(rows, args.json)
     return 1 if any(row.get("failed") for row in rows) else 0
 
 
