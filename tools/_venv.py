@@ -56,6 +56,8 @@ def prepare(extra: str = "") -> None:
         if _is_current(digest, extra):
             return
         _make_venv()
+        for old in VENV.glob("octavo-*.stamp"):  # from here until the new one it is neither the old nor the new
+            old.unlink()
         compiler = find_compiler()
         say(f"C++ compiler: {compiler or 'none, so octavo will be pure Python (slower on a CPU)'}")
         settings = [] if compiler else ["--config-settings=wheel.cmake=false"]

@@ -45,6 +45,21 @@ def test_a_change_of_anything_else_does_not(project: Path) -> None:
     assert _venv.fingerprint(project) == before
 
 
+def test_the_stamp_of_the_same_content_stands_for_the_environment(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_venv, "VENV", project)
+    monkeypatch.setattr(_venv, "PYTHON", project / "README.md")
+    assert not _venv._is_current("abc", "")
+    _venv._stamp("dev").write_text("abc", encoding="ascii")
+    assert _venv._is_current("abc", "dev")
+    assert _venv._is_current("abc", "")  # the dev extra holds all of the base
+    assert not _venv._is_current("other", "dev")
+    _venv._stamp("dev").unlink()
+    _venv._stamp("").write_text("abc", encoding="ascii")
+    assert not _venv._is_current("abc", "dev")
+
+
 def test_the_compiler_named_in_the_environment_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     assert _venv.find_compiler() is None
