@@ -65,6 +65,30 @@ struct AttentionArgs {
     float scale, softcap;  // softcap 0: none
 };
 
+// A packed weight.
+struct Weight {
+    const void *panels, *bias;  // bias may be null
+    isize in, out;
+};
+
+// One decoder layer in bf16: norm, attention, norm, gated MLP, with the residual kept apart.
+struct LayerArgs {
+    Weight qkv, o, gate_up, down;
+    const void *input_norm, *post_norm, *q_norm, *k_norm;  // the norms of heads may be null
+    float eps;
+    Gate gate;
+};
+
+// What a layer is run on. `step.query`, `step.out` and `step.query_stride` are the layer's own business.
+struct LayerInput {
+    const void *x, *residual;  // residual may be null
+    void *out, *sum;           // the layer's output, and the residual it has yet to be added to
+    const float* cos_sin;      // null: no rotation
+    const int32_t *positions, *slots;
+    isize rotated, max_len;
+    AttentionArgs step;
+};
+
 // Kernels return null, or a message about an index out of range; nothing has been read through such an index.
 struct Kernels {
     const char* name;
@@ -74,6 +98,7 @@ struct Kernels {
     const char* (*store)(const StoreArgs&);
     void (*linear)(const LinearArgs&);
     const char* (*attention)(DType, const AttentionArgs&);
+    const char* (*layer)(const LayerArgs&, const LayerInput&);
 };
 
 const Kernels& baseline_kernels();
@@ -84,7 +109,7 @@ const Kernels& avx512_bf16_kernels();
 #endif
 
 // A buffer of the calling thread, 64-byte aligned, that lives until the thread asks for a larger one of the same slot.
-enum class Scratch { items, partials, tile, count };
+enum class Scratch { items, partials, tile, layer, count };
 void* scratch(Scratch slot, std::size_t bytes);
 
 }  // namespace octavo

@@ -1,6 +1,7 @@
 // Python's door: picks the table, turns addresses into arguments, and releases the interpreter while a kernel runs.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -133,6 +135,32 @@ void attention(bool bf16, address query, address cache, address out, address que
                         page_size, pages, table_rows, table_width, query_stride, tokens, window, scale, softcap}));
 }
 
+using weight = std::tuple<address, address, isize, isize>;  // panels, bias, in, out
+Weight weight_of(const weight& w) { return {at(std::get<0>(w)), at(std::get<1>(w)), std::get<2>(w), std::get<3>(w)}; }
+
+void make_layer(LayerArgs* self, weight qkv, weight o, weight gate_up, weight down, address input_norm,
+                address post_norm, address q_norm, address k_norm, float eps, bool silu) {
+    new (self) LayerArgs{weight_of(qkv), weight_of(o), weight_of(gate_up), weight_of(down), at(input_norm),
+                         at(post_norm), at(q_norm), at(k_norm), eps, silu ? Gate::silu : Gate::gelu_tanh};
+}
+
+// The part of a layer's input that all layers of one kind share in a step.
+void make_step(LayerInput* self, address positions, address slots, address cos_sin, isize rotated, isize max_len,
+               address query_start, address seq_lens, address rows, address block_table, isize items, isize heads,
+               isize kv_heads, isize dim, isize page_size, isize pages, isize table_rows, isize table_width,
+               isize tokens, isize window, float scale, float softcap) {
+    AttentionArgs a{nullptr, nullptr, nullptr, at<int32_t>(query_start), at<int32_t>(seq_lens), at<int32_t>(rows),
+                    at<int32_t>(block_table), nullptr, items, heads, kv_heads, dim, page_size, pages, table_rows,
+                    table_width, 0, tokens, window, scale, softcap};
+    new (self) LayerInput{nullptr, nullptr, nullptr, nullptr, at<float>(cos_sin), at<int32_t>(positions),
+                          at<int32_t>(slots), rotated, max_len, a};
+}
+
+void layer(const LayerArgs& self, LayerInput in, address x, address residual, address cache, address out, address sum) {
+    in.x = at(x), in.residual = at(residual), in.out = at(out), in.sum = at(sum), in.step.cache = at(cache);
+    raise(active->layer(self, in));
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -148,4 +176,6 @@ NB_MODULE(_cpu, m) {
     m.def("linear", &linear, unlocked());
     m.def("gather", &gather, unlocked());
     m.def("attention", &attention, unlocked());
+    nb::class_<LayerInput>(m, "Step").def("__init__", &make_step);
+    nb::class_<LayerArgs>(m, "Layer").def("__init__", &make_layer).def("run", &layer, unlocked());
 }

@@ -1,12 +1,10 @@
 // The table of one instruction set; OCTAVO_ISA is its namespace, OCTAVO_NAME what the log calls it.
 #pragma once
 
-#include "attention.h"
-#include "elementwise.h"
-#include "gemm.h"
+#include "layer.h"
 
 namespace octavo::OCTAVO_ISA {
 
-inline const Kernels table = {OCTAVO_NAME, norm, gate, rotary, store_kv, linear, attention};
+inline const Kernels table = {OCTAVO_NAME, norm, gate, rotary, store_kv, linear, attention, layer};
 
 }  // namespace octavo::OCTAVO_ISA

@@ -85,3 +85,49 @@ def attention(
     softcap: float,
     /,
 ) -> None: ...
+
+_Weight = tuple[int, int, int, int]  # addresses of panels and bias (or 0), inputs, outputs
+
+class Step:
+    def __init__(
+        self,
+        positions_at: int,
+        slots_at: int,
+        cos_sin_at: int,
+        rotated: int,
+        max_len: int,
+        query_start_at: int,
+        seq_lens_at: int,
+        rows_at: int,
+        block_table_at: int,
+        items: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        page_size: int,
+        pages: int,
+        table_rows: int,
+        table_width: int,
+        tokens: int,
+        window: int,
+        scale: float,
+        softcap: float,
+        /,
+    ) -> None: ...
+
+class Layer:
+    def __init__(
+        self,
+        qkv: _Weight,
+        o: _Weight,
+        gate_up: _Weight,
+        down: _Weight,
+        input_norm_at: int,
+        post_norm_at: int,
+        q_norm_at: int,
+        k_norm_at: int,
+        eps: float,
+        silu: bool,
+        /,
+    ) -> None: ...
+    def run(self, step: Step, x_at: int, residual_at: int, cache_at: int, out_at: int, sum_at: int, /) -> None: ...

@@ -13,8 +13,8 @@ from octavo.kernels import reference
 from octavo.kernels.metadata import AttentionMetadata
 
 _TYPES = frozenset((torch.bfloat16, torch.float32))
-_MAX_HEAD_DIM = 256
-_PANEL = 16
+MAX_HEAD_DIM = 256
+PANEL = 16
 
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -160,8 +160,8 @@ def attention(
     """See `reference.attention`. Raises IndexError if the metadata point outside of ``query`` or ``cache``."""
     tokens, heads, dim = query.shape
     pages, two, kv_heads, page_size, cache_dim = cache.shape
-    fits = dim == cache_dim and dim % _PANEL == 0 and dim <= _MAX_HEAD_DIM and two == 2 and heads % kv_heads == 0
-    if query.dtype not in _TYPES or cache.dtype is not query.dtype or not fits or not _is_plain(cache, meta):
+    fits = dim == cache_dim and dim % PANEL == 0 and dim <= MAX_HEAD_DIM and two == 2 and heads % kv_heads == 0
+    if query.dtype not in _TYPES or cache.dtype is not query.dtype or not fits or not is_plain(cache, meta):
         return reference.attention(query, cache, meta, scale, window, softcap, sinks)
     if query.stride(2) != 1 or query.stride(1) != dim:
         query = query.contiguous()
@@ -198,7 +198,7 @@ def attention(
     return out
 
 
-def _is_plain(cache: torch.Tensor, meta: AttentionMetadata) -> bool:
+def is_plain(cache: torch.Tensor, meta: AttentionMetadata) -> bool:
     """Whether the metadata are as `AttentionMetadata` says, dense, and long enough for one another."""
     items = meta.rows.shape[0]
     index = (meta.query_start, meta.seq_lens, meta.rows, meta.block_table)
@@ -211,11 +211,11 @@ class PackedLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
-        missing = -self.out_features % _PANEL
+        missing = -self.out_features % PANEL
         if missing:
             weight = torch.cat((weight, weight.new_zeros(missing, self.in_features)))
         pairs = weight.contiguous().view(torch.int32)
-        self.panels = pairs.view(-1, _PANEL, self.in_features // 2).transpose(1, 2).contiguous()
+        self.panels = pairs.view(-1, PANEL, self.in_features // 2).transpose(1, 2).contiguous()
         self.bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

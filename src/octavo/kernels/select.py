@@ -50,11 +50,55 @@ class PackedLinear(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerParts:
+    """A Llama-like decoder layer: norm, QKV, norms of heads, rotary, attention, O; norm, gate and up, activation, down.
+
+    ``activation`` names one of the gated operators of `Ops`; products are None where they are not packed.
+    """
+
+    qkv: PackedLinear | None
+    o: PackedLinear | None
+    gate_up: PackedLinear | None
+    down: PackedLinear | None
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    eps: float
+    activation: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    cos_sin: torch.Tensor | None  # [max_len, rotated], as `reference.rotary` takes it; None: nothing is rotated
+
+
+class FusedLayer(Protocol):
+    """A decoder layer in one call."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: torch.Tensor,
+        meta: AttentionMetadata,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x[T, C]`` and the residual it has yet to be added to (None: zero) to the layer's own such pair.
+
+        ``cache`` is the layer's; K and V of the tokens are written to it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Ops:
     """The operators of `kernels.reference` by the same names, and what only some platforms have.
 
     ``pack_linear(weight[out, in], bias[out] | None)`` returns the packed product, or None where packing brings nothing;
-    after it the caller drops ``weight``.
+    after it the caller drops ``weight``. ``fuse_layer(parts)`` returns the layer in one call, or None where it cannot.
     """
 
     name: str
@@ -67,9 +111,14 @@ class Ops:
     store_kv_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     attention: Attention
     pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
+    fuse_layer: Callable[[LayerParts], FusedLayer | None]
 
 
 def _never_packs(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
+    return None
+
+
+def _never_fuses(parts: LayerParts) -> FusedLayer | None:
     return None
 
 
@@ -84,6 +133,7 @@ REFERENCE = Ops(
     store_kv_=reference.store_kv_,
     attention=reference.attention,
     pack_linear=_never_packs,
+    fuse_layer=_never_fuses,
 )
 
 _report: dict[str, None] = {}  # insertion-ordered set of lines
@@ -124,6 +174,7 @@ def _triton() -> Ops | str:
         store_kv_=triton_ops.store_kv_,
         attention=attn_triton.attention,
         pack_linear=_never_packs,
+        fuse_layer=_never_fuses,
     )
 
 
@@ -132,7 +183,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
     if dtype not in (torch.bfloat16, torch.float32):
         return f"octavo._cpu has bfloat16 and float32, not {dtype}"
     try:
-        from octavo.kernels import cpu
+        from octavo.kernels import cpu, cpu_layer
     except ImportError as error:
         return f"no C++ extension ({error}): reinstall octavo with a C++17 compiler for several times the speed"
     return Ops(
@@ -146,6 +197,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         store_kv_=cpu.store_kv_,
         attention=cpu.attention,
         pack_linear=cpu.pack_linear,
+        fuse_layer=cpu_layer.fuse_layer,
     )
 
 

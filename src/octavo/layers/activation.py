@@ -26,9 +26,9 @@ class GatedActivation(Layer):
                 f"hidden_act is {name!r}; the native models know {', '.join(sorted(_OPERATORS))}.",
                 "Use a model with one of these.",
             )
-        self._operator = _OPERATORS[name]
+        self.operator = _OPERATORS[name]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._operator == "silu_and_mul":
+        if self.operator == "silu_and_mul":
             return self.ops.silu_and_mul(x)
         return self.ops.gelu_tanh_and_mul(x)

@@ -32,11 +32,11 @@ class Linear(Layer):
         self.shard = shard
         self.weight = parameter(out_size, in_size, dtype=dtype)
         self.bias = parameter(out_size, dtype=dtype) if bias else None
-        self._packed: PackedLinear | None = None
+        self.packed: PackedLinear | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is not None:
-            return self._packed(x)
+        if self.packed is not None:
+            return self.packed(x)
         return self.ops.linear(x, self.weight, self.bias)
 
     def load_rules(self, name: str) -> list[LoadRule]:
@@ -53,6 +53,6 @@ class Linear(Layer):
 
     def finish(self, ops: Ops) -> None:
         super().finish(ops)
-        self._packed = ops.pack_linear(self.weight, self.bias)
-        if self._packed is not None:  # which is now the only copy
+        self.packed = ops.pack_linear(self.weight, self.bias)
+        if self.packed is not None:  # which is now the only copy
             del self.weight, self.bias

@@ -10,11 +10,14 @@ are per layer, in its `LayerSpec`; biases and the norm of heads are in `Wiring`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from octavo.config import LayerSpec, ModelConfig
+from octavo.kernels.select import FusedLayer, LayerParts
+from octavo.layers import context
 from octavo.layers.activation import GatedActivation
 from octavo.layers.attention import Attention
 from octavo.layers.embedding import Embedding
@@ -93,18 +96,48 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> None:
         super().__init__()
+        self.spec = config.layers[layer]
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.self_attn = LlamaAttention(config, config.layers[layer], layer, rotary, dtype)
+        self.self_attn = LlamaAttention(config, self.spec, layer, rotary, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = LlamaMLP(config, dtype)
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.fused is not None:
+            step = context.current()
+            return self.fused(x, residual, positions, step.kv_cache[self.self_attn.attn.layer], step.attention)
         x, residual = self.input_layernorm.add(x, residual)
         x = self.self_attn(x, positions)
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
+
+
+    @cached_property
+    def fused(self) -> FusedLayer | None:
+        """This layer in one call, where the operators have that; asked for once the weights are loaded."""
+        attention, mlp = self.self_attn, self.mlp
+        parts = LayerParts(
+            qkv=attention.qkv_proj.packed,
+            o=attention.o_proj.packed,
+            gate_up=mlp.gate_up_proj.packed,
+            down=mlp.down_proj.packed,
+            input_norm=self.input_layernorm.weight,
+            post_norm=self.post_attention_layernorm.weight,
+            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
+            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            eps=self.input_layernorm.eps,
+            activation=mlp.act_fn.operator,
+            heads=self.spec.heads,
+            kv_heads=self.spec.kv_heads,
+            head_dim=self.spec.head_dim,
+            scale=attention.attn.scale,
+            window=self.spec.window,
+            softcap=self.spec.softcap,
+            cos_sin=None if attention.rotary_emb is None else attention.rotary_emb.cos_sin,
+        )
+        return self.input_layernorm.ops.fuse_layer(parts)
 
 
 class LlamaModel(nn.Module):

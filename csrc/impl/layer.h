@@ -1,0 +1,75 @@
+// A whole decoder layer in one call: what is left of a step's cost besides the products would else be Python's.
+#pragma once
+
+#include "attention.h"
+#include "elementwise.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// Norms (where there are any) and rotates the heads of the projection, and writes K and V to their slots. Queries stay
+// where they are, in rows of `width`.
+inline void place_heads(const LayerArgs& layer, const LayerInput& in, bf16* qkv, isize width) {
+    const AttentionArgs& a = in.step;
+    const isize dim = a.dim, tile = a.page_size * dim, half = in.rotated / 2;
+    const isize queries = a.heads * dim, keys = a.kv_heads * dim;
+    auto prepare = [&](const bf16* from, bf16* to, const void* weight, const float* cos) {
+        if (weight) {
+            norm_row<bf16>(from, nullptr, (const bf16*)weight, to, nullptr, dim, layer.eps);
+            from = to;
+        }
+        if (cos) rotate(from, to, cos, cos + half, half, dim);
+        else if (from != to) std::memcpy((void*)to, from, dim * sizeof(bf16));
+    };
+#pragma omp parallel for schedule(static) if (a.tokens * width >= kParallelFrom)
+    for (isize t = 0; t < a.tokens; t++) {
+        bf16* row = qkv + t * width;
+        const float* cos = in.cos_sin ? in.cos_sin + in.positions[t] * in.rotated : nullptr;
+        for (isize h = 0; h < queries; h += dim) prepare(row + h, row + h, layer.q_norm, cos);
+        const isize slot = in.slots[t];
+        bf16* page = (bf16*)a.cache + slot / a.page_size * 2 * a.kv_heads * tile + slot % a.page_size * dim;
+        for (isize h = 0; h < a.kv_heads; h++) {
+            prepare(row + queries + h * dim, page + h * tile, layer.k_norm, cos);
+            std::memcpy((void*)(page + (a.kv_heads + h) * tile), row + queries + keys + h * dim, dim * sizeof(bf16));
+        }
+    }
+}
+
+inline const char* check(const LayerInput& in) {
+    const AttentionArgs& a = in.step;
+    for (isize t = 0; t < a.tokens; t++) {
+        if (in.slots[t] < 0 || in.slots[t] >= a.pages * a.page_size) return "a slot is outside of the KV cache";
+        if (in.cos_sin && (in.positions[t] < 0 || in.positions[t] >= in.max_len))
+            return "a position is outside of the rotary table";
+    }
+    return check(a);
+}
+
+OCTAVO_INLINE void product(const Weight& w, const bf16* x, bf16* out, isize rows) {
+    linear({x, w.panels, w.bias, out, rows, w.in, w.out, w.in, w.out});
+}
+
+inline const char* layer(const LayerArgs& l, const LayerInput& in) {
+    if (const char* wrong = check(in)) return wrong;
+    AttentionArgs a = in.step;
+    const isize rows = a.tokens, size = l.qkv.in, inner = l.down.in;
+    const isize wide = l.qkv.out > l.gate_up.out ? l.qkv.out : l.gate_up.out;
+    const isize narrow = l.o.in > inner ? l.o.in : inner;
+    // Rows of the projections, of what comes out of attention or activation, of the hidden state, of the residual.
+    auto* projected = (bf16*)scratch(Scratch::layer, rows * (wide + narrow + 2 * size) * sizeof(bf16));
+    bf16 *mixed = projected + rows * wide, *hidden = mixed + rows * narrow, *sum = hidden + rows * size;
+    const void* before = in.residual ? sum : in.x;
+
+    norm(DType::bf16, {in.x, in.residual, l.input_norm, hidden, sum, rows, size, size, size, l.eps});
+    product(l.qkv, hidden, projected, rows);
+    place_heads(l, in, projected, l.qkv.out);
+    a.query = projected, a.query_stride = l.qkv.out, a.out = mixed;
+    attention_of<bf16>(a);
+    product(l.o, mixed, hidden, rows);
+    norm(DType::bf16, {hidden, before, l.post_norm, hidden, in.sum, rows, size, size, size, l.eps});
+    product(l.gate_up, hidden, projected, rows);
+    gate(DType::bf16, {projected, mixed, rows, inner, 2 * inner, l.gate});
+    product(l.down, mixed, (bf16*)in.out, rows);
+    return nullptr;
+}
+
+}  // namespace octavo::OCTAVO_ISA
