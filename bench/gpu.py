@@ -156,7 +156,23 @@ def run(core: Any, work: Work, tag: str) -> tuple[float, list[list[int]]]:
     return seconds, [answers[request.id] for request in requests]
 
 
-def measure(model: str, names: list[str], repeats: int) -> dict[str, Any]:
+def kernels(core: Any, work: Work, tag: str) -> list[str]:
+    """What the card did in the middle of a run over ``work``, the costliest kernels first."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    shorter = [(prompt, min(count, 64)) for prompt, count in work]
+    core.reset_prefix_cache()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        seconds, _ = run(core, shorter, tag)
+        torch.cuda.synchronize()
+    rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)
+    busy = sum(row.self_device_time_total for row in rows) / 1e6
+    lines = [f"  {seconds:.3f} s, busy {busy:.3f} s"]
+    return lines + [f"  {r.self_device_time_total / 1e3:9.2f} ms {r.count:6} x {r.key[:90]}" for r in rows[:14]]
+
+
+def measure(model: str, names: list[str], repeats: int, profile: bool) -> dict[str, Any]:
     """All workloads on one engine."""
     begin = time.perf_counter()
     from octavo import log
@@ -190,6 +206,9 @@ def measure(model: str, names: list[str], repeats: int) -> dict[str, Any]:
             seconds, answers = run(core, work, f"{name}{repeat}-")
             times.append(seconds)
         least = floor(CONFIGS[model], work, bandwidth, flops)
+        if profile:
+            result.setdefault("profile", {})[name] = kernels(core, work, f"{name}p-")
+            print(model, name, *result["profile"][name], sep="\n", flush=True)
         result["workloads"][name] = {
             "seconds": min(times),
             "all": times,
@@ -206,11 +225,12 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(CONFIGS))
     parser.add_argument("--workloads", default="single,decode64,prefill,mixed")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--profile", action="store_true", help="list the costliest kernels of each workload")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     models = args.models.split(",")
     if len(models) == 1:
-        results = [measure(models[0], args.workloads.split(","), args.repeats)]
+        results = [measure(models[0], args.workloads.split(","), args.repeats, args.profile)]
     else:
         results = []
         for model in models:

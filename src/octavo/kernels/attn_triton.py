@@ -7,6 +7,7 @@ a captured graph stays right as sequences grow.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,15 +17,36 @@ import triton.language as tl
 from octavo.kernels.metadata import AttentionMetadata
 
 _MIN_ROWS = 16  # least rows of a tensor-core product
-_TILE = 64  # keys a program takes at once
 _MAX_SPLITS = 32
-_PROGRAMS_PER_SM = 4
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is launched: ``tile`` keys at once, ``rows`` of queries times heads of a group (prefill)."""
+
+    tile: int
+    warps: int
+    stages: int
+    rows: int = _MIN_ROWS
+
+
+# By padded head size; measured by bench/kernels_gpu.py, see docs/performance-log.md. Decode splits until the card has
+# ``SPLIT_BELOW`` programs a multiprocessor.
+DECODE = {16: Launch(64, 4, 2), 32: Launch(64, 4, 2), 64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 4, 2)}
+PREFILL = {
+    16: Launch(64, 8, 2, 128),
+    32: Launch(64, 8, 2, 128),
+    64: Launch(64, 8, 2, 128),
+    128: Launch(64, 8, 2, 128),
+    256: Launch(32, 4, 2, 64),
+}
+SPLIT_BELOW = 2
 
 
 @triton.jit
 def _scores(q, k, keys, positions, scale, softcap, window, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr):
     """Masked scores [rows, keys] of queries at ``positions`` [rows]."""
-    s = tl.dot(q, k) * scale
+    s = tl.dot(q, k, input_precision="ieee") * scale
     if HAS_CAP:
         s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh
     seen = keys[None, :] <= positions[:, None]
@@ -95,7 +117,7 @@ def _prefill_kernel(
         p = tl.where(s > -1.0e29, tl.exp(s - higher[:, None]), 0.0)
         decay = tl.exp(top - higher)
         v = tl.load(cache_ptr + kv_stride + offsets[:, None] + d[None, :], live[:, None] & (d < DIM)[None, :], 0.0)
-        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v)
+        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * decay + tl.sum(p, 1)
         top = higher
     out = acc / total[:, None]
@@ -139,7 +161,7 @@ def _decode_kernel(
         higher = tl.maximum(top, tl.max(s, 1))
         p = tl.where(s > -1.0e29, tl.exp(s - higher[:, None]), 0.0)
         decay = tl.exp(top - higher)
-        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v)
+        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         total = total * decay + tl.sum(p, 1)
         top = higher
     place = (item * HEADS + head) * SPLITS + split
@@ -198,10 +220,12 @@ def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     acc = torch.empty(items, heads, splits, dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(items, heads, splits, dtype=torch.float32, device=query.device)
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
+    launch = DECODE[pad]
     _decode_kernel[(items, kv_heads, splits)](
         query, cache, acc, lse, meta.seq_lens, meta.rows, meta.block_table, *numbers, query.stride(0), query.stride(1),
         meta.block_table.stride(0), *cache.stride()[:3], group, heads, dim, pad, page,
-        max(_MIN_ROWS, triton.next_power_of_2(group)), _TILE, splits, has_window, has_cap, num_warps=4, num_stages=2,
+        max(launch.rows, triton.next_power_of_2(group)), launch.tile, splits, has_window, has_cap,
+        num_warps=launch.warps, num_stages=launch.stages,
     )
     _merge_kernel[(items, heads)](acc, lse, out, sinks, heads, dim, pad, splits, sinks is not None, num_warps=1)
 
@@ -210,23 +234,22 @@ def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     items, heads, dim = len(meta.rows) - meta.num_decodes, query.shape[1], query.shape[2]
     kv_heads, page = cache.shape[2], cache.shape[3]
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    rows = max(128 if meta.max_query * group > 64 else 64, triton.next_power_of_2(group))
-    if pad > 128:
-        rows = max(rows // 2, triton.next_power_of_2(group))
+    launch = PREFILL[pad]
+    rows = max(launch.rows, triton.next_power_of_2(group))
     queries = rows // group
     blocks = (len(query) - meta.num_decodes) // queries + items
     _prefill_kernel[(blocks, kv_heads)](
         query, cache, out, meta.query_start, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
         meta.num_decodes, items, query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
-        group, heads, dim, pad, page, queries, rows, _TILE, has_window, has_cap, sinks is not None,
-        num_warps=8 if rows >= 128 else 4, num_stages=2,
+        group, heads, dim, pad, page, queries, rows, launch.tile, has_window, has_cap, sinks is not None,
+        num_warps=launch.warps, num_stages=launch.stages,
     )
 
 
 def num_splits(programs: int, processors: int) -> int:
     """Into how many parts to split the keys of each of ``programs`` (item, KV head) pairs: a power of two."""
     splits = 1
-    while splits < _MAX_SPLITS and programs * splits < processors * _PROGRAMS_PER_SM // 2:
+    while splits < _MAX_SPLITS and programs * splits < processors * SPLIT_BELOW:
         splits *= 2
     return splits
 
