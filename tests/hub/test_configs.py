@@ -259,6 +259,18 @@ def test_dtype(written_dtype: str | None, wanted: str, device: str, got: str) ->
     assert config.dtype_reason
 
 
+@pytest.mark.parametrize(
+    ("written_dtype", "fast", "got"),
+    [(None, True, "bfloat16"), (None, False, "float32"), ("float32", True, "float32")],
+)
+def test_weights_without_a_type_run_in_bfloat16_where_a_cpu_has_instructions_for_it(
+    written_dtype: str | None, fast: bool, got: str
+) -> None:
+    config = build(tiny.config("llama", dtype=written_dtype), device="cpu", fast_bfloat16=fast)
+    assert config.dtype == got
+    assert "CPU" in config.dtype_reason
+
+
 def test_dtype_that_is_not_named_is_that_of_the_weights(tmp_path: Path) -> None:
     folder = tiny.make(tmp_path, dtype="bfloat16", shards=2)
     hf = json.loads((folder / "config.json").read_text())

@@ -145,9 +145,16 @@ def _new_rope(old: Mapping[str, Any], new: Mapping[str, Any], given: list[Any]) 
 
 
 def model_config(
-    hf: Hf, *, dtype: str = "auto", generation: Mapping[str, Any] | None = None, device: str = "cpu"
+    hf: Hf,
+    *,
+    dtype: str = "auto",
+    generation: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    fast_bfloat16: bool = False,
 ) -> ModelConfig:
     """What the engine needs of ``hf`` (normalised), for ``device`` "cpu" or "cuda".
+
+    ``fast_bfloat16``: a CPU has instructions for it.
 
     Raises `ModelError`: HF012 if nothing says which architecture it is, HF002 for a size that is missing or wrong,
     HF020 for RoPE settings that cannot be applied, HF022 for a dtype that the model cannot run in.
@@ -162,7 +169,7 @@ def model_config(
         )
     layers = layer_specs(text)
     max_len, max_len_reason = own_length(text, layers)
-    chosen, dtype_reason = choose_dtype(hf, dtype, device)
+    chosen, dtype_reason = choose_dtype(hf, dtype, device, fast_bfloat16=fast_bfloat16)
     hidden = size(text, "hidden_size")
     return ModelConfig(
         architecture=architectures[0],
@@ -184,7 +191,9 @@ def model_config(
     )
 
 
-def choose_dtype(hf: Mapping[str, Any], wanted: str, device: str) -> tuple[str, str]:
+def choose_dtype(
+    hf: Mapping[str, Any], wanted: str, device: str, *, fast_bfloat16: bool = False
+) -> tuple[str, str]:
     """The dtype of weights and activations and why; raises `ModelError` HF022."""
     inner = hf.get("text_config")
     model_type = hf.get("model_type")
@@ -204,12 +213,16 @@ def choose_dtype(hf: Mapping[str, Any], wanted: str, device: str) -> tuple[str, 
         return "bfloat16", f"the checkpoint says float16, in which {model_type} overflows"
     if written in ("bfloat16", "float16"):
         return written, "the checkpoint's own"
-    said = "the checkpoint names none" if written is None else f"the checkpoint says {written}"
+    said = "the checkpoint has no type of its own" if written is None else f"the checkpoint says {written}"
     if written not in (None, "float32"):
         return "bfloat16", f"{said}, which is no type to compute in"
     if device == "cuda":
         return "bfloat16", f"{said}; float32 is slow on a GPU (--dtype float32 keeps it)"
-    return "float32", f"{said}; kept on a CPU"
+    if written == "float32":
+        return "float32", f"{said}; kept on a CPU"
+    if fast_bfloat16:
+        return "bfloat16", f"{said}; this CPU has instructions for bfloat16"
+    return "float32", f"{said}; this CPU has no instructions for bfloat16"
 
 
 def _eos_ids(hf: Hf, text: Hf, generation: Mapping[str, Any]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ class Platform(Protocol):
     device: torch.device
     overlaps: bool
     captures: bool  # `capture` is worth calling
+    fast_bfloat16: bool  # it has instructions for bfloat16, so that halving the weights' bytes costs no time
 
     def describe(self) -> str:
         """One line for the start-up log."""

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ import torch
 from octavo.config import MemoryOptions
 
 KV_SHARE = 0.1  # of the machine's memory: others live here too
+CPU_INFO = Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,13 @@ class CpuPlatform:
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
+        self.fast_bfloat16 = not BFLOAT16_FLAGS.isdisjoint(cpu_flags())
 
     def describe(self) -> str:
-        """Threads and memory."""
-        return f"cpu, {torch.get_num_threads()} threads, {_total_memory() / 2**30:.1f} GiB"
+        """Threads, memory and whether bfloat16 is fast."""
+        bfloat16 = "with" if self.fast_bfloat16 else "without"
+        memory = f"{total_memory() / 2**30:.1f} GiB"
+        return f"cpu, {torch.get_num_threads()} threads, {memory}, {bfloat16} bfloat16 instructions"
 
     def host_buffer(self, count: int) -> torch.Tensor:
         """Plain memory."""
@@ -57,11 +63,11 @@ class CpuPlatform:
         """What the user set, else a tenth of the machine's memory."""
         if memory.kv_cache_memory_bytes is not None:
             return memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
-        total = _total_memory()
+        total = total_memory()
         return int(total * KV_SHARE), f"{KV_SHARE:.0%} of {total / 2**30:.1f} GiB"
 
 
-def _total_memory() -> int:
+def total_memory() -> int:
     """Bytes that this process may use: the machine's, or the control group's if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -71,3 +77,13 @@ def _total_memory() -> int:
         except (OSError, ValueError):
             continue
     return total
+
+
+def cpu_flags() -> frozenset[str]:
+    """What the first core can do, in the kernel's words; empty where `CPU_INFO` is not there."""
+    try:
+        lines = CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    found = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))  # x86, Arm
+    return frozenset(next(found, "").split())

@@ -28,6 +28,7 @@ class CudaPlatform:
     """See `platforms.base.Platform`."""
 
     overlaps = True
+    fast_bfloat16 = True
     captures = find_spec("triton") is not None  # the reference operators read lengths on the host
 
     def __init__(self) -> None:

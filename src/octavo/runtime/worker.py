@@ -40,8 +40,13 @@ class Worker:
         log.info("device: %s", self.platform.describe())
         hf = read_hf_dict(self._source, options.hf_overrides)
         generation = generation_config(self._source)
-        kind = self.platform.device.type
-        self._model_config = model_config(hf, dtype=options.dtype, generation=generation, device=kind)
+        self._model_config = model_config(
+            hf,
+            dtype=options.dtype,
+            generation=generation,
+            device=self.platform.device.type,
+            fast_bfloat16=self.platform.fast_bfloat16,
+        )
         self._max_len, reason = max_model_len(self._model_config, options.max_model_len)
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
         log.info("max length: %d (%s)", self._max_len, reason)
