@@ -191,9 +191,7 @@ def model_config(
     )
 
 
-def choose_dtype(
-    hf: Mapping[str, Any], wanted: str, device: str, *, fast_bfloat16: bool = False
-) -> tuple[str, str]:
+def choose_dtype(hf: Mapping[str, Any], wanted: str, device: str, *, fast_bfloat16: bool = False) -> tuple[str, str]:
     """The dtype of weights and activations and why; raises `ModelError` HF022."""
     inner = hf.get("text_config")
     model_type = hf.get("model_type")
