@@ -272,7 +272,6 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     prefix_caching: bool
-    log: list[str] = []  # the start-up log, one line a decision
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
