@@ -1,8 +1,9 @@
 """Attention over pages in Triton: items with one query split their keys over programs, others run in query blocks.
 
 All query heads of a KV head are rows of one product, so a tile of K and V is read once for the group. Scores and the
-running softmax are float32. Launches depend on the batch's shape alone, never on lengths, which are read on the device:
-a captured graph stays right as sequences grow.
+running softmax are float32, in powers of two. Launches depend on the batch's shape alone, never on lengths, which are
+read on the device: a captured graph stays right as sequences grow. Numbers that change from step to step are not
+specialised on, so that no request waits for a compiler.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from octavo.kernels.metadata import AttentionMetadata
 
 _MIN_ROWS = 16  # least rows of a tensor-core product
 _MAX_SPLITS = 32
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -36,42 +38,82 @@ DECODE = {16: Launch(64, 4, 2), 32: Launch(64, 4, 2), 64: Launch(64, 4, 2), 128:
 PREFILL = {
     16: Launch(64, 8, 2, 128),
     32: Launch(64, 8, 2, 128),
-    64: Launch(64, 8, 2, 128),
-    128: Launch(64, 8, 2, 128),
+    64: Launch(64, 8, 3, 128),
+    128: Launch(64, 8, 3, 128),
     256: Launch(32, 4, 2, 64),
 }
+# float32 products take many times the registers and the shared memory.
+WIDE = Launch(32, 4, 1, 32)
 SPLIT_BELOW = 2
 
 
 @triton.jit
-def _scores(q, k, keys, positions, scale, softcap, window, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr):
-    """Masked scores [rows, keys] of queries at ``positions`` [rows]."""
-    s = tl.dot(q, k, input_precision="ieee") * scale
-    if HAS_CAP:
-        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)  # tanh
-    seen = keys[None, :] <= positions[:, None]
-    if HAS_WINDOW:
-        seen &= keys[None, :] > positions[:, None] - window
-    return tl.where(seen, s, -1.0e30)
+def _place(table, keys, last, page_stride, DIM: tl.constexpr, PAGE: tl.constexpr):
+    """Offsets [keys] of the rows of one head's K; keys after ``last`` are anywhere in the cache."""
+    page = tl.load(table + keys // PAGE, keys <= last, 0).to(tl.int64)
+    return page * page_stride + (keys % PAGE) * DIM
 
 
 @triton.jit
-def _tile(cache_ptr, table, keys, last, page_stride, head_offset, d, DIM: tl.constexpr, PAGE: tl.constexpr):
-    """Element offsets [keys] of the rows of K for ``keys``, and the mask of those that exist."""
-    live = keys <= last
-    page = tl.load(table + keys // PAGE, live, 0).to(tl.int64)
-    return page * page_stride + head_offset + (keys % PAGE) * DIM, live
+def _attend(
+    acc, total, top, q, head_ptr, table, begin, end, last, positions, scale, softcap, window, page_stride, kv_stride,
+    DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Takes the keys ``begin`` to ``end`` into the running softmax (acc [rows, d], total and top [rows], base 2).
+
+    Not ``MASKED``: every row sees all of them. Pages are looked up a tile ahead, so that the loads of K and V wait for
+    nothing and can be started several tiles early.
+    """
+    d = tl.arange(0, DIM_PAD)
+    keys = begin + tl.arange(0, TILE)
+    offsets = _place(table, keys, last, page_stride, DIM, PAGE)
+    for _ in range(begin, end, TILE):
+        at = head_ptr + offsets[:, None] + d[None, :]
+        if MASKED:
+            held = (keys <= last)[:, None] & (d < DIM)[None, :]
+            k = tl.load(at, held, 0.0)
+            v = tl.load(at + kv_stride, held, 0.0)
+        elif DIM == DIM_PAD:
+            k = tl.load(at)
+            v = tl.load(at + kv_stride)
+        else:
+            k = tl.load(at, (d < DIM)[None, :], 0.0)
+            v = tl.load(at + kv_stride, (d < DIM)[None, :], 0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if HAS_CAP:
+            s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0) * _LOG2E  # tanh
+        if MASKED:
+            seen = (keys[None, :] <= positions[:, None]) & (keys <= last)[None, :]
+            if HAS_WINDOW:
+                seen &= keys[None, :] > positions[:, None] - window
+            s = tl.where(seen, s, -1.0e30)
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp2(s - higher[:, None])
+        if MASKED:
+            p = tl.where(s > -1.0e29, p, 0.0)  # a row may have seen nothing yet
+        decay = tl.exp2(top - higher)
+        acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        total = total * decay + tl.sum(p, 1)
+        top = higher
+        keys += TILE
+        offsets = _place(table, keys, last, page_stride, DIM, PAGE)
+    return acc, total, top
 
 
-@triton.jit
+_VARYING_POINTERS = ["query_start_ptr", "seq_lens_ptr", "rows_ptr"]  # views into one buffer, at any offset
+
+
+@triton.jit(do_not_specialize=["window", "first_item", "num_items"], do_not_specialize_on_alignment=_VARYING_POINTERS)
 def _prefill_kernel(
     q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
     scale, softcap, window, first_item, num_items, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-):
-    block, kv_head = tl.program_id(0), tl.program_id(1)
+):  # fmt: skip
+    # The last blocks of an item have most keys: they go first.
+    block, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     # Item i owns blocks query_start[i] // QUERIES + i on, at least as many as it needs: the last i whose first is <= block.
     origin = tl.load(query_start_ptr + first_item)
     low, high = 0, num_items - 1
@@ -86,13 +128,14 @@ def _prefill_kernel(
     first = (block - ((start - origin) // QUERIES + low)) * QUERIES
     if first >= count:
         return
-    seq_len = tl.load(seq_lens_ptr + first_item + low)
+    computed = tl.load(seq_lens_ptr + first_item + low) - count
     table = table_ptr + tl.load(rows_ptr + first_item + low).to(tl.int64) * table_stride
+    head_ptr = cache_ptr + kv_head * head_stride
     row = tl.arange(0, ROWS)
     query = first + row // GROUP
     head = kv_head * GROUP + row % GROUP
     live_row = (row < QUERIES * GROUP) & (query < count)
-    positions = seq_len - count + query
+    positions = computed + query
     d = tl.arange(0, DIM_PAD)
     at = (start + query).to(tl.int64)
     mask_q = live_row[:, None] & (d < DIM)[None, :]
@@ -101,36 +144,36 @@ def _prefill_kernel(
     top = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if HAS_SINKS:
-        top = tl.load(sinks_ptr + head, live_row, 0.0).to(tl.float32)
+        top = tl.load(sinks_ptr + head, live_row, 0.0).to(tl.float32) * _LOG2E
         total += 1.0
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    last = seq_len - count + tl.minimum(first + QUERIES, count) - 1
-    begin = 0
+    last = computed + tl.minimum(first + QUERIES, count) - 1
     if HAS_WINDOW:
-        begin = tl.maximum(seq_len - count + first - window + 1, 0) // TILE * TILE
-    for at_key in range(begin, last + 1, TILE):
-        keys = at_key + tl.arange(0, TILE)
-        offsets, live = _tile(cache_ptr, table, keys, last, page_stride, kv_head * head_stride, d, DIM, PAGE)
-        k = tl.load(cache_ptr + offsets[None, :] + d[:, None], live[None, :] & (d < DIM)[:, None], 0.0)
-        s = _scores(q, k, keys, positions, scale, softcap, window, HAS_WINDOW, HAS_CAP)
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.where(s > -1.0e29, tl.exp(s - higher[:, None]), 0.0)
-        decay = tl.exp(top - higher)
-        v = tl.load(cache_ptr + kv_stride + offsets[:, None] + d[None, :], live[:, None] & (d < DIM)[None, :], 0.0)
-        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total = total * decay + tl.sum(p, 1)
-        top = higher
+        whole = tl.maximum(computed + first - window + 1, 0) // TILE * TILE
+    else:
+        whole = (computed + first + 1) // TILE * TILE  # keys before it are seen by every row
+        acc, total, top = _attend(
+            acc, total, top, q, head_ptr, table, 0, whole, last, positions, scale, softcap, window, page_stride,
+            kv_stride, DIM, DIM_PAD, PAGE, TILE, False, HAS_WINDOW, HAS_CAP,
+        )  # fmt: skip
+    acc, total, top = _attend(
+        acc, total, top, q, head_ptr, table, whole, last + 1, last, positions, scale, softcap, window, page_stride,
+        kv_stride, DIM, DIM_PAD, PAGE, TILE, True, HAS_WINDOW, HAS_CAP,
+    )  # fmt: skip
     out = acc / total[:, None]
     tl.store(out_ptr + (at[:, None] * HEADS + head[:, None]) * DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["seq_lens_ptr", "rows_ptr"])
 def _decode_kernel(
-    q_ptr, cache_ptr, acc_ptr, lse_ptr, seq_lens_ptr, rows_ptr, table_ptr,
+    q_ptr, cache_ptr, out_ptr, lse_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
     scale, softcap, window, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-):
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One of ``SPLITS`` parts of an item's keys: float32 outputs [item, head, split] and their logsumexp (base 2) for
+    `_merge_kernel`; with one split the answer itself."""
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + item)
     table = table_ptr + tl.load(rows_ptr + item).to(tl.int64) * table_stride
@@ -150,34 +193,28 @@ def _decode_kernel(
     last = tl.minimum(begin + share, seq_len) - 1
     top = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS and SPLITS == 1:
+        top = tl.load(sinks_ptr + head, live_row, 0.0).to(tl.float32) * _LOG2E
+        total += 1.0
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
-    for at_key in range(begin, last + 1, TILE):
-        keys = at_key + tl.arange(0, TILE)
-        offsets, live = _tile(cache_ptr, table, keys, last, page_stride, kv_head * head_stride, d, DIM, PAGE)
-        k = tl.load(cache_ptr + offsets[None, :] + d[:, None], live[None, :] & (d < DIM)[:, None], 0.0)
-        v = tl.load(cache_ptr + kv_stride + offsets[:, None] + d[None, :], live[:, None] & (d < DIM)[None, :], 0.0)
-        s = _scores(q, k, keys, positions, scale, softcap, window, HAS_WINDOW, HAS_CAP)
-        s = tl.where(live[None, :], s, -1.0e30)
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.where(s > -1.0e29, tl.exp(s - higher[:, None]), 0.0)
-        decay = tl.exp(top - higher)
-        acc = acc * decay[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        total = total * decay + tl.sum(p, 1)
-        top = higher
-    place = (item * HEADS + head) * SPLITS + split
+    acc, total, top = _attend(
+        acc, total, top, q, cache_ptr + kv_head * head_stride, table, begin, last + 1, last, positions, scale, softcap,
+        window, page_stride, kv_stride, DIM, DIM_PAD, PAGE, TILE, True, HAS_WINDOW, HAS_CAP,
+    )  # fmt: skip
     empty = total == 0.0
-    lse = tl.where(empty, -1.0e30, top + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(lse_ptr + place, lse, live_row)
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
-    tl.store(acc_ptr + place[:, None].to(tl.int64) * DIM + d[None, :], acc, mask_q)
+    place = (item * HEADS + head) * SPLITS + split
+    if SPLITS > 1:
+        tl.store(lse_ptr + place, tl.where(empty, -1.0e30, top + tl.log2(tl.where(empty, 1.0, total))), live_row)
+    out = acc / tl.where(empty, 1.0, total)[:, None]
+    tl.store(out_ptr + place[:, None].to(tl.int64) * DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask_q)
 
 
 @triton.jit
 def _merge_kernel(
     acc_ptr, lse_ptr, out_ptr, sinks_ptr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
     SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr,
-):
-    """Joins the splits of one head: their outputs weighted by exp(lse)."""
+):  # fmt: skip
+    """Joins the splits of one head: their outputs weighted by 2 to the lse."""
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = (item * HEADS + head) * SPLITS
     split, d = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
@@ -185,10 +222,10 @@ def _merge_kernel(
     top = tl.max(lse)
     sink = 0.0
     if HAS_SINKS:
-        logit = tl.load(sinks_ptr + head).to(tl.float32)
+        logit = tl.load(sinks_ptr + head).to(tl.float32) * _LOG2E
         top = tl.maximum(top, logit)
-        sink = tl.exp(logit - top)
-    weight = tl.exp(lse - top)
+        sink = tl.exp2(logit - top)
+    weight = tl.exp2(lse - top)
     acc = tl.load(acc_ptr + (place + split)[:, None] * DIM + d[None, :], (d < DIM)[None, :], 0.0)
     out = tl.sum(acc * weight[:, None], 0) / (tl.sum(weight) + sink)
     tl.store(out_ptr + (item * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
@@ -205,7 +242,8 @@ def attention(
 ) -> torch.Tensor:
     """See `reference.attention`."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    numbers = (scale, softcap or 0.0, window or 0)
+    # The base of the softmax is 2; a cap comes before the change of base.
+    numbers = (scale if softcap else scale * _LOG2E.value, softcap or 0.0, window or 0)
     if meta.num_decodes:
         _decode(query, cache, meta, numbers, window is not None, softcap is not None, sinks, out)
     if meta.num_decodes < len(meta.rows):
@@ -217,24 +255,27 @@ def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     items, heads, dim = meta.num_decodes, query.shape[1], query.shape[2]
     kv_heads, page = cache.shape[2], cache.shape[3]
     splits = num_splits(items * kv_heads, _processors(query.device))
-    acc = torch.empty(items, heads, splits, dim, dtype=torch.float32, device=query.device)
-    lse = torch.empty(items, heads, splits, dtype=torch.float32, device=query.device)
+    acc = lse = out
+    if splits > 1:
+        acc = torch.empty(items, heads, splits, dim, dtype=torch.float32, device=query.device)
+        lse = torch.empty(items, heads, splits, dtype=torch.float32, device=query.device)
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    launch = DECODE[pad]
+    launch = WIDE if query.dtype == torch.float32 else DECODE[pad]
     _decode_kernel[(items, kv_heads, splits)](
-        query, cache, acc, lse, meta.seq_lens, meta.rows, meta.block_table, *numbers, query.stride(0), query.stride(1),
-        meta.block_table.stride(0), *cache.stride()[:3], group, heads, dim, pad, page,
-        max(launch.rows, triton.next_power_of_2(group)), launch.tile, splits, has_window, has_cap,
-        num_warps=launch.warps, num_stages=launch.stages,
-    )
-    _merge_kernel[(items, heads)](acc, lse, out, sinks, heads, dim, pad, splits, sinks is not None, num_warps=1)
+        query, cache, acc, lse, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
+        query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
+        group, heads, dim, pad, page, max(_MIN_ROWS, triton.next_power_of_2(group)), launch.tile, splits,
+        has_window, has_cap, sinks is not None, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[(items, heads)](acc, lse, out, sinks, heads, dim, pad, splits, sinks is not None, num_warps=1)
 
 
 def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     items, heads, dim = len(meta.rows) - meta.num_decodes, query.shape[1], query.shape[2]
     kv_heads, page = cache.shape[2], cache.shape[3]
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    launch = PREFILL[pad]
+    launch = WIDE if query.dtype == torch.float32 else PREFILL[pad]
     rows = max(launch.rows, triton.next_power_of_2(group))
     queries = rows // group
     blocks = (len(query) - meta.num_decodes) // queries + items
@@ -243,7 +284,7 @@ def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):
         meta.num_decodes, items, query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
         group, heads, dim, pad, page, queries, rows, launch.tile, has_window, has_cap, sinks is not None,
         num_warps=launch.warps, num_stages=launch.stages,
-    )
+    )  # fmt: skip
 
 
 def num_splits(programs: int, processors: int) -> int:
