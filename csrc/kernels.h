@@ -65,6 +65,12 @@ struct AttentionArgs {
     float scale, softcap;  // softcap 0: none
 };
 
+struct ArgmaxArgs {
+    const void* x;  // [rows, cols]
+    int64_t* out;   // [rows]
+    isize rows, cols, x_stride;
+};
+
 // A packed weight.
 struct Weight {
     const void *panels, *bias;  // bias may be null
@@ -97,6 +103,7 @@ struct Kernels {
     const char* (*rotary)(DType, const RotaryArgs&);
     const char* (*store)(const StoreArgs&);
     void (*linear)(const LinearArgs&);
+    void (*argmax)(DType, const ArgmaxArgs&);
     const char* (*attention)(DType, const AttentionArgs&);
     const char* (*layer)(const LayerArgs&, const LayerInput&);
 };

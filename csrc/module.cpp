@@ -110,6 +110,10 @@ void linear(address x, address panels, address bias, address out, isize rows, is
     active->linear({at(x), at(panels), at(bias), at(out), rows, in, out_features, x_stride, out_features});
 }
 
+void argmax(bool bf16, address x, address out, isize rows, isize cols, isize x_stride) {
+    active->argmax(type_of(bf16), {at(x), at<int64_t>(out), rows, cols, x_stride});
+}
+
 // Rows of a bf16 weight, out of its panels.
 void gather(address panels, address ids, address out, isize count, isize in, isize out_features) {
     auto* from = at<const uint32_t>(panels);
@@ -174,6 +178,7 @@ NB_MODULE(_cpu, m) {
     m.def("rotary", &rotary, unlocked());
     m.def("store", &store, unlocked());
     m.def("linear", &linear, unlocked());
+    m.def("argmax", &argmax, unlocked());
     m.def("gather", &gather, unlocked());
     m.def("attention", &attention, unlocked());
     nb::class_<LayerInput>(m, "Step").def("__init__", &make_step);

@@ -2,9 +2,10 @@
 #pragma once
 
 #include "layer.h"
+#include "sample.h"
 
 namespace octavo::OCTAVO_ISA {
 
-inline const Kernels table = {OCTAVO_NAME, norm, gate, rotary, store_kv, linear, attention, layer};
+inline const Kernels table = {OCTAVO_NAME, norm, gate, rotary, store_kv, linear, argmax, attention, layer};
 
 }  // namespace octavo::OCTAVO_ISA

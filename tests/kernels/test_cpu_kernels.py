@@ -39,7 +39,8 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        return empty(*args, **kwargs).fill_(float("nan"))  # type: ignore[call-overload,no-any-return]
+        made: torch.Tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
+        return made.fill_(float("nan") if made.is_floating_point() else -1)
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -230,6 +231,20 @@ def test_packed_product_refuses_another_type() -> None:
     assert packed is not None
     with pytest.raises(ValueError, match="bfloat16"):
         packed(normal(2, 16))
+
+
+@pytest.mark.parametrize("cols", [1, 7, 16, 49_152, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_argmax_is_the_lowest_of_equals_or_the_first_nan(cols: int, dtype: torch.dtype) -> None:
+    x = normal(6, cols + 3, dtype=dtype)[:, :cols]
+    x[1] = 2.0
+    x[2, cols // 2 :] = 9.0
+    x[3] = float("-inf")
+    x[4, cols // 3] = float("nan")
+    x[4, -1] = float("nan")
+    expected = [int((row.isnan() | (row == row.nan_to_num(float("-inf")).max())).int().argmax()) for row in x]
+    expected[4] = cols // 3
+    assert cpu.argmax(x).tolist() == expected
 
 
 def test_one_openmp_library_is_loaded() -> None:

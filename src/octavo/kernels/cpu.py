@@ -206,6 +206,15 @@ def is_plain(cache: torch.Tensor, meta: AttentionMetadata) -> bool:
     return dense and meta.query_start.shape[0] == items + 1 and meta.seq_lens.shape[0] == items
 
 
+def argmax(x: torch.Tensor) -> torch.Tensor:
+    """Index (int64) of the greatest of each row of ``x[S, V]``: the lowest of equals, the first NaN if there is one."""
+    if x.dtype not in _TYPES or x.stride(1) != 1 or not x.shape[1]:
+        return x.argmax(-1)
+    out = torch.empty(x.shape[0], dtype=torch.int64)
+    _cpu.argmax(x.dtype is torch.bfloat16, x.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], x.stride(0))
+    return out
+
+
 class PackedLinear:
     """A bfloat16 weight in panels of 16 outputs: ``[out / 16, in / 2, 16, 2]``, the last panel filled up with zeros."""
 

@@ -12,11 +12,18 @@ else is in the batch, on the row or on the device. See `noise_keys` and `exponen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+_native_argmax: Callable[[torch.Tensor], torch.Tensor] | None
+try:
+    from octavo.kernels.cpu import argmax as _native_argmax
+except ImportError:  # no C++ extension
+    _native_argmax = None
 
 LEAD = 256  # so many of the likeliest tokens are looked at before the whole vocabulary is, on CPU
 _BLOCK = 256  # of `argmax`
@@ -30,6 +37,9 @@ _NEG_INF = float("-inf")
 
 def argmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Index (int64) and value of the greatest of each row of ``x[S, V]``; the lowest index of equals; NaN wins."""
+    if _native_argmax is not None and not x.is_cuda:
+        index = _native_argmax(x)
+        return index, x.gather(1, index.unsqueeze(1)).squeeze(1)
     if x.is_cuda or x.shape[1] <= 2 * _BLOCK:
         index = x.argmax(-1)
         return index, x.gather(1, index.unsqueeze(1)).squeeze(1)
