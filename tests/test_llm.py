@@ -65,6 +65,23 @@ def test_each_prompt_can_have_its_own_parameters(llm: LLM) -> None:
         llm.generate([[1], [2]], params[:1], use_tqdm=False)
 
 
+@pytest.mark.parametrize(
+    ("prompts", "params"),
+    [(None, None), (3, None), (b"ax", None), (["ax", 1], None), ("ax", {"max_tokens": 1}), ("ax", [None])],
+)
+def test_arguments_of_a_wrong_type_are_refused_and_the_next_call_works(llm: LLM, prompts: Any, params: Any) -> None:
+    with pytest.raises(RequestError, match="is of type"):
+        llm.generate(prompts, params, use_tqdm=False)
+    assert len(ids(llm, "ax")) == 1
+
+
+@pytest.mark.parametrize("params", [{"stop": [1]}, {"detokenize": None}, {"bad_words": [1]}, {"min_tokens": 1.5}])
+def test_parameters_of_a_wrong_type_do_not_end_the_engine(llm: LLM, params: Any) -> None:
+    with pytest.raises(RequestError, match="Expected"):
+        llm.generate("ax", SamplingParams(**params), use_tqdm=False)
+    assert len(ids(llm, "ax")) == 1
+
+
 def test_a_stop_string_ends_an_answer_and_frees_its_place(llm: LLM) -> None:
     whole = llm.generate("ax", SamplingParams(max_tokens=40, ignore_eos=True), use_tqdm=False)[0].outputs[0]
     stop = whole.text[10:12]

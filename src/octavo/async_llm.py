@@ -7,6 +7,7 @@ iterator is closed or its task cancelled, so a client that hangs up frees its me
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -115,12 +116,23 @@ class AsyncLLM:
         *,
         priority: int = 0,
         salt: bytes = b"",
+        clamp_max_tokens: bool = False,
     ) -> Prepared:
-        """Checks and encodes a request without sending it; raises `RequestError`."""
+        """Checks and encodes a request without sending it; raises `RequestError`.
+
+        With ``clamp_max_tokens`` an answer that would outgrow the context is cut at its end instead of refused.
+        """
         id = request_id or new_id()
-        if _size(prompt) <= INLINE_SIZE:
-            return self.inputs.process(id, prompt, sampling_params, priority=priority, salt=salt)
-        return await asyncio.to_thread(self.inputs.process, id, prompt, sampling_params, priority=priority, salt=salt)
+        work = functools.partial(
+            self.inputs.process,
+            id,
+            prompt,
+            sampling_params,
+            priority=priority,
+            salt=salt,
+            clamp_max_tokens=clamp_max_tokens,
+        )
+        return work() if _size(prompt) <= INLINE_SIZE else await asyncio.to_thread(work)
 
     async def prepare_chat(
         self,

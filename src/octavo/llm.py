@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -229,24 +229,30 @@ def _start_core(config: EngineConfig) -> Engine:
     return EngineCore(config, Worker())
 
 
-def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _prompts(prompts: object) -> list[Prompt]:
     """A list of prompts, from one or several: a list of ints is one."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise _wrong_type("prompts", prompts, "Give a prompt or a list of prompts.")
     several: list[Any] = list(prompts)
     if several and isinstance(several[0], int):
         return [several]
     return several
 
 
-def _conversations(messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Sequence[Message]]:
+def _conversations(messages: object) -> list[Sequence[Message]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise _wrong_type("messages", messages, "Give a list of messages, or a list of such lists.")
     several: list[Any] = list(messages)
     return [several] if not several or isinstance(several[0], Mapping) else several
 
 
-def _params_for(params: Params, count: int) -> Sequence[SamplingParams | None]:
+def _params_for(params: object, count: int) -> Sequence[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+        raise _wrong_type("sampling_params", params, "Give a SamplingParams, or one for each prompt.")
     if len(params) != count:
         raise RequestError(
             f"there are {count} prompts and {len(params)} sampling_params.",
@@ -254,6 +260,10 @@ def _params_for(params: Params, count: int) -> Sequence[SamplingParams | None]:
             param="sampling_params",
         )
     return params
+
+
+def _wrong_type(param: str, value: object, remedy: str) -> RequestError:
+    return RequestError(f"{param} is of type {type(value).__name__}.", remedy, param=param)
 
 
 class _Progress:

@@ -6,8 +6,10 @@ errors. Text never reaches the core: `SamplingParams` is what a user writes, `Sa
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import Any, Literal
+import re
+from typing import Any, Literal, Self
 
 import msgspec
 
@@ -53,14 +55,25 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
 
+    def __post_init__(self) -> None:
+        """Takes numbers and arrays of NumPy and torch too: sweeps over parameters are full of them."""
+        for name in self.__struct_fields__:
+            if hasattr(value := getattr(self, name), "tolist"):
+                setattr(self, name, value.tolist())
+
     def stops(self) -> list[str]:
         """The stop strings as a list."""
         if self.stop is None:
             return []
         return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
+    def clone(self) -> Self:
+        """A copy that shares nothing with this one."""
+        return copy.deepcopy(self)
+
     def validate(self) -> None:
         """Checks every field that needs neither tokenizer nor model."""
+        _of_declared_types(self)
         _within("n", self.n, 1, MAX_N)
         _within("temperature", self.temperature, 0.0, 100.0)
         _within("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -93,10 +106,20 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             raise RequestError("allowed_token_ids is empty.", "Name at least one token.", param="allowed_token_ids")
 
 
+def _of_declared_types(params: SamplingParams) -> None:
+    """Python checks no type when a struct is made, and a wrong one must not get as far as the engine."""
+    try:
+        msgspec.convert(msgspec.structs.asdict(params), SamplingParams)
+    except msgspec.ValidationError as error:
+        found = re.fullmatch(r"(.*) - at (?:`key` in )?`\$\.(\w+)([^`]*)`", str(error))
+        reason, name, place = found.groups() if found else (str(error), None, "")
+        raise RequestError(f"{name or 'a field'}{place}: {reason}.", "Give a value of that type.", param=name) from None
+
+
 def _within(name: str, value: float | None, low: float, high: float, *, above: bool = False) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise RequestError(f"{name} is {value!r}, not a finite number.", f"Give a number up to {high:g}.", param=name)
     if value > high or value < low or (above and value == low):
         raise RequestError(

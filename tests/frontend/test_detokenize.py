@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import models
 
 from octavo.frontend.detokenize import Detokenizer, IncrementalText, StopMatcher, TextDecoder
 from octavo.types import SamplingParams
@@ -182,3 +184,22 @@ def test_nothing_is_lost_when_a_tokenizer_takes_a_space_back() -> None:
     out = IncrementalText(TextDecoder(tokenizer))
     ids = [i for word in ("a", " ", ".", " ", "b") for i in tokenizer.encode(word)]
     assert "".join([*map(out.push, ids), out.flush()]) == "a . b"
+
+
+def test_special_tokens_are_joined_without_spaces_only_when_told_so() -> None:
+    lib = Library(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))  # no decoder: words are joined with spaces
+    lib.add_special_tokens(["<s>", "</s>"])
+    ids = [0, 2, 3, 3, 1, 2]
+
+    def text(**params: bool) -> str:
+        out = Detokenizer(TextDecoder(FakeTokenizer(lib)), (), SamplingParams(skip_special_tokens=False, **params))
+        pieces = []
+        for token in ids:
+            out.push(token)
+            pieces.append(out.take())
+        out.finish()
+        assert "".join(pieces) + out.take(final=True) == out.text()
+        return out.text()
+
+    assert text() == lib.decode(ids, skip_special_tokens=False) == "a <s> </s> </s> b <s>"
+    assert text(spaces_between_special_tokens=False) == "a <s></s></s> b <s>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from octavo.cache.prefix import page_hashes
@@ -62,6 +63,23 @@ def test_special_tokens_are_added_to_text() -> None:
         ([1], {"bad_words": [" "]}, "bad_words", ["' '"]),
         ([1], {"temperature": -1.0}, "temperature", ["-1.0"]),
         ([1], {"top_p": float("nan")}, "top_p", ["nan"]),
+        (b"ab", {}, "prompt", ["bytes"]),
+        ({}, {}, "prompt", ["empty"]),
+        ({"prompt_token_ids": "ab"}, {}, "prompt", ["str"]),
+        ([1], {"temperature": "1"}, "temperature", ["float", "str"]),
+        ([1], {"temperature": None}, "temperature", ["null"]),
+        ([1], {"temperature": 10**400}, "temperature", ["out of range"]),
+        ([1], {"top_k": 1.5}, "top_k", ["float"]),
+        ([1], {"top_k": 10**400}, "top_k", ["outside"]),
+        ([1], {"n": True}, "n", ["bool"]),
+        ([1], {"logprobs": 1.5}, "logprobs", ["float"]),
+        ([1], {"stop": ["a", 1]}, "stop", ["stop[1]", "int"]),
+        ([1], {"stop": b"a"}, "stop", ["bytes"]),
+        ([1], {"stop_token_ids": 5}, "stop_token_ids", ["int"]),
+        ([1], {"logit_bias": [1]}, "logit_bias", ["array"]),
+        ([1], {"logit_bias": {"1": 1.0}}, "logit_bias", ["str"]),
+        ([1], {"bad_words": "abc"}, "bad_words", ["str"]),
+        ([1], {"detokenize": "yes"}, "detokenize", ["str"]),
     ],
 )
 def test_a_bad_request_is_refused_with_field_value_and_limit(
@@ -72,6 +90,25 @@ def test_a_bad_request_is_refused_with_field_value_and_limit(
     assert caught.value.param == param
     assert all(word in caught.value.cause for word in words)
     assert caught.value.remedy
+
+
+def test_keys_of_a_prompt_without_a_value_are_as_good_as_absent() -> None:
+    assert process({"prompt_token_ids": [1], "prompt": None, "multi_modal_data": None}).prompt_token_ids == [1]
+
+
+def test_numbers_and_arrays_of_numpy_are_taken() -> None:
+    params = {"temperature": np.float64(0.5), "top_k": np.int64(3), "stop_token_ids": np.array([7, 8])}
+    sampling = process([1], **params).requests[0].sampling
+    assert (sampling.temperature, sampling.top_k) == (0.5, 3)
+    assert {7, 8} <= set(sampling.end_ids)
+
+
+def test_a_clone_shares_nothing() -> None:
+    params = SamplingParams(stop=["a"], n=2)
+    copy = params.clone()
+    assert copy == params
+    copy.stop.append("b")  # type: ignore[union-attr]
+    assert params.stop == ["a"]
 
 
 def test_max_tokens_of_none_is_the_rest_of_the_context() -> None:

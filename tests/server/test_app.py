@@ -5,6 +5,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+import httpx
 import pytest
 
 from octavo.server.app import ROUTES
@@ -254,6 +255,17 @@ def test_a_bad_field_is_refused_by_name_and_the_next_request_works(path: str, bo
         assert (await server.post("/v1/completions", TEXT)).status_code == 200
 
     run(work)
+
+
+async def post_near_the_end(**fields: Any) -> httpx.Response:
+    return await Server().post("/v1/completions", {"prompt": [1] * 124, **fields})
+
+
+def test_only_a_max_tokens_that_is_given_is_refused_for_want_of_room() -> None:
+    answer = asyncio.run(post_near_the_end())
+    assert answer.json()["usage"]["completion_tokens"] == 4
+    refusal = asyncio.run(post_near_the_end(max_tokens=16))
+    assert (refusal.status_code, refusal.json()["error"]["param"]) == (400, "max_tokens")
 
 
 def test_bookkeeping_fields_and_nulls_are_accepted() -> None:

@@ -47,9 +47,18 @@ class TextDecoder:
 class IncrementalText:
     """The text that follows ``prompt``: the concatenation of all pieces is decode(prompt + output) - decode(prompt)."""
 
-    def __init__(self, decoder: TextDecoder, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        decoder: TextDecoder,
+        prompt: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
         self._decoder = decoder
         self._skip = skip_special_tokens
+        self._join_specials = not skip_special_tokens and not spaces_between_special_tokens
+        self._after_special = False  # whether the last token was a special one
         self._window = self._context(prompt)
         self._read = len(self._window)
         self._shown = self._text(self._window)
@@ -60,6 +69,10 @@ class IncrementalText:
         """Takes one token; returns the text that became certain, often that of this token."""
         if self._skip and token in self._decoder.special_ids:
             return ""
+        if self._join_specials:
+            after, self._after_special = self._after_special, token in self._decoder.special_ids
+            if after and self._after_special:
+                return self._push_apart(token)
         self._window.append(token)
         if token in self._decoder.byte_ids:
             return ""  # the run may go on; it is decoded when it has ended
@@ -73,6 +86,13 @@ class IncrementalText:
     def flush(self) -> str:
         """The rest, at the end of the output, be it whole or not."""
         return self._advance(self._text(self._window))
+
+    def _push_apart(self, token: int) -> str:
+        """Takes a token whose text is that which it has alone; the text before it is certain now."""
+        rest = self.flush()
+        self._window, self._read = [token], 1
+        self._shown = self._text(self._window)
+        return rest + self._shown
 
     def _text(self, ids: list[int]) -> str:
         return self._decoder.tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
@@ -176,7 +196,12 @@ class Detokenizer:
     """
 
     def __init__(self, decoder: TextDecoder, prompt: Sequence[int], params: SamplingParams) -> None:
-        self._decode = IncrementalText(decoder, prompt, skip_special_tokens=params.skip_special_tokens)
+        self._decode = IncrementalText(
+            decoder,
+            prompt,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
         self._stops = StopMatcher(params.stops()) if params.stops() else None
         self._include = params.include_stop_str_in_output
         self._min_tokens = params.min_tokens

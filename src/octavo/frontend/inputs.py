@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import msgspec
 
@@ -55,7 +55,7 @@ class InputProcessor:
     ) -> None:
         """``defaults`` are sampling parameters of the model's own (`default_params`); ``seeds`` draws the seeds of
         requests that bring none. With ``clamp_max_tokens`` an output that would outgrow the context is cut at its end,
-        as vLLM's ``LLM`` does, instead of refused.
+        as vLLM's ``LLM`` does, instead of refused; `process` can ask for it for one request.
         """
         self.tokenizer = tokenizer
         self.info = info
@@ -69,13 +69,22 @@ class InputProcessor:
         return SamplingParams(**self._defaults)
 
     def process(
-        self, id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0, salt: bytes = b""
+        self,
+        id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        salt: bytes = b"",
+        clamp_max_tokens: bool = False,
     ) -> Prepared:
         """Checks and converts one request; raises `RequestError` naming the field, its value and the limit."""
         text, ids = self._split(prompt)
         if ids is None:
             ids = self.encode(text or "")
-        return self.process_ids(id, ids, params, text=text, priority=priority, salt=salt)
+        return self.process_ids(
+            id, ids, params, text=text, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
+        )
 
     def process_ids(
         self,
@@ -86,9 +95,10 @@ class InputProcessor:
         text: str | None = None,
         priority: int = 0,
         salt: bytes = b"",
+        clamp_max_tokens: bool = False,
     ) -> Prepared:
         """As `process`, from token ids; ``text`` is what they came from, if known."""
-        clamp = self._clamp or params is None  # a default is no demand
+        clamp = self._clamp or clamp_max_tokens or params is None  # a default is no demand
         params = params or self.default_params()
         params.validate()
         ids = list(ids)
@@ -129,12 +139,13 @@ class InputProcessor:
         if isinstance(prompt, str):
             return prompt, None
         if isinstance(prompt, Mapping):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
-            if not unknown and isinstance(text, str | None) and (ids is not None or text is not None):
+            given = {key: value for key, value in prompt.items() if value is not None}
+            text, ids = given.pop("prompt", None), given.pop("prompt_token_ids", None)
+            if not given and isinstance(text, str | None) and (_is_list(ids) or (text is not None and ids is None)):
                 return text, ids if ids is None else list(ids)
-            what = f"has {', '.join(map(repr, sorted(prompt)))}"
-        elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+            what = f"has {', '.join(f'{key!r} of type {type(value).__name__}' for key, value in prompt.items())}"
+            what = what if prompt else "is empty: it has no keys"
+        elif _is_list(prompt):
             return None, list(prompt)
         else:
             what = f"is of type {type(prompt).__name__}"
@@ -218,6 +229,10 @@ class InputProcessor:
             return seed
         mixed = blake2b(b"%d/%d" % (seed, child), digest_size=8).digest()
         return int.from_bytes(mixed, "little", signed=True)
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
 def pack(ids: Sequence[int]) -> bytes:

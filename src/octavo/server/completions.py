@@ -36,7 +36,13 @@ async def create(service: Service, request: Request) -> ASGIApp:
     id = f"cmpl-{request.scope['request_id']}"
     params = _params(body, service.llm.default_params())
     prepared = [
-        await service.llm.prepare(_prompt(service, body, prompt), params, f"{id}-{i}", priority=body.priority or 0)
+        await service.llm.prepare(
+            _prompt(service, body, prompt),
+            params,
+            f"{id}-{i}",
+            priority=body.priority or 0,
+            clamp_max_tokens=body.max_tokens is None,  # a default is no demand
+        )
         for i, prompt in enumerate(body.prompts())
     ]
     answer = _Answer(service, body, model, id, prepared)
