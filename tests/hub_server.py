@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, path: str) -> None:
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             repo, commit, files = self._find(match[1], match[2] or "main")
-            siblings = [{"rfilename": name} for name in sorted(files)]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in sorted(files.items())]
             info = {"id": match[1], "modelId": match[1], "sha": commit, "private": repo.private, "siblings": siblings}
             self._json({**info, "gated": "auto" if repo.gated else False, "tags": [], "downloads": 0})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):

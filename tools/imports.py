@@ -18,7 +18,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 
 LEAVES = {"errors", "types", "config", "log"}  # importable by all; import only each other
-JOINS = {"", "__main__", "llm", "async_llm", "cli", "options", "terminal", "bench"}  # see both sides
+JOINS = {"", "__main__", "llm", "async_llm", "cli", "options", "plan_command", "terminal", "bench"}  # see both sides
 BELOW: dict[str, set[str]] = {
     "platforms": set(),
     "kernels": {"platforms", "_cpu"},
@@ -29,11 +29,11 @@ BELOW: dict[str, set[str]] = {
     "cache": set(),
     "sched": {"cache"},
     "core": {"sched", "cache", "runtime", "models", "layers", "kernels", "platforms", "hub"},
-    "frontend": {"cache.prefix", "hub.tokenizer", "hub.resolve", "hub.configs"},
+    "frontend": {"cache.prefix", "hub.tokenizer", "hub.resolve", "hub.source", "hub.configs"},
     "server": {"frontend", "async_llm"},
 }
 NO_TORCH = {"cache", "sched", "frontend", "server", "hub", "async_llm", "options", "terminal", *LEAVES}
-NO_TORCH_AT_IMPORT = {"", "__main__", "cli", "llm", "bench"}  # importing octavo costs milliseconds
+NO_TORCH_AT_IMPORT = {"", "__main__", "cli", "llm", "plan_command", "bench"}  # importing octavo costs milliseconds
 
 
 def check(source: Path = SOURCE) -> list[str]:

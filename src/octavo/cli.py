@@ -1,4 +1,4 @@
-"""The command ``octavo``: serve, generate, chat, bench. Nothing heavy is imported before a command needs it."""
+"""The command ``octavo``: serve, generate, chat, plan, bench. Nothing heavy is imported before a command needs it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 import octavo
-from octavo import log
+from octavo import log, plan_command
 from octavo.bench import COMMANDS as BENCHES
 from octavo.errors import OctavoError
 from octavo.options import (
@@ -75,6 +75,11 @@ def build_parser() -> Parser:
         add_sampling_options(command)
         add_log_level(command, "warning")
 
+    plan = _command(commands, "plan", "tell what a model would take, without loading it", _plan)
+    add_engine_options(plan)
+    plan_command.add_arguments(plan)
+    add_log_level(plan, "warning")
+
     bench = _command(commands, "bench", "measure", None)
     benches = bench.add_subparsers(title="benchmarks", metavar="BENCH", parser_class=Parser, required=True)
     for name, (text, add_arguments, run) in BENCHES.items():
@@ -113,6 +118,10 @@ def _chat(args: argparse.Namespace) -> int:
     from octavo.terminal import chat
 
     return chat(config, sampling, args.message, args.system, args.log_level)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    return plan_command.run(engine_config(args), gpu=args.gpu, memory=args.memory, json=args.json)
 
 
 def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from octavo.config import ModelConfig
 from octavo.errors import ModelError
 from octavo.hub import configs
 from octavo.hub.patches import normalise
-from octavo.hub.resolve import Source
+from octavo.hub.source import Source
 from tools import tiny
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from octavo.errors import ModelError
-from octavo.hub.resolve import resolve, wanted_files
+from octavo.hub.resolve import resolve
+from octavo.hub.source import wanted_files
 from tests.hub_server import Hub
 
 Client = Callable[..., Any]
@@ -44,8 +45,8 @@ NEEDED = {
 CLIENT = """
 import json, os, sys
 from octavo.errors import ModelError
-from octavo.hub import resolve as module
-module.RETRY_DELAYS = (0.0, 0.0)
+from octavo.hub import repo, resolve as module
+repo.RETRY_DELAYS = (0.0, 0.0)
 for line in sys.stdin:
     cwd, kwargs = json.loads(line)
     os.chdir(cwd)

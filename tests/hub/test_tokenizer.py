@@ -14,7 +14,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 
 from octavo.errors import ModelError, RequestError
-from octavo.hub.resolve import Source
+from octavo.hub.source import Source
 from octavo.hub.tokenizer import HfTokenizer, Tokenizer, load_tokenizer
 from tools import tiny
 

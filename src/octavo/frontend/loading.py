@@ -8,7 +8,8 @@ from typing import Any
 
 from octavo.config import EngineConfig, ModelOptions
 from octavo.hub.configs import generation_config, model_config, read_hf_dict, sampling_defaults
-from octavo.hub.resolve import Source, resolve
+from octavo.hub.resolve import resolve
+from octavo.hub.source import Source
 from octavo.hub.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -23,7 +23,7 @@ from octavo.hub.gguf_quants import Bytes
 from octavo.hub.safetensors_file import SafetensorsFile, TensorInfo
 
 if TYPE_CHECKING:
-    from octavo.hub.resolve import Source
+    from octavo.hub.source import Source
 
 Slices = tuple[slice, ...]
 

@@ -13,7 +13,7 @@ from octavo.config import ModelConfig
 from octavo.errors import ModelError, RequestError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
 from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
-from octavo.hub.resolve import Source
+from octavo.hub.source import Source
 from octavo.log import get_logger
 from octavo.types import SamplingParams
 

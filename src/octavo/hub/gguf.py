@@ -48,6 +48,7 @@ class GgufTensor:
     format: BlockFormat
     shape: tuple[int, ...]
     blocks: Bytes
+    offset: int  # of its first byte in the file
 
     @property
     def nbytes(self) -> int:
@@ -171,6 +172,11 @@ def _broken(path: Path, cause: str, remedy: str = "Download the file again.") ->
     raise ModelError(f"{path} is not a usable GGUF file: {cause}.", remedy, id="HF041")
 
 
+def read_header(path: Path) -> Mapping[str, GgufTensor]:
+    """The tensors of this one file, which may be part of a split model, without their data. Raises `ModelError`."""
+    return _Parser(path).parse()[1]
+
+
 class _Parser:
     """A cursor over the header of one file. ``_at`` never passes ``_end``, the end of what may be header."""
 
@@ -259,7 +265,8 @@ class _Parser:
             end = base + offset + size
             if end > self._size:
                 self._fail(f"tensor {name!r} ends at byte {end}, but the file has {self._size}")
-            tensors[name] = GgufTensor(name, format, shape, self._data[base + offset : end].reshape(grid))
+            blocks = self._data[base + offset : end].reshape(grid)
+            tensors[name] = GgufTensor(name, format, shape, blocks, base + offset)
         return tensors
 
     def _value(self, kind: int, depth: int) -> Any:

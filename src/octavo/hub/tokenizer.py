@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from octavo.errors import ModelError, RequestError
 from octavo.hub.configs import read_json
-from octavo.hub.resolve import Source
+from octavo.hub.source import Source
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

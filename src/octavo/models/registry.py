@@ -1,14 +1,23 @@
-"""From an architecture's name in config.json to the class that runs it."""
+"""From an architecture's name in config.json to the class that runs it.
+
+Packages add models of their own through the entry point group ``octavo.models``: the name of an entry point is the
+architecture, its value ``module:class`` a `models.base.Model`. Nothing is imported before it is chosen.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from importlib import import_module
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING
 
 from octavo.config import ModelConfig
 from octavo.errors import UnsupportedModel
-from octavo.models.base import Model
+
+if TYPE_CHECKING:
+    from octavo.models.base import Model
+
+ENTRY_POINTS = "octavo.models"
 
 # Architecture -> "module:class", imported when chosen.
 NATIVE = {
@@ -24,25 +33,45 @@ NATIVE = {
 def choose(config: ModelConfig, impl: str = "auto") -> tuple[type[Model], str]:
     """The class for ``config`` and the reason, one line for the log. ``impl`` is an option's value (``--model-impl``).
 
-    Raises `UnsupportedModel`: HF030 if nothing can run the architecture, HF050 for weights that are quantised.
+    Raises `UnsupportedModel`: HF030 if nothing can run the architecture or the package that should is broken, HF050
+    for weights that are quantised.
     """
+    address, reason = find(config, impl)
+    module, _, name = address.partition(":")
+    try:
+        model: type[Model] = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        if module.startswith("octavo."):
+            raise
+        raise UnsupportedModel(
+            f"{reason}, but {address} cannot be imported: {error}.", "Repair or remove that package."
+        ) from error
+    return model, reason
+
+
+def find(config: ModelConfig, impl: str = "auto") -> tuple[str, str]:
+    """As `choose`, with the address ``module:class`` in place of the class; imports neither it nor torch."""
     if impl == "transformers":
         raise UnsupportedModel(
             "--model-impl transformers asks for the Transformers backend, which octavo does not have yet.",
             f"Leave --model-impl out to run one of the native models: {', '.join(sorted(NATIVE))}.",
         )
+    installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+    own = installed.get(config.architecture)
+    if own is not None:  # before the native one: whoever installs it wants it
+        package = own.dist.name if own.dist is not None else own.module
+        return own.value, f"{own.attr} of package {package} for {config.architecture}"
     address = NATIVE.get(config.architecture)
     if address is None:
-        nearest = difflib.get_close_matches(config.architecture, NATIVE, n=3, cutoff=0.0)
+        known = [*NATIVE, *installed]
+        nearest = difflib.get_close_matches(config.architecture, known, n=3, cutoff=0.0)
         raise UnsupportedModel(
-            f"Architecture {config.architecture!r} (model_type {config.model_type!r}) has no native model"
-            " and there is no Transformers backend yet.",
+            f"Architecture {config.architecture!r} (model_type {config.model_type!r}) has no native model, no installed"
+            f" package brings one (entry points {ENTRY_POINTS}), and there is no Transformers backend yet.",
             f"The nearest supported ones are {', '.join(nearest)}.",
         )
     _refuse_quantised(config)
-    module, _, name = address.partition(":")
-    model: type[Model] = getattr(import_module(module), name)
-    return model, f"native {name} for {config.architecture}"
+    return address, f"native {address.partition(':')[2]} for {config.architecture}"
 
 
 def _refuse_quantised(config: ModelConfig) -> None:

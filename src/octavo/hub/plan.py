@@ -1,0 +1,307 @@
+"""What serving a model would take, computed from its config and the headers of its weights alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from octavo.config import EngineConfig, ModelConfig, RopeSpec
+from octavo.errors import ModelError, OctavoError, OutOfMemory
+from octavo.hub.checkpoint import open_checkpoint, pickled_paths
+from octavo.hub.configs import generation_config, max_model_len, model_config, read_hf_dict, sampling_defaults
+from octavo.hub.gguf import GgufReader
+from octavo.hub.machines import Machine, larger_than
+from octavo.hub.peek import Peeked
+from octavo.hub.safetensors_file import TensorInfo
+from octavo.hub.source import Source
+
+GPU_RESERVE: Final = 3 << 28  # bytes: the context, libraries' workspaces, what measuring would not show
+_SHOWN: Final = 3  # downloads named one by one
+_ASKED_LENGTHS: Final = (1024, 4096, 16_384, 65_536)
+_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
+
+Choose = Callable[[ModelConfig, str], tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """``stored`` bytes on disk, ``loaded`` in memory; ``read`` of those in a step for one sequence."""
+
+    parameters: int
+    stored: int
+    loaded: int
+    read: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV cache: ``tokens`` fit into ``budget`` bytes, ``sequences`` of them by their length."""
+
+    bytes_per_token: int
+    budget: int
+    budget_reason: str
+    tokens: int
+    sequences: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes are bytes. ``exit_code`` is what starting the engine would end with, 0 if it would run."""
+
+    model: str
+    machine: Machine
+    implementation: str | None
+    implementation_reason: str
+    dtype: str
+    dtype_reason: str
+    max_len: int
+    max_len_reason: str
+    rope: tuple[str, ...]
+    quantisation: str | None
+    weights: Weights
+    cache: Cache
+    sampling: Mapping[str, Any]
+    eos_ids: tuple[int, ...]
+    downloads: tuple[tuple[str, int], ...]
+    floor_ms: float | None
+    advice: tuple[str, ...]
+    exit_code: int
+
+
+def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, choose: Choose) -> Plan:
+    """The plan for ``config`` on ``machine``. ``choose`` is `models.registry.find`, which hub must not import.
+
+    Raises `ModelError` where the config or a header cannot be read; what can be read but not run is in the plan.
+    """
+    options, source = config.model, peeked.source
+    generation = generation_config(source)
+    hf = read_hf_dict(source, options.hf_overrides)
+    model = model_config(
+        hf,
+        dtype=options.dtype,
+        generation=generation,
+        device=machine.device,
+        fast_bfloat16=machine.fast_bfloat16,
+    )
+    max_len, max_len_reason = max_model_len(model, options.max_model_len)
+    code = 0
+    implementation: str | None = None
+    try:
+        implementation, implementation_reason = choose(model, options.model_impl)
+    except OctavoError as error:
+        implementation_reason, code = str(error), error.exit_code
+    weights = _weights(source, model)
+    cache = _cache(config, model, machine, weights, max_len)
+    advice = _advice(config, model, machine, weights, cache, max_len)
+    fixed = options.max_model_len not in (None, -1)
+    if _too_heavy(machine, weights, cache) or cache.tokens < (max_len if fixed else 1):
+        code = code or OutOfMemory.exit_code
+    elif cache.tokens < max_len:
+        max_len, max_len_reason = cache.tokens, f"as many as fit; the model's own is {max_len_reason}"
+    return Plan(
+        model=source.reason,
+        machine=machine,
+        implementation=implementation,
+        implementation_reason=implementation_reason,
+        dtype=model.dtype,
+        dtype_reason=model.dtype_reason,
+        max_len=max_len,
+        max_len_reason=max_len_reason,
+        rope=_rope(model),
+        quantisation=_quantisation(source, model),
+        weights=weights,
+        cache=cache,
+        sampling={} if options.generation_config == "vllm" else sampling_defaults(generation),
+        eos_ids=model.eos_ids,
+        downloads=peeked.downloads,
+        floor_ms=None if machine.bandwidth is None else 1e3 * weights.read / machine.bandwidth,
+        advice=advice,
+        exit_code=code,
+    )
+
+
+def kv_remedy(tokens: int, needed: int) -> str:
+    """What to do when ``tokens`` fit into the KV cache and one longest sequence needs ``needed`` bytes."""
+    shorter = f"Pass --max-model-len {tokens} or less, or give" if tokens > 0 else "Give"
+    return (
+        f"{shorter} the KV cache {size(needed)} with --kv-cache-memory-bytes; octavo plan MODEL shows the arithmetic."
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1.5 GiB; less than nothing is nothing."""
+    count = max(count, 0)
+    power = min(int(math.log(count, 1024)), 4) if count >= 1 else 0
+    count /= 1024**power
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{count:.0f} {unit}" if power == 0 or count >= 100 else f"{count:.1f} {unit}"
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def _weights(source: Source, model: ModelConfig) -> Weights:
+    wide = 4 if model.dtype == "float32" else 2
+    try:
+        tensors = open_checkpoint(source).tensors()
+    except ModelError:
+        paths = () if source.kind == "gguf" else pickled_paths(source.path)
+        if not paths:
+            raise
+        stored = sum(path.stat().st_size for path in paths)
+        count = stored // (4 if model.hf.get("dtype") in (None, "float32") else 2)
+        return Weights(count, stored, count * wide, count * wide, "estimated from the size of pickled files")
+    stored = sum(info.nbytes for info in tensors.values())
+    if source.kind == "gguf":
+        stored = sum(tensor.nbytes for tensor in GgufReader(source.path).tensors.values())
+    tied = {"lm_head.weight"} if model.tie_embeddings else set()
+    counts = {name: math.prod(info.shape) for name, info in tensors.items() if name not in tied}
+    bytes_of = {name: _loaded_bytes(tensors[name], counts[name], wide) for name in counts}
+    idle = 0 if model.tie_embeddings else sum(n for name, n in bytes_of.items() if "embed_tokens" in name)
+    share = _active_experts(model.hf)
+    idle += int((1 - share) * sum(n for name, n in bytes_of.items() if re.search(r"\.experts\.", name)))
+    loaded = sum(bytes_of.values())
+    return Weights(sum(counts.values()), stored, loaded, loaded - idle)
+
+
+def _loaded_bytes(info: TensorInfo, count: int, wide: int) -> int:
+    """Floats become the model's type; anything else is packed or a scale and stays as it is."""
+    return count * wide if info.dtype in ("float64", "float32", "float16", "bfloat16") else info.nbytes
+
+
+def _active_experts(hf: Mapping[str, Any]) -> float:
+    """Which share of the experts one token uses; 1 for a model without."""
+    inner = hf.get("text_config")
+    text = {**hf, **inner} if isinstance(inner, Mapping) else hf
+    experts, used = next((text[key] for key in _EXPERTS if text.get(key)), None), text.get("num_experts_per_tok")
+    return min(1.0, used / experts) if isinstance(experts, int) and isinstance(used, int) else 1.0
+
+
+def _cache(config: EngineConfig, model: ModelConfig, machine: Machine, weights: Weights, max_len: int) -> Cache:
+    memory, limits = config.memory, config.limits
+    if memory.kv_cache_memory_bytes is not None:
+        budget, why = memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
+    elif machine.kv_share is not None:
+        budget, why = int(machine.memory * machine.kv_share), f"{machine.kv_share:.0%} of {size(machine.memory)}"
+    else:
+        step = _step_bytes(config, model, max_len)
+        usable = int(machine.memory * memory.gpu_memory_utilization)
+        budget = usable - weights.loaded - step - GPU_RESERVE
+        why = (
+            f"{memory.gpu_memory_utilization:.0%} of {size(machine.memory)} - weights - about {size(step)} for the "
+            f"largest step - {size(GPU_RESERVE)} reserve"
+        )
+    page = int(memory.block_size)
+    pages = max(max(budget, 0) // (model.kv_bytes_per_token * page) - 1, 0)  # one page is the dummy
+    lengths = sorted({n for n in _ASKED_LENGTHS if n < max_len} | {max_len})
+    fitting = {n: count for n in lengths if (count := min(pages // -(-n // page), limits.max_num_seqs))}
+    return Cache(
+        model.kv_bytes_per_token, budget, why, pages * page, {n: count for n, count in fitting.items() if count}
+    )
+
+
+def _step_bytes(config: EngineConfig, model: ModelConfig, max_len: int) -> int:
+    """Activations of the largest step, roughly: hidden states, the wider of QKV and gate-up, scores of all rows."""
+    tokens = min(config.limits.max_num_batched_tokens, max_len)
+    wide = 4 if model.dtype == "float32" else 2
+    scores = config.limits.max_num_seqs * model.vocab_size * (wide + 8)
+    return tokens * wide * (6 * model.hidden_size + 3 * model.intermediate_size) + scores
+
+
+def _too_heavy(machine: Machine, weights: Weights, cache: Cache) -> bool:
+    return weights.loaded + max(cache.budget, 0) > machine.memory
+
+
+def _advice(
+    config: EngineConfig, model: ModelConfig, machine: Machine, weights: Weights, cache: Cache, max_len: int
+) -> tuple[str, ...]:
+    """What to change; empty if one sequence of ``max_len`` fits."""
+    page = int(config.memory.block_size)
+    needed = (-(-max_len // page) + 1) * page * cache.bytes_per_token
+    too_heavy = _too_heavy(machine, weights, cache)
+    if cache.tokens >= max_len and not too_heavy:
+        return ()
+    out = []
+    if too_heavy or cache.budget < 0:
+        out.append(f"The weights take {size(weights.loaded)} of the memory, which is {size(machine.memory)}.")
+    else:
+        out.append(
+            f"One sequence of {max_len} tokens needs {size(needed)} of KV cache. {kv_remedy(cache.tokens, needed)}"
+        )
+    if model.dtype == "float32":
+        out.append("--dtype bfloat16 halves weights and KV cache.")
+    if machine.device == "cuda":
+        gpu = larger_than(int((weights.loaded + needed + GPU_RESERVE) / config.memory.gpu_memory_utilization))
+        out.append(f"It fits on one GPU of another kind: see --gpu {gpu}." if gpu else "No GPU known here holds it.")
+    return tuple(out)
+
+
+def _rope(model: ModelConfig) -> tuple[str, ...]:
+    specs = dict.fromkeys(_rope_text(layer.rope, layer.head_dim) for layer in model.layers)
+    return tuple(specs)
+
+
+def _rope_text(rope: RopeSpec | None, head_dim: int) -> str:
+    if rope is None:
+        return "none"
+    factor = rope.params.get("factor")
+    scaled = f", factor {factor:g}" if factor else ""
+    return f"{rope.kind}, theta {rope.theta:g}{scaled}, {rope.dim} of {head_dim} dimensions"
+
+
+def _quantisation(source: Source, model: ModelConfig) -> str | None:
+    if source.kind == "gguf":
+        types = sorted({t.format.name for t in GgufReader(source.path).tensors.values() if len(t.shape) > 1})
+        return f"GGUF {', '.join(types)}, dequantised on loading"
+    stated = model.hf.get("quantization_config")
+    return str(stated.get("quant_method") or "unnamed") if isinstance(stated, Mapping) else None
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def describe(plan: Plan) -> str:
+    """The plan in lines of a name and what there is to say on it."""
+    weights, cache, machine = plan.weights, plan.cache, plan.machine
+    fits = [f"{count} of {length}" for length, count in cache.sequences.items()]
+    speed = "" if machine.bandwidth is None else f", {machine.bandwidth / 1e9:.0f} GB/s"
+    rows = [
+        ("model", plan.model),
+        ("machine", f"{machine.name}, {size(machine.memory)}{speed}"),
+        ("implementation", plan.implementation_reason),
+        ("dtype", f"{plan.dtype} ({plan.dtype_reason})"),
+        ("max length", f"{plan.max_len} ({plan.max_len_reason})"),
+        *(("rope", line) for line in plan.rope),
+        ("quantisation", plan.quantisation or "none"),
+        ("weights", f"{weights.parameters:,} parameters, {size(weights.loaded)} ({size(weights.stored)} on disk)"),
+        ("kv cache", f"{size(cache.bytes_per_token)} a token; {size(cache.budget)} = {cache.tokens:,} tokens"),
+        ("", cache.budget_reason),
+        ("sequences", ", ".join(fits) + " tokens" if fits else "none fits"),
+        ("sampling", ", ".join(f"{k} {v}" for k, v in plan.sampling.items()) or "octavo's own defaults"),
+        ("ends at", ", ".join(map(str, plan.eos_ids)) or "no id is named; the tokenizer's"),
+        ("downloads", _downloads_text(plan.downloads)),
+        ("floor", _floor_text(plan)),
+        *(("to change", line) for line in plan.advice),
+    ]
+    if weights.note:
+        rows.insert(8, ("", weights.note))
+    return "\n".join(f"{name:15} {text}" for name, text in rows)
+
+
+def _downloads_text(downloads: tuple[tuple[str, int], ...]) -> str:
+    if not downloads:
+        return "nothing"
+    named = ", ".join(f"{file} {size(count)}" for file, count in downloads[:_SHOWN])
+    rest = f" and {len(downloads) - _SHOWN} more" if len(downloads) > _SHOWN else ""
+    return f"{size(sum(count for _, count in downloads))}: {named}{rest}"
+
+
+def _floor_text(plan: Plan) -> str:
+    if plan.floor_ms is None:
+        return "unknown: this device's bandwidth is in no table of octavo"
+    rate = f"{(plan.machine.bandwidth or 0) / 1e9:.0f} GB/s"
+    return f"{plan.floor_ms:.3g} ms a token for one sequence: {size(plan.weights.read)} of weights at {rate}"

@@ -1,0 +1,298 @@
+"""One repo of the Hugging Face Hub and its snapshot in the cache: the only module that may use the network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from octavo.errors import ModelError
+from octavo.hub.gguf_pick import GgufPick, models
+from octavo.hub.source import TOKENIZER_FILES, Source, missing_files, wanted_files
+from octavo.log import get_logger
+
+RETRY_DELAYS: Final = (1.0, 3.0)  # seconds before the second and the third attempt
+MAX_RETRY_AFTER: Final = 30.0
+
+
+@dataclass(frozen=True)
+class Repo:
+    """``gguf``: which GGUF file is wanted; None: whatever the repo has, safetensors before anything else."""
+
+    id: str
+    revision: str | None = None
+    token: str | None = None
+    cache: str | None = None
+    weights: bool = True
+    code: bool = False
+    gguf: GgufPick | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.id} (revision {self.revision})" if self.revision else self.id
+
+    def cached(self) -> Path | None:
+        """The snapshot folder in the cache, complete or not; no network."""
+        import huggingface_hub as hub
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            for name in ("config.json", "tokenizer.json"):
+                found = hub.try_to_load_from_cache(self.id, name, cache_dir=self.cache, revision=self.revision)
+                if isinstance(found, str):
+                    return Path(found).parent
+            nothing = "*"  # is to be fetched or to be there: only the folder is asked for
+            folder = hub.snapshot_download(
+                self.id, revision=self.revision, cache_dir=self.cache, local_files_only=True, ignore_patterns=nothing
+            )
+        except HFValidationError:
+            raise _no_repo_id(self.id) from None
+        except LocalEntryNotFoundError:
+            return None
+        return Path(folder)
+
+    def missing(self, snapshot: Path) -> list[str]:
+        """What the snapshot lacks: by the listing of the repo that its download left, else by what every model has.
+
+        Another process may be filling the snapshot just now, so that some file is there says nothing of the others.
+        """
+
+        listing = self._cached_listing(snapshot)
+        if listing is not None:
+            names = self.wanted(listing)
+        else:
+            here = _names_in(snapshot)
+            if self.gguf is None and not models(here):
+                return missing_files(snapshot, self.weights)
+            names = self.wanted(here) or [str(self.gguf or GgufPick())]
+        return [name for name in names if not (snapshot / name).is_file()]
+
+    def _cached_listing(self, snapshot: Path) -> list[str] | None:
+        import huggingface_hub as hub
+        from huggingface_hub import errors
+
+        if not hasattr(hub, "get_cached_repo_tree"):  # before 2.0
+            return None
+        try:
+            return [f.path for f in hub.get_cached_repo_tree(self.id, revision=snapshot.name, cache_dir=self.cache)]
+        except errors.CachedRepoTreeNotFoundError:
+            return None
+
+    def wanted(self, names: Iterable[str]) -> list[str]:
+        """Those of the repo's files that are to be there; of GGUF files only the one that is meant."""
+        names = list(names)
+        if self.gguf is not None:
+            return self.gguf.choose(names)
+        found = wanted_files(names, self.weights, self.code)
+        has_weights = any(name.endswith((".safetensors", ".bin")) for name in wanted_files(names))
+        return found if has_weights else GgufPick().choose(names) or found
+
+    def source(self, snapshot: Path, why: str) -> Source:
+        """What is in the cache; ``why`` is the end of its reason."""
+        reason = f"{self.label} at {snapshot.name}: {why}"
+        chosen = [name for name in self.wanted(_names_in(snapshot)) if name.endswith(".gguf")]
+        if chosen:
+            return Source(self.id, "gguf", snapshot / chosen[0], snapshot.name, f"{chosen[0]} of {reason}")
+        return Source(self.id, "snapshot", snapshot, snapshot.name, reason)
+
+    def listing(self) -> tuple[str, dict[str, int]]:
+        """(commit, the sizes of the files that are needed by name) as the Hub has them now."""
+        import huggingface_hub as hub
+
+        api = hub.HfApi(token=self.token)
+        info = self.call(lambda: api.model_info(self.id, revision=self.revision, files_metadata=True))
+        sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
+        names = self.wanted(sizes)
+        self._check(names, sizes)
+        return info.sha or "", {name: sizes[name] for name in names}
+
+    def download(self, snapshot: Path | None, missing: list[str]) -> Source:
+        """Fetches what is needed, or falls back to a snapshot that has config and weights, with a warning."""
+        import huggingface_hub as hub
+
+        if hub.is_offline_mode():
+            return self._fall_back(snapshot, missing, _offline(self, missing))
+        try:
+            names = list(self.listing()[1])
+            folder = self.call(
+                lambda: hub.snapshot_download(
+                    self.id,
+                    revision=self.revision,
+                    cache_dir=self.cache,
+                    token=self.token,
+                    allow_patterns=[_literal(name) for name in names],
+                )
+            )
+        except ModelError as error:
+            if error.id != "HF006":
+                raise
+            return self._fall_back(snapshot, missing, error)
+        return self.source(Path(folder), "downloaded from the Hub" if snapshot is None else "completed from the Hub")
+
+    def read(self, name: str, commit: str, count: int, *, start: int = 0) -> bytes:
+        """``count`` bytes of file ``name`` from byte ``start``, fewer at its end; nothing goes into the cache."""
+        import huggingface_hub as hub
+
+        url = hub.hf_hub_url(self.id, name, revision=commit)
+        own = hub.utils.build_hf_headers(token=self.token)  # type: ignore[attr-defined]
+        headers = {**own, "Range": f"bytes={start}-{start + count - 1}"}
+
+        def request() -> bytes:
+            with hub.get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+                hub.hf_raise_for_status(response)
+                skip = 0 if response.status_code == 206 else start  # 200: a server that knows no ranges sends all
+                data = bytearray()
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) >= skip + count:
+                        break
+                return bytes(data[skip : skip + count])
+
+        found: bytes = self.call(request)
+        return found
+
+    def _check(self, names: list[str], all_names: Iterable[str]) -> None:
+        """Raises `ModelError` HF004 if ``names``, which are to be fetched, are no model and no tokenizer."""
+        ggufs = models(all_names)
+        if self.gguf is not None and not names:
+            raise ModelError(
+                f"{self.label} has no {self.gguf}; its GGUF files: {', '.join(ggufs[:20]) or 'none'}.",
+                f"Name one of them: {self.id}/FILE.gguf.",
+                id="HF004",
+            )
+        known = {"config.json", *TOKENIZER_FILES}
+        if known.isdisjoint(names) and not any(name.endswith(".gguf") for name in names):
+            several = f"; of its GGUF files, name one: {', '.join(ggufs[:20])}" if ggufs else ""
+            raise ModelError(
+                f"{self.label} has neither config.json nor a tokenizer{several}.",
+                f"Name {self.id}:QUANT, for instance :Q4_K_M." if ggufs else "Name a repo with a model in it.",
+                id="HF004",
+            )
+
+    def _fall_back(self, snapshot: Path | None, missing: list[str], error: ModelError) -> Source:
+        if snapshot is None or self.gguf is not None or set(missing_files(snapshot, self.weights)) - {"tokenizer.json"}:
+            raise error
+        lacking = ", ".join(missing)
+        get_logger().warning("%s The cached snapshot is used, which has no %s.", error.cause, lacking)
+        return self.source(snapshot, f"from the cache, without {lacking}")
+
+    def call(self, request: Callable[[], Any]) -> Any:
+        """Runs ``request``, again if the Hub did not answer; raises a `ModelError` for what huggingface_hub raises."""
+        for delay in (*RETRY_DELAYS, None):
+            try:
+                return request()
+            except Exception as error:
+                failure = _hub_error(self, error)
+                if failure is None:
+                    raise
+                if failure.id != "HF006" or delay is None:
+                    raise failure from error
+                time.sleep(max(delay, _retry_after(error)))
+        raise AssertionError("unreachable")
+
+
+def _names_in(snapshot: Path) -> list[str]:
+    return [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
+
+
+def _no_repo_id(name: str) -> ModelError:
+    if ":" in name:
+        return ModelError(
+            f"{name!r}: {name.rpartition(':')[2]!r} is no GGUF type.",
+            "Write owner/name:Q4_K_M, with the type out of the name of the file.",
+            id="HF001",
+        )
+    return ModelError(
+        f"{name!r} is no path that exists and no repo id.",
+        "A repo id is owner/name, of letters, digits, '-', '_' and '.'.",
+        id="HF001",
+    )
+
+
+def _literal(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _hub_error(repo: Repo, error: Exception) -> ModelError | None:
+    """What the client raised as one of ours; None if it is no error of the Hub or the network."""
+    from huggingface_hub import errors
+
+    sent = "a token was sent" if _has_token(repo) else "no token was sent"
+    if isinstance(error, errors.GatedRepoError):
+        return ModelError(
+            f"{repo.label} is gated and {sent}.",
+            "Request access on the model's page, then set HF_TOKEN or --hf-token.",
+            id="HF003",
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelError(
+            f"{repo.id} has no revision {repo.revision!r}.", "Name a branch, tag or commit of the repo.", id="HF004"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ModelError(
+            f"{repo.label} was not found on the Hub, or is private; {sent}.",
+            "Check the spelling; for a private repo set HF_TOKEN or --hf-token.",
+            id="HF004",
+        )
+    if isinstance(error, errors.DisabledRepoError):
+        return ModelError(f"{repo.label} was disabled by the Hub.", "Choose another model.", id="HF004")
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return ModelError(
+            f"the Hub refused {repo.label} with status {error.response.status_code}; {sent}.",
+            "Check that the token in HF_TOKEN or --hf-token is valid and may read this repo.",
+            id="HF003",
+        )
+    # Every error of the Hub is an OSError. The HTTP library below it differs between versions of the client.
+    library = type(error).__module__.split(".")[0]
+    known = isinstance(error, OSError) or library in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
+    return _unreachable(repo, error) if known else None
+
+
+def _status(error: Exception) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _retry_after(error: Exception) -> float:
+    """The seconds that the Hub asks to wait, at most `MAX_RETRY_AFTER`."""
+    headers = getattr(getattr(error, "response", None), "headers", None) or {}
+    text = str(headers.get("Retry-After", ""))
+    return min(float(text), MAX_RETRY_AFTER) if text.isdigit() else 0.0
+
+
+def _unreachable(repo: Repo, error: Exception) -> ModelError:
+    status = _status(error)
+    tries = f"{1 + len(RETRY_DELAYS)} attempts"
+    if status == 429:
+        return ModelError(
+            f"the Hub limits the rate of requests: status 429 for {repo.label} after {tries}.",
+            "Wait a minute, or set HF_TOKEN: the limit is higher with a token.",
+            id="HF006",
+        )
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    what = f"status {status}" if status else f"{type(error).__name__}: {first}"
+    return ModelError(
+        f"the Hub did not give {repo.label} after {tries} ({what}), and the cache does not have it.",
+        "Check the network and HF_ENDPOINT, or name a local folder.",
+        id="HF006",
+    )
+
+
+def _offline(repo: Repo, missing: list[str]) -> ModelError:
+    from huggingface_hub import constants
+
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return ModelError(
+        f"HF_HUB_OFFLINE is set, and the cache in {repo.cache or constants.HF_HUB_CACHE} lacks "
+        f"{', '.join(missing[:5])}{more} of {repo.label}.",
+        f"With a network, run: hf download {repo.id}" + (f" --revision {repo.revision}" if repo.revision else ""),
+        id="HF005",
+    )
+
+
+def _has_token(repo: Repo) -> bool:
+    import huggingface_hub as hub
+
+    return bool(repo.token or hub.get_token())

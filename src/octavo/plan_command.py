@@ -1,0 +1,71 @@
+"""``octavo plan``: what a model would take on this machine or on another one, without loading it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import TYPE_CHECKING
+
+from octavo.config import EngineConfig, parse_size
+from octavo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from octavo.hub.machines import Machine
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this command beside the engine's."""
+    group = parser.add_argument_group("plan")
+    group.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
+    group.add_argument("--gpu", metavar="NAME", help="ask about such a GPU (h100, h200, l40s, ...)")
+    group.add_argument("--memory", metavar="SIZE", help="ask about a machine with so much memory (24G)")
+
+
+def run(config: EngineConfig, *, gpu: str | None, memory: str | None, json: bool) -> int:
+    """Prints the plan; returns the exit status that serving would end with (0: it would run)."""
+    from octavo.hub.peek import peek
+    from octavo.hub.plan import describe, make_plan
+    from octavo.models.registry import find
+
+    machine = _machine(config.device.device, gpu, memory)
+    options = config.model
+    with peek(
+        options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
+    ) as peeked:
+        plan = make_plan(peeked, config, machine, find)
+    if json:
+        import msgspec
+
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(plan)).decode() + "\n")
+    else:
+        print(describe(plan))
+    return plan.exit_code
+
+
+def _machine(device: str, gpu: str | None, memory: str | None) -> Machine:
+    from octavo.hub import machines
+
+    if gpu is not None and device == "cpu":
+        raise ConfigError("--gpu and --device cpu contradict each other.", "Give one of them.")
+    machine = _this_machine(device) if gpu is None else machines.named(gpu)
+    if memory is None:
+        return machine
+    count = parse_size(memory)
+    if count <= 0:
+        raise ConfigError(f"--memory is {memory!r}.", "Give a size such as 24G.")
+    return dataclasses.replace(machine, memory=count)
+
+
+def _this_machine(device: str) -> Machine:
+    import torch
+
+    from octavo import platforms
+    from octavo.hub.machines import Machine, bandwidth_of, measure_bandwidth
+    from octavo.platforms.cpu import KV_SHARE, total_memory
+
+    platform = platforms.select(device)
+    if platform.device.type == "cuda":
+        card = torch.cuda.get_device_properties(platform.device)
+        return Machine(card.name, "cuda", card.total_memory, bandwidth_of(card.name), platform.fast_bfloat16)
+    return Machine("this CPU", "cpu", total_memory(), measure_bandwidth(), platform.fast_bfloat16, kv_share=KV_SHARE)
