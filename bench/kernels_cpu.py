@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from octavo import _cpu
 from octavo.kernels import cpu, reference
 from octavo.kernels.metadata import AttentionMetadata
 
@@ -148,8 +149,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    _cpu.set_threads(arguments.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {arguments.threads} threads, {cpu.instruction_set()}")
+    print(f"torch {torch.__version__}, {cpu.describe()}")
     for part in arguments.parts:
         {"linear": linear, "attention": attention, "small": small}[part](arguments.seconds)
 

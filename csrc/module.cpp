@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "kernels.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 using namespace octavo;
@@ -122,11 +122,11 @@ void gather(address panels, address ids, address out, isize count, isize in, isi
     const isize pairs = in / 2;
     for (isize t = 0; t < count; t++)
         if (id[t] < 0 || id[t] >= out_features) raise("a token id is outside of the vocabulary");
-#pragma omp parallel for schedule(static) if (count > 8)
-    for (isize t = 0; t < count; t++) {
+    auto copy = [=](isize t) {
         const uint32_t* panel = from + id[t] / kPanel * pairs * kPanel + id[t] % kPanel;
         for (isize k = 0; k < pairs; k++) to[t * pairs + k] = panel[k * kPanel];
-    }
+    };
+    for (isize t = 0; t < count; t++) copy(t);
 }
 
 void attention(bool bf16, address query, address cache, address out, address query_start, address seq_lens, address rows,
@@ -173,6 +173,8 @@ NB_MODULE(_cpu, m) {
     m.def("names", &names, "The instruction sets this processor can run, best first.");
     m.def("use", &use, "Run the kernels of this name from now on.");
     m.def("active", [] { return std::string(active->name); });
+    m.def("set_threads", &set_threads, "How many threads share a kernel's work.");
+    m.def("threads", &threads);
     m.def("norm", &norm, unlocked());
     m.def("gate", &gate, unlocked());
     m.def("rotary", &rotary, unlocked());

@@ -141,16 +141,10 @@ void attention_of(const AttentionArgs& a) {
     auto* items = (Item*)scratch(Scratch::items, plan(a, nullptr).items * sizeof(Item));
     const Plan p = plan(a, items);
     auto* partials = (float*)scratch(Scratch::partials, p.partial_floats * 4);
-#pragma omp parallel if (p.items > 1)
-    {
-#pragma omp for schedule(dynamic)
-        for (isize i = 0; i < p.items; i++) run_item<T>(a, items[i], partials);
-        if (p.partial_floats) {
-#pragma omp for schedule(dynamic)
-            for (isize i = 0; i < p.items; i++)
-                if (items[i].parts > 1) join<T>(a, items[i], partials);
-        }
-    }
+    parallel(true, p.items, [&](isize i) { run_item<T>(a, items[i], partials); });
+    parallel(p.partial_floats > 0, p.items, [&](isize i) {
+        if (items[i].parts > 1) join<T>(a, items[i], partials);
+    });
 }
 
 inline const char* attention(DType type, const AttentionArgs& a) {

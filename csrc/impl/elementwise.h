@@ -40,13 +40,12 @@ OCTAVO_INLINE void norm_row(const T* x, const T* residual, const T* weight, T* o
 
 template <class T>
 void norm_of(const NormArgs& a) {
-#pragma omp parallel for schedule(static) if (a.rows > 1 && a.rows * a.cols >= kParallelFrom)
-    for (isize row = 0; row < a.rows; row++) {
+    parallel(a.rows > 1 && a.rows * a.cols >= kParallelFrom, a.rows, [&](isize row) {
         const T* residual = a.residual ? (const T*)a.residual + row * a.residual_stride : nullptr;
         T* total = a.residual ? (T*)a.sum + row * a.cols : nullptr;
         norm_row((const T*)a.x + row * a.x_stride, residual, (const T*)a.weight, (T*)a.out + row * a.cols, total,
                  a.cols, a.eps);
-    }
+    });
 }
 
 inline void norm(DType type, const NormArgs& a) { type == DType::f32 ? norm_of<float>(a) : norm_of<bf16>(a); }
@@ -71,13 +70,12 @@ template <class T>
 void gate_of(const GateArgs& a) {
     // Chunks of columns, so that one row, too, is shared out.
     const isize chunk = 1024, chunks = (a.cols + chunk - 1) / chunk;
-#pragma omp parallel for schedule(static) if (a.rows * a.cols >= kParallelFrom / 2)
-    for (isize unit = 0; unit < a.rows * chunks; unit++) {
+    parallel(a.rows * a.cols >= kParallelFrom / 2, a.rows * chunks, [&](isize unit) {
         isize row = unit / chunks, first = unit % chunks * chunk;
         isize count = a.cols - first < chunk ? a.cols - first : chunk;
         const T* x = (const T*)a.x + row * a.x_stride + first;
         gate_row(x, x + a.cols, (T*)a.out + row * a.cols + first, count, a.gate);
-    }
+    });
 }
 
 inline void gate(DType type, const GateArgs& a) { type == DType::f32 ? gate_of<float>(a) : gate_of<bf16>(a); }
@@ -102,13 +100,12 @@ OCTAVO_INLINE void rotate(const T* x, T* out, const float* cos, const float* sin
 
 template <class T>
 void rotary_of(const RotaryArgs& a) {
-#pragma omp parallel for schedule(static) if (a.tokens * a.heads * a.dim >= kParallelFrom)
-    for (isize t = 0; t < a.tokens; t++) {
+    parallel(a.tokens * a.heads * a.dim >= kParallelFrom, a.tokens, [&](isize t) {
         const float* cos = a.cos_sin + a.positions[t] * a.rotated;
         for (isize h = 0; h < a.heads; h++)
             rotate((const T*)a.x + t * a.x_stride + h * a.dim, (T*)a.out + (t * a.heads + h) * a.dim, cos,
                    cos + a.rotated / 2, a.rotated / 2, a.dim);
-    }
+    });
 }
 
 inline const char* rotary(DType type, const RotaryArgs& a) {
@@ -123,14 +120,13 @@ inline const char* store_kv(const StoreArgs& a) {
         if (a.slots[t] < 0 || a.slots[t] >= a.pages * a.page_size) return "a slot is outside of the KV cache";
     const isize row = a.dim * a.element, head = a.page_size * row;
     auto *key = (const char*)a.key, *value = (const char*)a.value;
-#pragma omp parallel for schedule(static) if (a.tokens * a.heads * a.dim >= kParallelFrom)
-    for (isize t = 0; t < a.tokens; t++) {
+    parallel(a.tokens * a.heads * a.dim >= kParallelFrom, a.tokens, [&](isize t) {
         char* page = (char*)a.cache + (a.slots[t] / a.page_size) * 2 * a.heads * head + (a.slots[t] % a.page_size) * row;
         for (isize h = 0; h < a.heads; h++) {
             std::memcpy(page + h * head, key + t * a.key_stride * a.element + h * row, row);
             std::memcpy(page + (a.heads + h) * head, value + t * a.value_stride * a.element + h * row, row);
         }
-    }
+    });
     return nullptr;
 }
 

@@ -191,20 +191,18 @@ inline void linear(const LinearArgs& a) {
     const isize panels = (a.out_features + kPanel - 1) / kPanel;
     if (a.rows <= kTileRows && a.rows <= 4) {
         with_rows(int(a.rows), [&](auto height) {
-#pragma omp parallel for schedule(static)
-            for (isize p = 0; p < panels; p++) stream_panel<decltype(height)::value>(a, p);
+            parallel(true, panels, [&](isize p) { stream_panel<decltype(height)::value>(a, p); });
         });
         return;
     }
     const isize groups = (panels + kTilePanels - 1) / kTilePanels;
     const isize blocks = (a.rows + kBlockRows - 1) / kBlockRows;
-#pragma omp parallel for schedule(dynamic)
-    for (isize u = 0; u < groups * blocks; u++) {
+    parallel(true, groups * blocks, [&](isize u) {
         isize first = u / groups * kBlockRows, panel = u % groups * kTilePanels;
         Unit unit{first, a.rows - first < kBlockRows ? a.rows - first : kBlockRows, panel};
         with_panels(panels - panel < kTilePanels ? panels - panel : kTilePanels,
                     [&](auto width) { run_unit<decltype(width)::value>(a, unit); });
-    }
+    });
 }
 
 }  // namespace octavo::OCTAVO_ISA

@@ -20,8 +20,7 @@ inline void place_heads(const LayerArgs& layer, const LayerInput& in, bf16* qkv,
         if (cos) rotate(from, to, cos, cos + half, half, dim);
         else if (from != to) std::memcpy((void*)to, from, dim * sizeof(bf16));
     };
-#pragma omp parallel for schedule(static) if (a.tokens * width >= kParallelFrom)
-    for (isize t = 0; t < a.tokens; t++) {
+    parallel(a.tokens * width >= kParallelFrom, a.tokens, [&](isize t) {
         bf16* row = qkv + t * width;
         const float* cos = in.cos_sin ? in.cos_sin + in.positions[t] * in.rotated : nullptr;
         for (isize h = 0; h < queries; h += dim) prepare(row + h, row + h, layer.q_norm, cos);
@@ -31,7 +30,7 @@ inline void place_heads(const LayerArgs& layer, const LayerInput& in, bf16* qkv,
             prepare(row + queries + h * dim, page + h * tile, layer.k_norm, cos);
             std::memcpy((void*)(page + (a.kv_heads + h) * tile), row + queries + keys + h * dim, dim * sizeof(bf16));
         }
-    }
+    });
 }
 
 inline const char* check(const LayerInput& in) {

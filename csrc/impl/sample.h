@@ -48,8 +48,9 @@ OCTAVO_INLINE isize argmax_row(const T* x, isize cols) {
 
 template <class T>
 void argmax_of(const ArgmaxArgs& a) {
-#pragma omp parallel for schedule(static) if (a.rows * a.cols >= 65536)
-    for (isize row = 0; row < a.rows; row++) a.out[row] = argmax_row((const T*)a.x + row * a.x_stride, a.cols);
+    parallel(a.rows * a.cols >= 65536, a.rows, [&](isize row) {
+        a.out[row] = argmax_row((const T*)a.x + row * a.x_stride, a.cols);
+    });
 }
 
 inline void argmax(DType type, const ArgmaxArgs& a) { type == DType::f32 ? argmax_of<float>(a) : argmax_of<bf16>(a); }

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../kernels.h"
+#include "../pool.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -160,5 +160,15 @@ OCTAVO_INLINE vf vexp(vf x) {
     return (vf)((vi)((vf)((vi)p + exponent)) & ~tiny);
 }
 OCTAVO_INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (1.0f + vexp(2.0f * x)); }
+
+// f(i) for every i below count, by several threads if that is worth it.
+template <class F>
+OCTAVO_INLINE void parallel(bool worth, isize count, F f) {
+    auto piece = [](void* context, isize first, isize last) {
+        for (isize i = first; i < last; i++) (*(F*)context)(i);
+    };
+    if (worth && count > 1) share(count, piece, &f);
+    else piece(&f, 0, count);
+}
 
 }  // namespace octavo::OCTAVO_ISA

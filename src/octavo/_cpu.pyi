@@ -1,9 +1,13 @@
 # The C++ extension (csrc/); arguments named `*_at` are addresses, strides count elements.
 # Only octavo.kernels.cpu calls it.
 
+from typing import TypeAlias
+
 def names() -> list[str]: ...
 def use(name: str, /) -> None: ...
 def active() -> str: ...
+def set_threads(count: int, /) -> None: ...
+def threads() -> int: ...
 def norm(
     bf16: bool,
     x_at: int,
@@ -87,7 +91,7 @@ def attention(
     /,
 ) -> None: ...
 
-_Weight = tuple[int, int, int, int]  # addresses of panels and bias (or 0), inputs, outputs
+_Weight: TypeAlias = tuple[int, int, int, int]  # addresses of panels and bias (or 0), inputs, outputs
 
 class Step:
     def __init__(

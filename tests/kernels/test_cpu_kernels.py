@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import pytest
@@ -27,10 +28,10 @@ def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    before = _cpu.threads()
+    _cpu.set_threads(2)
     yield
-    torch.set_num_threads(before)
+    _cpu.set_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -247,7 +248,13 @@ def test_argmax_is_the_lowest_of_equals_or_the_first_nan(cols: int, dtype: torch
     assert cpu.argmax(x).tolist() == expected
 
 
-def test_one_openmp_library_is_loaded() -> None:
-    with open("/proc/self/maps") as maps:
-        paths = {line.split()[-1] for line in maps if "libgomp" in line}
-    assert len({path for path in paths if "sentencepiece" not in path}) == 1
+def test_threads_share_work_whoever_calls() -> None:
+    """Several threads of the interpreter at once: one has the helpers, the others work alone."""
+    _cpu.set_threads(3)
+    packed = cpu.pack_linear(normal(640, 64, dtype=torch.bfloat16))
+    assert packed is not None
+    x = normal(7, 64, dtype=torch.bfloat16, seed=1)
+    expected = packed(x)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: packed(x), range(200)):
+            assert torch.equal(got, expected)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import torch
 
-from octavo import _cpu  # after torch, whose OpenMP library it shares
+from octavo import _cpu
 from octavo.kernels import reference
 from octavo.kernels.metadata import AttentionMetadata
 
 _TYPES = frozenset((torch.bfloat16, torch.float32))
 MAX_HEAD_DIM = 256
 PANEL = 16
+
+_cpu.set_threads(torch.get_num_threads())
 
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -267,6 +269,6 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     return PackedLinear(weight, bias)
 
 
-def instruction_set() -> str:
-    """What the kernels were chosen for, such as avx512_bf16."""
-    return _cpu.active()
+def describe() -> str:
+    """What the kernels were chosen for and how many threads run them, such as "avx512_bf16, 2 threads"."""
+    return f"{_cpu.active()}, {_cpu.threads()} threads"

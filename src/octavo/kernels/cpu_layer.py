@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from octavo import _cpu  # after torch, whose OpenMP library it shares
+from octavo import _cpu
 from octavo.kernels.cpu import MAX_HEAD_DIM, PANEL, PackedLinear, is_plain
 from octavo.kernels.metadata import AttentionMetadata
 from octavo.kernels.select import FusedLayer, LayerParts

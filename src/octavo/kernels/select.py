@@ -12,8 +12,8 @@ from typing import Protocol
 
 import torch
 
-from octavo.kernels import reference
-from octavo.kernels.metadata import AttentionMetadata
+from octavo.kernels import reference, sampling
+from octavo.kernels.metadata import AttentionMetadata, PlaceHeads
 
 
 class Linear(Protocol):
@@ -109,7 +109,9 @@ class Ops:
     gelu_tanh_and_mul: Callable[[torch.Tensor], torch.Tensor]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     store_kv_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    place_heads_: PlaceHeads
     attention: Attention
+    greedy: Callable[[torch.Tensor], torch.Tensor]
     pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
     fuse_layer: Callable[[LayerParts], FusedLayer | None]
 
@@ -131,7 +133,9 @@ REFERENCE = Ops(
     gelu_tanh_and_mul=reference.gelu_tanh_and_mul,
     rotary=reference.rotary,
     store_kv_=reference.store_kv_,
+    place_heads_=reference.place_heads_,
     attention=reference.attention,
+    greedy=sampling.greedy,
     pack_linear=_never_packs,
     fuse_layer=_never_fuses,
 )
@@ -172,7 +176,9 @@ def _triton() -> Ops | str:
         gelu_tanh_and_mul=triton_ops.gelu_tanh_and_mul,
         rotary=triton_ops.rotary,
         store_kv_=triton_ops.store_kv_,
+        place_heads_=triton_ops.place_heads_,
         attention=attn_triton.attention,
+        greedy=triton_ops.greedy,
         pack_linear=_never_packs,
         fuse_layer=_never_fuses,
     )
@@ -187,7 +193,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
     except ImportError as error:
         return f"no C++ extension ({error}): reinstall octavo with a C++17 compiler for several times the speed"
     return Ops(
-        name=f"{cpu.instruction_set()} (octavo._cpu)",
+        name=f"octavo._cpu, {cpu.describe()}",
         linear=reference.linear,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,
@@ -195,7 +201,9 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         gelu_tanh_and_mul=cpu.gelu_tanh_and_mul,
         rotary=cpu.rotary,
         store_kv_=cpu.store_kv_,
+        place_heads_=reference.place_heads_from(cpu.rms_norm, cpu.rotary, cpu.store_kv_),
         attention=cpu.attention,
+        greedy=sampling.greedy,
         pack_linear=cpu.pack_linear,
         fuse_layer=cpu_layer.fuse_layer,
     )

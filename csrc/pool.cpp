@@ -1,0 +1,111 @@
+#include "pool.h"
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace octavo {
+namespace {
+
+constexpr isize kPartsPerThread = 12;
+constexpr auto kSpin = std::chrono::microseconds(100);  // then a helper sleeps; the loops of a step follow closer
+
+void pause() {
+#if defined(__x86_64__)
+    _mm_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+struct Pool {
+    // The loop that runs: written by its owner while no part is open, read by who has claimed a part.
+    Piece piece = nullptr;
+    void* context = nullptr;
+    isize count = 0, size = 0;
+    uint32_t parts = 0;
+
+    std::atomic<uint64_t> ticket{0};  // number of the loop << 32 | parts not yet claimed
+    std::atomic<uint32_t> open{0};    // parts not yet done
+    std::atomic<int> sleepers{0};
+    std::mutex owner, sleep;
+    std::condition_variable wake;
+    int wanted = 1, helpers = 0;
+
+    // Claims and runs one part. A claim succeeds only for the loop whose number is in the ticket, and that loop cannot
+    // end before the part is done, so what describes it stays as it is meanwhile.
+    bool work() {
+        uint64_t seen = ticket.load(std::memory_order_acquire);
+        while (uint32_t left = uint32_t(seen)) {
+            if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire))
+                continue;
+            const isize first = isize(parts - left) * size;
+            piece(context, first, first + size < count ? first + size : count);
+            open.fetch_sub(1, std::memory_order_release);
+            return true;
+        }
+        return false;
+    }
+
+    void help() {
+        for (;;) {
+            auto until = std::chrono::steady_clock::now() + kSpin;
+            while (std::chrono::steady_clock::now() < until) {
+                if (work()) until = std::chrono::steady_clock::now() + kSpin;
+                for (int i = 0; i < 16; i++) pause();
+            }
+            std::unique_lock<std::mutex> lock(sleep);
+            sleepers.fetch_add(1);
+            wake.wait(lock, [this] { return uint32_t(ticket.load()) != 0; });
+            sleepers.fetch_sub(1);
+        }
+    }
+
+    void run(isize n, Piece p, void* c) {
+        for (; helpers < wanted - 1; helpers++) std::thread(&Pool::help, this).detach();
+        const isize most = wanted * kPartsPerThread;
+        piece = p, context = c, count = n, size = (n + most - 1) / most;
+        parts = uint32_t((n + size - 1) / size);
+        open.store(parts, std::memory_order_relaxed);
+        ticket.store(((ticket.load(std::memory_order_relaxed) >> 32) + 1) << 32 | parts);
+        if (sleepers.load() > 0) {
+            std::lock_guard<std::mutex> lock(sleep);
+            wake.notify_all();
+        }
+        while (work()) {
+        }
+        // A helper that was taken off its core in the middle of a part needs one: give it ours after a while.
+        for (int spins = 0; open.load(std::memory_order_acquire); spins++) spins < 1000 ? pause() : std::this_thread::yield();
+    }
+};
+
+// Never destroyed: helpers may still wait in it when the process ends.
+Pool& pool() {
+    static Pool* instance = new Pool;
+    return *instance;
+}
+
+}  // namespace
+
+void share(isize count, Piece piece, void* context) {
+    Pool& p = pool();
+    std::unique_lock<std::mutex> mine(p.owner, std::try_to_lock);
+    if (mine.owns_lock() && p.wanted > 1) p.run(count, piece, context);
+    else piece(context, 0, count);
+}
+
+void set_threads(int count) {
+    Pool& p = pool();
+    std::lock_guard<std::mutex> lock(p.owner);
+    p.wanted = count > 1 ? count : 1;
+}
+
+int threads() { return pool().wanted; }
+
+}  // namespace octavo
