@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from octavo.kernels import reference
+from octavo.kernels import reference, sampling
+from octavo.kernels.metadata import HeadChange
 from tests.kernels import grid
 
 pytest.importorskip("triton")
@@ -67,6 +68,53 @@ def test_rotary_and_store_take_slices_of_a_wider_row(heads: int, dim: int, rotat
     torch.testing.assert_close(caches[0], caches[1], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotated"),
+    [(8, 2, 64, 64), (3, 3, 128, 128), (6, 2, 80, 32), (9, 3, 96, 96), (1, 1, 16, 16), (2, 1, 32, 0)],
+)
+def test_heads_are_normed_rotated_and_stored_as_by_the_reference(
+    heads: int, kv_heads: int, dim: int, rotated: int, normed: bool, dtype: torch.dtype
+) -> None:
+    from octavo.kernels import triton_ops
+
+    sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+    q, k, v = (x.unflatten(-1, (-1, dim)) for x in normal(5, sum(sizes), dtype=dtype).split(sizes, dim=-1))
+    change = HeadChange(
+        q_norm=normal(dim, dtype=dtype) if normed else None,
+        k_norm=normal(dim, dtype=dtype).flip(0) if normed else None,
+        eps=1e-6,
+        cos_sin=normal(50, rotated) if rotated else None,
+    )
+    positions, slots = torch.tensor([[0, 3, 49, 7, 7], [0, 17, 31, 5, 40]], dtype=torch.int32, device=DEVICE)
+    caches = [torch.full((3, 2, kv_heads, 16, dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2)]
+    got = triton_ops.place_heads_(q, k, v, change, positions, caches[0], slots)
+    want = reference.place_heads_(q, k, v, change, positions, caches[1], slots)
+    close(got, want)
+    close(caches[0], caches[1])
+    apart = triton_ops.place_heads_(q.contiguous(), k, v, change, positions, caches[0], slots)
+    close(apart, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [5, 4096, 9001])
+def test_the_greedy_choice_is_the_lowest_of_equals_and_marks_what_is_not_finite(vocab: int, dtype: torch.dtype) -> None:
+    from octavo.kernels import triton_ops
+
+    logits = normal(7, vocab, dtype=dtype)
+    logits[1, [1, vocab - 1]] = 30.0
+    logits[2, vocab - 2] = float("nan")
+    logits[3, vocab - 1] = float("inf")
+    logits[4] = float("-inf")
+    logits[5] = float("-inf")
+    logits[5, vocab - 1] = -2.0
+    got = triton_ops.greedy(logits)
+    assert got.tolist() == sampling.greedy(logits).tolist()
+    assert got[0, 1] == 1
+    assert got[1].tolist() == [1, 1, 0, 0, 0, 1, 1]
+
+
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[got.dtype]
-    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -23,7 +23,7 @@ def run(case: grid.Case, layer: int, scale: float | None = None) -> tuple[torch.
     if scale is not None:
         batch.scale = scale
     with context.use(context.ForwardContext(batch.meta, cache)):
-        return Attention(spec, layer, scale)(batch.query, *batch.new_tokens()), batch
+        return Attention(spec, layer, scale)(batch.query, *batch.new_tokens(), batch.meta.slots), batch
 
 
 @pytest.mark.parametrize("case", [grid.Case(), grid.Case(window=9), grid.Case(softcap=5.0)], ids=str)
@@ -42,4 +42,4 @@ def test_attention_outside_of_a_forward_says_so() -> None:
     attention = Attention(LayerSpec(heads=2, kv_heads=1, head_dim=8), 0)
     x = torch.zeros(1, 2, 8)
     with pytest.raises(RuntimeError, match=r"context\.use"):
-        attention(x, x[:, :1], x[:, :1])
+        attention(x, x[:, :1], x[:, :1], torch.zeros(1, dtype=torch.int32))

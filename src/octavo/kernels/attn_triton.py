@@ -34,7 +34,13 @@ class Launch:
 
 # By padded head size; measured by bench/kernels_gpu.py, see docs/performance-log.md. Decode splits until the card has
 # ``SPLIT_BELOW`` programs a multiprocessor.
-DECODE = {16: Launch(64, 4, 2), 32: Launch(64, 4, 2), 64: Launch(64, 4, 2), 128: Launch(64, 4, 2), 256: Launch(32, 4, 2)}
+DECODE = {
+    16: Launch(64, 4, 2),
+    32: Launch(64, 4, 2),
+    64: Launch(64, 4, 2),
+    128: Launch(64, 4, 2),
+    256: Launch(32, 4, 2),
+}
 PREFILL = {
     16: Launch(64, 8, 2, 128),
     32: Launch(64, 8, 2, 128),
@@ -114,7 +120,8 @@ def _prefill_kernel(
 ):  # fmt: skip
     # The last blocks of an item have most keys: they go first.
     block, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    # Item i owns blocks query_start[i] // QUERIES + i on, at least as many as it needs: the last i whose first is <= block.
+    # Item i owns blocks query_start[i] // QUERIES + i on, at least as many as it needs: the last i whose first is not
+    # after this block.
     origin = tl.load(query_start_ptr + first_item)
     low, high = 0, num_items - 1
     while low < high:
@@ -160,8 +167,8 @@ def _prefill_kernel(
         acc, total, top, q, head_ptr, table, whole, last + 1, last, positions, scale, softcap, window, page_stride,
         kv_stride, DIM, DIM_PAD, PAGE, TILE, True, HAS_WINDOW, HAS_CAP,
     )  # fmt: skip
-    out = acc / total[:, None]
-    tl.store(out_ptr + (at[:, None] * HEADS + head[:, None]) * DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask_q)
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (at[:, None] * HEADS + head[:, None]) * DIM + d[None, :], out, mask_q)
 
 
 @triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["seq_lens_ptr", "rows_ptr"])

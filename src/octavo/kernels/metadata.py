@@ -9,6 +9,7 @@ page s // page_size. The last page is a dummy that padding may write to; the poo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -29,3 +30,30 @@ class AttentionMetadata:
     num_decodes: int
     max_query: int
     max_seq: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadChange:
+    """What becomes of query and key heads before attention, each part optional: an RMS norm, then a rotation."""
+
+    q_norm: torch.Tensor | None  # [D]; both norms or none
+    k_norm: torch.Tensor | None
+    eps: float
+    cos_sin: torch.Tensor | None  # as `reference.rotary` takes it
+
+
+class PlaceHeads(Protocol):
+    """Changes q and k, stores k and v in their slots, returns q."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        change: HeadChange,
+        positions: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """``q[T, H, D]``, ``k, v[T, KH, D]`` may be slices of a wider row; ``positions, slots[T]`` int32."""
+        ...

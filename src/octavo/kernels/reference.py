@@ -6,10 +6,12 @@ KH key/value heads, D head size, C hidden size. Functions named ``*_`` write in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-from octavo.kernels.metadata import AttentionMetadata
+from octavo.kernels.metadata import AttentionMetadata, HeadChange, PlaceHeads
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -61,6 +63,35 @@ def store_kv_(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots
     page, offset = torch.div(slots, page_size, rounding_mode="floor").long(), (slots % page_size).long()
     cache[page, 0, :, offset] = key
     cache[page, 1, :, offset] = value
+
+
+def place_heads_from(
+    norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor],
+    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    store_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
+) -> PlaceHeads:
+    """`place_heads_` composed of three operators."""
+
+    def place_heads_(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        change: HeadChange,
+        positions: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        if change.q_norm is not None and change.k_norm is not None:
+            q, k = norm(q, change.q_norm, change.eps), norm(k, change.k_norm, change.eps)
+        if change.cos_sin is not None:
+            q, k = rotate(q, change.cos_sin, positions), rotate(k, change.cos_sin, positions)
+        store_(cache, k, v, slots)
+        return q
+
+    return place_heads_
+
+
+place_heads_ = place_heads_from(rms_norm, rotary, store_kv_)
 
 
 def attention(

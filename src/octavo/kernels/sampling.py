@@ -56,6 +56,14 @@ def argmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return index.gather(1, best).squeeze(1), block.gather(1, best).squeeze(1)
 
 
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """int32 ``[2, S]`` of ``logits[S, V]``: the token of the greatest logit (the lowest of equals), and 1 if that logit
+    is finite; else 0 and 0."""
+    token, peak = argmax(logits)
+    finite = peak.abs() < float("inf")
+    return torch.stack((token * finite, finite)).int()
+
+
 # --- edits of logits --------------------------------------------------------------------------------------------------
 
 

@@ -9,11 +9,17 @@ import torch
 import triton
 import triton.language as tl
 
+from octavo.kernels import reference
+from octavo.kernels.metadata import HeadChange
+
 _BLOCK_ACT = 1024
+_BLOCK_GREEDY = 4096
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, stride_row, stride_head, heads, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, stride_row, stride_head, heads, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
@@ -26,7 +32,9 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, stride_row, stride_head, heads,
 
 
 @triton.jit
-def _add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _add_rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * SIZE
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
@@ -54,11 +62,11 @@ def _gated_kernel(x_ptr, out_ptr, SIZE, GELU: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(out_ptr + row * SIZE + offsets, gate.to(up.dtype) * up, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])
 def _rotary_kernel(
     x_ptr, table_ptr, positions_ptr, out_ptr, stride_token, stride_head, HEADS, HALF, REST,
     HEADS_PAD: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + token).to(tl.int64)
     head, i = tl.arange(0, HEADS_PAD)[:, None], tl.arange(0, HALF_PAD)[None, :]
@@ -80,11 +88,72 @@ def _rotary_kernel(
         tl.store(target + 2 * HALF + j, tl.load(source + 2 * HALF + j, keep, 0.0), keep)
 
 
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
+def _place_heads_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, cache_ptr, q_weight_ptr, k_weight_ptr, table_ptr, positions_ptr, slots_ptr,
+    stride_token, page_stride, eps,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    PAGE: tl.constexpr, GROUP_PAD: tl.constexpr, DIM_PAD: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """One KV head of one token with its query heads. q, k and v are parts of one row; a head is HALF + HALF + rest."""
+    token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots_ptr + token)
+    target = cache_ptr + (slot // PAGE).to(tl.int64) * page_stride + kv_head * PAGE * DIM + (slot % PAGE) * DIM
+    row = table_ptr + tl.load(positions_ptr + token).to(tl.int64) * 2 * HALF
+    i = tl.arange(0, HALF_PAD)
+    dtype = q_ptr.dtype.element_ty
+    cos = tl.load(row + i, i < HALF, 0.0).to(dtype).to(tl.float32)
+    sin = tl.load(row + HALF + i, i < HALF, 0.0).to(dtype).to(tl.float32)
+    g = tl.arange(0, GROUP_PAD)[:, None]
+    q = q_ptr + token * stride_token + (kv_head * GROUP + g) * DIM
+    out = out_ptr + (token * HEADS + kv_head * GROUP + g) * DIM
+    _place_head(q, out, g < GROUP, q_weight_ptr, cos, sin, eps, DIM, HALF, HALF_PAD, REST_PAD, HAS_NORM)
+    one = tl.zeros([1, 1], tl.int32)
+    k = k_ptr + token * stride_token + kv_head * DIM + one
+    _place_head(k, target + one, one == 0, k_weight_ptr, cos, sin, eps, DIM, HALF, HALF_PAD, REST_PAD, HAS_NORM)
+    d = tl.arange(0, DIM_PAD)
+    v = tl.load(v_ptr + token * stride_token + kv_head * DIM + d, d < DIM, 0.0)
+    tl.store(target + KV_HEADS * PAGE * DIM + d, v, d < DIM)
+
+
 @triton.jit
+def _place_head(
+    source, target, live, weight_ptr, cos, sin, eps,
+    DIM: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """RMS norm and rotation of the heads [rows, 1] that ``source`` points to."""
+    i = tl.arange(0, HALF_PAD)[None, :]
+    mask = live & (i < HALF)
+    first = tl.load(source + i, mask, 0.0).to(tl.float32)
+    second = tl.load(source + HALF + i, mask, 0.0).to(tl.float32)
+    if REST_PAD > 0:
+        j = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
+        rest = tl.load(source + j, live & (j < DIM), 0.0).to(tl.float32)
+    dtype = target.dtype.element_ty
+    if HAS_NORM:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        if REST_PAD > 0:
+            squares += tl.sum(rest * rest, 1)
+        scale = tl.rsqrt(squares / DIM + eps)[:, None]
+        if REST_PAD > 0:
+            weight = tl.load(weight_ptr + j, j < DIM, 0.0)
+            rest = (weight * (rest * scale).to(dtype)).to(tl.float32)
+        weight = tl.load(weight_ptr + i, i < HALF, 0.0)
+        first = (weight * (first * scale).to(dtype)).to(tl.float32)
+        weight = tl.load(weight_ptr + HALF + i, i < HALF, 0.0)
+        second = (weight * (second * scale).to(dtype)).to(tl.float32)
+    tl.store(target + i, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask)
+    tl.store(target + HALF + i, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask)
+    if REST_PAD > 0:
+        tl.store(target + j, rest.to(dtype), live & (j < DIM))
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
 def _store_kv_kernel(
     cache_ptr, key_ptr, value_ptr, slots_ptr, key_stride, key_head, value_stride, value_head, page_stride,
     HEADS, DIM, PAGE: tl.constexpr, HEADS_PAD: tl.constexpr, DIM_PAD: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
     head, d = tl.arange(0, HEADS_PAD)[:, None], tl.arange(0, DIM_PAD)[None, :]
@@ -95,6 +164,29 @@ def _store_kv_kernel(
     target = page + head * PAGE * DIM + (slot % PAGE) * DIM + d
     tl.store(target, key, mask)
     tl.store(target + HEADS * PAGE * DIM, value, mask)
+
+
+@triton.jit
+def _peaks_kernel(logits_ptr, peak_ptr, at_ptr, stride, SIZE, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The greatest of each block of a row and where it is; NaN counts as infinite."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * stride + at, at < SIZE, float("-inf")).to(tl.float32)
+    x = tl.where(x != x, float("inf"), x)
+    peak, index = tl.max(x, 0, return_indices=True)
+    tl.store(peak_ptr + row * BLOCKS + block, peak)
+    tl.store(at_ptr + row * BLOCKS + block, block * BLOCK + index)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _greedy_kernel(peak_ptr, at_ptr, out_ptr, rows, BLOCKS: tl.constexpr, PAD: tl.constexpr):
+    row, block = tl.program_id(0), tl.arange(0, PAD)
+    peaks = tl.load(peak_ptr + row * BLOCKS + block, block < BLOCKS, float("-inf"))
+    peak, winner = tl.max(peaks, 0, return_indices=True)
+    finite = tl.abs(peak) < float("inf")
+    token = tl.load(at_ptr + row * BLOCKS + winner)
+    tl.store(out_ptr + row, tl.where(finite, token, 0))
+    tl.store(out_ptr + rows + row, finite.to(tl.int32))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -154,11 +246,64 @@ def rotary(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> t
     return out
 
 
+def place_heads_(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    change: HeadChange,
+    positions: torch.Tensor,
+    cache: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """See `metadata.PlaceHeads`; one launch where something is rotated and q, k and v are parts of one row."""
+    tokens, heads, dim = q.shape
+    if change.cos_sin is None or {x.stride() for x in (q, k, v)} != {(q.stride(0), dim, 1)}:
+        return _place_heads_apart(q, k, v, change, positions, cache, slots)
+    half, group, kv_heads = change.cos_sin.shape[1] // 2, heads // k.shape[1], k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    pads = [triton.next_power_of_2(n) if n else 0 for n in (group, dim, half, dim - 2 * half)]
+    if tokens:
+        _place_heads_kernel[(tokens, kv_heads)](
+            q, k, v, out, cache, change.q_norm, change.k_norm, change.cos_sin, positions, slots,
+            q.stride(0), cache.stride(0), change.eps, group, heads, kv_heads, dim, half, cache.shape[3], *pads,
+            change.q_norm is not None, num_warps=1,
+        )  # fmt: skip
+    return out
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """See `sampling.greedy`."""
+    rows, size = logits.shape
+    blocks = triton.cdiv(size, _BLOCK_GREEDY)
+    peaks = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
+    where = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
+    out = torch.empty((2, rows), dtype=torch.int32, device=logits.device)
+    if rows:
+        _peaks_kernel[(rows, blocks)](logits, peaks, where, logits.stride(0), size, blocks, _BLOCK_GREEDY)
+        _greedy_kernel[(rows,)](peaks, where, out, rows, blocks, triton.next_power_of_2(blocks), num_warps=1)
+    return out
+
+
 def store_kv_(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
     """See `reference.store_kv_`; ``key`` and ``value`` may be slices of a wider row."""
     tokens, heads, dim = key.shape
     if tokens:
         _store_kv_kernel[(tokens,)](
-            cache, key, value, slots, key.stride(0), key.stride(1), value.stride(0), value.stride(1), cache.stride(0),
-            heads, dim, cache.shape[3], triton.next_power_of_2(heads), triton.next_power_of_2(dim),
+            cache,
+            key,
+            value,
+            slots,
+            key.stride(0),
+            key.stride(1),
+            value.stride(0),
+            value.stride(1),
+            cache.stride(0),
+            heads,
+            dim,
+            cache.shape[3],
+            triton.next_power_of_2(heads),
+            triton.next_power_of_2(dim),
         )
+
+
+_place_heads_apart = reference.place_heads_from(rms_norm, rotary, store_kv_)

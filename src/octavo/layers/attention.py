@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 
 from octavo.config import LayerSpec
+from octavo.kernels.metadata import HeadChange
 from octavo.layers import context
 from octavo.layers.base import Layer
 
+UNCHANGED = HeadChange(q_norm=None, k_norm=None, eps=0.0, cos_sin=None)
+
 
 class Attention(Layer):
-    """Attention of decoder layer number ``layer``; it knows nothing of projections, norms or rotary embeddings.
+    """Attention of decoder layer number ``layer``; what is done to heads before it is in a `HeadChange`.
 
     ``scale`` multiplies the scores; 1 / sqrt(head size) if not given.
     """
@@ -22,9 +25,11 @@ class Attention(Layer):
         self.window = spec.window
         self.softcap = spec.softcap
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """``q[T, H, D]``, ``k, v[T, KH, D]`` of the running step's tokens to ``[T, H, D]``."""
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, change: HeadChange = UNCHANGED
+    ) -> torch.Tensor:
+        """``q[T, H, D]``, ``k, v[T, KH, D]`` of the running step's tokens at ``positions[T]`` to ``[T, H, D]``."""
         step = context.current()
         cache = step.kv_cache[self.layer]
-        self.ops.store_kv_(cache, k, v, step.attention.slots)
+        q = self.ops.place_heads_(q, k, v, change, positions, cache, step.attention.slots)
         return self.ops.attention(q, cache, step.attention, self.scale, self.window, self.softcap)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from octavo.config import LayerSpec, ModelConfig
+from octavo.kernels.metadata import HeadChange
 from octavo.kernels.select import FusedLayer, LayerParts
 from octavo.layers import context
 from octavo.layers.activation import GatedActivation
@@ -71,12 +72,18 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary_emb is not None:
-            q, k = self.rotary_emb(q, k, positions)
-        out: torch.Tensor = self.o_proj(self.attn(q, k, v).flatten(1))
+        out: torch.Tensor = self.o_proj(self.attn(q, k, v, positions, self.change).flatten(1))
         return out
+
+    @cached_property
+    def change(self) -> HeadChange:
+        """What is done to query and key heads; asked for once the weights are loaded."""
+        return HeadChange(
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            cos_sin=None if self.rotary_emb is None else self.rotary_emb.cos_sin,
+        )
 
 
 class LlamaMLP(nn.Module):
@@ -113,7 +120,6 @@ class LlamaDecoderLayer(nn.Module):
         x, residual = self.post_attention_layernorm.add(x, residual)
         return self.mlp(x), residual
 
-
     @cached_property
     def fused(self) -> FusedLayer | None:
         """This layer in one call, where the operators have that; asked for once the weights are loaded."""
@@ -125,8 +131,8 @@ class LlamaDecoderLayer(nn.Module):
             down=mlp.down_proj.packed,
             input_norm=self.input_layernorm.weight,
             post_norm=self.post_attention_layernorm.weight,
-            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
-            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+            q_norm=attention.change.q_norm,
+            k_norm=attention.change.k_norm,
             eps=self.input_layernorm.eps,
             activation=mlp.act_fn.operator,
             heads=self.spec.heads,
@@ -135,7 +141,7 @@ class LlamaDecoderLayer(nn.Module):
             scale=attention.attn.scale,
             window=self.spec.window,
             softcap=self.spec.softcap,
-            cos_sin=None if attention.rotary_emb is None else attention.rotary_emb.cos_sin,
+            cos_sin=attention.change.cos_sin,
         )
         return self.input_layernorm.ops.fuse_layer(parts)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from octavo.config import MemoryOptions
+
+T = TypeVar("T")
 
 
 class HostCopy(Protocol):
@@ -42,8 +44,8 @@ class Platform(Protocol):
         """Starts a copy to the host."""
         ...
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """``work`` recorded: the result replays it on the same memory and returns the same tensor each time."""
+    def capture(self, work: Callable[[], T]) -> Callable[[], T]:
+        """``work`` recorded: the result replays it on the same memory and returns the same tensors each time."""
         ...
 
     def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from octavo.config import MemoryOptions
+from octavo.platforms.base import T
 
 KV_SHARE = 0.1  # of the machine's memory: others live here too
 CPU_INFO = Path("/proc/cpuinfo")
@@ -55,7 +56,7 @@ class CpuPlatform:
         """The tensor itself."""
         return _Here(tensor)
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def capture(self, work: Callable[[], T]) -> Callable[[], T]:
         """Nothing to record: the work itself."""
         return work
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from octavo.config import MemoryOptions
+from octavo.platforms.base import T
 
 KV_MARGIN = 1 << 28  # bytes left for what the measuring step did not show
 
@@ -56,7 +57,7 @@ class CudaPlatform:
         done.record()
         return _Copy(host, done)
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def capture(self, work: Callable[[], T]) -> Callable[[], T]:
         """A CUDA graph of ``work``, which is run once before: kernels compile and libraries set themselves up."""
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -68,7 +69,7 @@ class CudaPlatform:
             result = work()
         self._graph_memory = graph.pool()
 
-        def replay() -> torch.Tensor:
+        def replay() -> T:
             graph.replay()
             return result
 
@@ -76,10 +77,11 @@ class CudaPlatform:
 
     def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
         """What the user set, else the share of the card that the weights and the largest step leave."""
-        if memory.kv_cache_memory_bytes is not None:
-            return memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
         torch.cuda.reset_peak_memory_stats(self.device)
-        measure()
+        measure()  # in any case: it compiles and loads kernels, which no request should wait for
+        if memory.kv_cache_memory_bytes is not None:
+            torch.cuda.empty_cache()
+            return memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
         torch.cuda.empty_cache()

@@ -6,15 +6,18 @@ dummy page. Everything a replay reads lies in one int32 buffer of fixed address;
     token_ids | fed | positions | slots | rows | seq_lens | table_at | table_values         each [size]
 
 A row gains at most one page in a decode step, so ``size`` table entries are enough; unused ones write the dummy row's.
+The step ends with the greedy choice, fed to the next one: what a batch without other wishes needs is in the graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from octavo.kernels import select
 from octavo.kernels.metadata import AttentionMetadata
 from octavo.layers import context
 from octavo.models.base import Model
@@ -26,42 +29,61 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _FIELDS = ("token_ids", "fed", "positions", "slots", "rows", "seq_lens", "table_at", "table_values")
 
 
-class DecodeGraph:
-    """The decode step of up to ``size`` rows, captured at construction."""
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a replay leaves, B rows of it meant."""
+
+    logits: torch.Tensor  # [B, vocab]
+    best: torch.Tensor  # [2, size], see `kernels.sampling.greedy`; already in `Tables.last_token`
+    rows: torch.Tensor  # [B]
+
+
+class DecodeStep:
+    """The decode step of up to ``size`` rows."""
 
     def __init__(self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, size: int) -> None:
         self._tables, self._platform, self._size = tables, platform, size
-        self._page_size, self._max_len = cache.shape[4], tables.max_len
+        self._model, self._cache = model, cache
+        self._greedy = select.ops(platform.device, model.dtype).greedy
+        self._page_size = cache.shape[4]
         self._buffer = torch.zeros(len(_FIELDS) * size, dtype=torch.int32, device=platform.device)
-        views = dict(zip(_FIELDS, torch.split(self._buffer, size), strict=True))
-        self._rows = views["rows"]
-        meta = AttentionMetadata(
+        self._views = dict(zip(_FIELDS, torch.split(self._buffer, size), strict=True))
+        self._meta = AttentionMetadata(
             query_start=torch.arange(size + 1, dtype=torch.int32, device=platform.device),
-            seq_lens=views["seq_lens"],
-            rows=views["rows"],
+            seq_lens=self._views["seq_lens"],
+            rows=self._views["rows"],
             block_table=tables.block_table,
-            slots=views["slots"],
+            slots=self._views["slots"],
             num_decodes=size,
             max_query=1,
-            max_seq=self._max_len,
+            max_seq=tables.max_len,
         )
+        self._upload(_NO_ROWS, _NO_ROWS, (_NO_ROWS, _NO_ROWS))
+        self._work: Callable[[], tuple[torch.Tensor, torch.Tensor]] = self.forward
 
-        def forward() -> torch.Tensor:
-            tables.block_table.view(-1)[views["table_at"]] = views["table_values"]
-            last = tables.last_token[views["rows"]]
-            token_ids = torch.where(views["fed"].bool(), last, views["token_ids"])
-            with context.use(context.ForwardContext(meta, cache)):
-                return model.logits(model(token_ids, views["positions"]))
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, best) of what the buffer holds, by plain launches."""
+        tables, views = self._tables, self._views
+        tables.block_table.view(-1)[views["table_at"]] = views["table_values"]
+        last = tables.last_token[views["rows"]]
+        token_ids = torch.where(views["fed"].bool(), last, views["token_ids"])
+        with context.use(context.ForwardContext(self._meta, self._cache)):
+            logits = self._model.logits(self._model(token_ids, views["positions"]))
+        best = self._greedy(logits)
+        tables.last_token[views["rows"]] = best[0]
+        return logits, best
 
-        self._upload(np.zeros(0, np.int32), np.zeros(0, np.int32), tables.apply(_NOTHING))
-        self._replay: Callable[[], torch.Tensor] = platform.capture(forward)
+    def capture(self) -> None:
+        """Makes `run` replay what `forward` launches."""
+        self._work = self._platform.capture(self.forward)
 
-    def run(self, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits [B, vocab], rows [B]) of a plan in which every item has one token and samples."""
+    def run(self, plan: StepPlan) -> Decoded:
+        """A plan in which every item has one token and samples."""
         changes = self._tables.apply(plan)
         self._upload(np.asarray(plan.rows, np.int32), np.asarray(plan.computed, np.int32), changes)
+        logits, best = self._work()
         count = len(plan.rows)
-        return self._replay()[:count], self._rows[:count]
+        return Decoded(logits[:count], best, self._views["rows"][:count])
 
     def _upload(self, rows: Ints, computed: Ints, changes: tuple[Ints, Ints]) -> None:
         tables, page_size, count = self._tables, self._page_size, len(rows)
@@ -82,23 +104,34 @@ class DecodeGraph:
         self._buffer.copy_(host, non_blocking=True)
 
 
-_NOTHING = StepPlan(step=0, starts=[], pages=[], rows=[], counts=[], computed=[], samples=[], ended=[])
+_NO_ROWS: Ints = np.zeros(0, np.int32)
 
 
 class DecodeGraphs:
-    """Graphs for the sizes up to ``max_rows``; none where the platform captures nothing."""
+    """Graphs for the sizes up to ``max_rows``."""
 
     def __init__(self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int) -> None:
-        sizes = [size for size in SIZES if size < max_rows] + [min(max_rows, SIZES[-1])]
+        self._sizes = _sizes(max_rows)
         # Largest first: the smaller ones then fit into its memory.
-        self._graphs = {size: DecodeGraph(model, cache, tables, platform, size) for size in reversed(sizes)}
-        self._sizes = sizes
+        self._steps = {size: DecodeStep(model, cache, tables, platform, size) for size in reversed(self._sizes)}
+        for step in self._steps.values():
+            step.capture()
 
-    def fitting(self, plan: StepPlan) -> DecodeGraph | None:
+    def fitting(self, plan: StepPlan) -> DecodeStep | None:
         """The smallest graph that runs ``plan``, or None if it must run eagerly."""
         count = len(plan.rows)
         if plan.starts or plan.counts[-1] != 1 or count > self._sizes[-1] or not all(plan.samples):
             return None
         if len(plan.pages) > count or any(len(grant.ids) > 1 for grant in plan.pages):
             return None
-        return self._graphs[next(size for size in self._sizes if size >= count)]
+        return self._steps[next(size for size in self._sizes if size >= count)]
+
+
+def warm_up(model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int) -> None:
+    """Launches a step of each size, so that every kernel that a step may need is compiled: what capturing does too."""
+    for size in _sizes(max_rows):
+        DecodeStep(model, cache, tables, platform, size).forward()
+
+
+def _sizes(max_rows: int) -> list[int]:
+    return [size for size in SIZES if size < max_rows] + [min(max_rows, SIZES[-1])]

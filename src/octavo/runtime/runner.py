@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo.kernels import select
 from octavo.kernels.metadata import AttentionMetadata
 from octavo.layers import context
 from octavo.models.base import Model
 from octavo.platforms.base import Platform
-from octavo.runtime.graphs import DecodeGraphs
+from octavo.runtime.graphs import DecodeGraphs, warm_up
 from octavo.runtime.inputs import pack
 from octavo.runtime.sampler import Sampled, SampleItem, Sampler
 from octavo.runtime.tables import Tables
@@ -55,13 +56,18 @@ class Runner:
         self._page_size = cache.shape[4]
         dummy_page = cache.shape[1] - 1
         self._tables = Tables(max_rows, max_len, self._page_size, dummy_page, platform.device)
-        self._sampler = Sampler(model.config.vocab_size, platform.device)
+        ops = select.ops(platform.device, model.dtype)
+        self._sampler = Sampler(model.config.vocab_size, platform.device, ops)
         self._scored: dict[int, tuple[list[int], int]] = {}  # row -> (prompt, how many alternatives)
         self._logits: torch.Tensor | None = None
+        self._best: torch.Tensor | None = None  # of a replayed step
         self._graphs: DecodeGraphs | None = None
-        if graphs and platform.captures:
+        if platform.captures:
             with torch.inference_mode():
-                self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
+                if graphs:
+                    self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
+                else:
+                    warm_up(model, cache, self._tables, platform, max_rows)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> None:
@@ -77,7 +83,8 @@ class Runner:
         self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
         graph = self._graphs.fitting(plan) if self._graphs and not self._scored else None
         if graph is not None:
-            self._logits, self._sampled_rows = graph.run(plan)
+            decoded = graph.run(plan)
+            self._logits, self._best, self._sampled_rows = decoded.logits, decoded.best, decoded.rows
         else:
             self._forward(plan)
 
@@ -97,9 +104,10 @@ class Runner:
         sampled = None
         if self._logits is not None:
             where = [SampleItem(plan.rows[b], plan.computed[b] + plan.counts[b]) for b in items]
-            sampled = self._sampler.sample(self._logits, where)
-            self._tables.last_token[self._sampled_rows] = sampled.tokens
-        self._logits = None
+            sampled = self._sampler.sample(self._logits, where, self._best)
+            if self._best is None or not self._sampler.is_greedy(where):
+                self._tables.last_token[self._sampled_rows] = sampled.tokens
+        self._logits = self._best = None
         return _Launched(plan, items, sampled, self._prompt_logprobs)
 
     def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:

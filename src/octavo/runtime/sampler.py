@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.kernels import sampling as kernels
+from octavo.kernels.select import REFERENCE, Ops
 from octavo.runtime.penalties import Penalties, upload
 from octavo.types import Sampling, TokenLogprobs
 
@@ -79,15 +80,19 @@ class _LogprobGroup(NamedTuple):
 
 
 class Sampled:
-    """The tokens of one `Sampler.sample`. ``tokens`` is int32 ``[S]`` on the device, 0 for a bad item."""
+    """The tokens of one `Sampler.sample`. ``tokens`` is int32 ``[S]`` on the device, 0 for a bad item.
 
-    def __init__(self, tokens: torch.Tensor, finite: torch.Tensor, logprobs: list[_LogprobGroup]) -> None:
-        self.tokens = tokens
+    ``outcome[2, S or more]`` is as `kernels.sampling.greedy` returns it.
+    """
+
+    def __init__(self, outcome: torch.Tensor, count: int, logprobs: list[_LogprobGroup]) -> None:
+        self.tokens = outcome[0, :count]
+        self._count = count
         # Copies are queued now: queued in `finish`, they would wait for a step that was launched in between.
-        self._host = (_to_host(tokens), _to_host(finite))
+        self._host = _to_host(outcome)
         self._logprobs = [g._replace(tensors=tuple(_to_host(t) for t in g.tensors)) for g in logprobs]
         self._copied: torch.cuda.Event | None = None
-        if tokens.is_cuda:
+        if outcome.is_cuda:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
@@ -99,8 +104,8 @@ class Sampled:
         """
         if self._copied is not None:
             self._copied.synchronize()
-        tokens: list[int] = self._host[0].tolist()
-        finite: list[bool] = self._host[1].tolist()
+        tokens: list[int] = self._host[0, : self._count].tolist()
+        finite: list[int] = self._host[1, : self._count].tolist()
         bad = [] if all(finite) else [item for item, ok in enumerate(finite) if not ok]
         found: dict[int, TokenLogprobs] = {}
         for group in self._logprobs:
@@ -113,7 +118,8 @@ class Sampled:
 class Sampler:
     """Samples for the rows of a worker. Logits are ``[S, vocab_size]`` on ``device`` and never written to."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, vocab_size: int, device: torch.device, ops: Ops = REFERENCE) -> None:
+        self._ops = ops
         self._vocab = vocab_size
         self._most = max(1, _MAX_ELEMENTS // vocab_size)  # rows worked on at once
         self._device = device
@@ -158,17 +164,25 @@ class Sampler:
         self._with_logprobs.discard(row)
         self._with_history.discard(row)
 
-    def sample(self, logits: torch.Tensor, items: list[SampleItem]) -> Sampled:
-        """Samples one token for each row of ``logits[S, V]``; ``items[i]`` says for whom row i is."""
-        if not self._demanding or self._demanding.isdisjoint([row for row, _ in items]):
-            chosen, peaks = kernels.argmax(logits)
-            finite = _is_finite(peaks)
+    def sample(self, logits: torch.Tensor, items: list[SampleItem], best: torch.Tensor | None = None) -> Sampled:
+        """Samples one token for each row of ``logits[S, V]``; ``items[i]`` says for whom row i is.
+
+        ``best``: what `Ops.greedy` returns for these logits (and maybe more rows), where the step has found it already.
+        """
+        if self.is_greedy(items):
+            outcome = self._ops.greedy(logits) if best is None else best
         else:
             chosen, finite = self._sample_groups(logits, items)
-        tokens = (chosen * finite).int()
+            outcome = torch.stack((chosen * finite, finite)).int()
+        tokens = outcome[0, : len(items)]
         if self._with_history:
             self._record(tokens, items)
-        return Sampled(tokens, finite, self._logprobs(logits, tokens, items) if self._with_logprobs else [])
+        logprobs = self._logprobs(logits, tokens, items) if self._with_logprobs else []
+        return Sampled(outcome, len(items), logprobs)
+
+    def is_greedy(self, items: list[SampleItem]) -> bool:
+        """Whether all ``items`` take the greatest of their unedited logits."""
+        return not self._demanding or self._demanding.isdisjoint([row for row, _ in items])
 
     def prompt_logprobs(self, logits: torch.Tensor, targets: list[int], count: int) -> list[TokenLogprobs]:
         """Of ``targets[i]`` under ``logits[i]``, with the ``count`` likeliest; waits for the device."""
