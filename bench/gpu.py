@@ -156,8 +156,31 @@ def run(core: Any, work: Work, tag: str) -> tuple[float, list[list[int]]]:
     return seconds, [answers[request.id] for request in requests]
 
 
+class Compiled:
+    """Counts the kernels that Triton compiled, or took from its cache on disk, since it was made."""
+
+    def __init__(self) -> None:
+        import triton
+
+        self.names: list[str] = []
+        triton.knobs.runtime.jit_post_compile_hook = self._note
+
+    def _note(self, **details: Any) -> None:
+        self.names.append(str(details["repr"])[:200])
+
+
+def idle_share(trace: Any) -> float:
+    """Of the time between the first and the last kernel, how much the card did nothing."""
+    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type.name == "CUDA")
+    busy, reached = 0.0, spans[0][0]
+    for start, end in spans:
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return 1 - busy / (reached - spans[0][0])
+
+
 def kernels(core: Any, work: Work, tag: str) -> list[str]:
-    """What the card did in the middle of a run over ``work``, the costliest kernels first."""
+    """What the card did in a run over ``work`` of at most 64 tokens each, the costliest kernels first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -168,7 +191,7 @@ def kernels(core: Any, work: Work, tag: str) -> list[str]:
         torch.cuda.synchronize()
     rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)
     busy = sum(row.self_device_time_total for row in rows) / 1e6
-    lines = [f"  {seconds:.3f} s, busy {busy:.3f} s"]
+    lines = [f"  {seconds:.3f} s, kernels {busy:.3f} s, idle {idle_share(trace):.1%}"]
     return lines + [f"  {r.self_device_time_total / 1e3:9.2f} ms {r.count:6} x {r.key[:90]}" for r in rows[:14]]
 
 
@@ -192,8 +215,12 @@ def measure(model: str, names: list[str], repeats: int, profile: bool) -> dict[s
         max_num_batched_tokens=8192,
         gpu_memory_utilization=0.5,
     )
+    imported = time.perf_counter() - begin
     core = EngineCore(config, Worker())
-    result: dict[str, Any] = {"model": model, "ready_s": time.perf_counter() - begin, "phases": core.phases}
+    ready = time.perf_counter() - begin
+    result: dict[str, Any] = {"model": model, "ready_s": ready, "phases": {"imports": imported, **core.phases}}
+    print(model, "ready", {name: round(seconds, 2) for name, seconds in result["phases"].items()}, flush=True)
+    compiled = Compiled()
     bandwidth, flops = rates()
     result |= {"copy_GBps": bandwidth / 1e9, "matrix_TFLOPs": flops / 1e12, "workloads": {}}
     vocab = CONFIGS[model]["vocab_size"]
@@ -214,9 +241,12 @@ def measure(model: str, names: list[str], repeats: int, profile: bool) -> dict[s
             "all": times,
             "floor_s": least,
             "share": least / min(times),
+            "compiled": len(compiled.names),
             "distinct": len({token for answer in answers for token in answer}),
         }
         print(model, name, result["workloads"][name], flush=True)
+    for line in sorted(set(compiled.names)):
+        print("compiled after the start:", line)
     return result
 
 

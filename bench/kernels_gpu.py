@@ -1,8 +1,9 @@
-"""Attention kernels on one GPU, alone: time, share of the card's bandwidth (decode) or TFLOP/s (prefill), by launch.
+"""Kernels on one GPU, alone: time, share of the card's bandwidth or TFLOP/s, by launch.
 
-    python bench/kernels_gpu.py [--sweep]
+    python bench/kernels_gpu.py [--sweep] [--only decode,prefill,linear]
 
-Without --sweep the launches that the engine uses are timed; with it, others beside them, best first.
+Attention is timed with the launches that the engine uses; with --sweep others are timed beside them, best first.
+Times are of replayed graphs, so that the host has no part in them. Products of few rows are timed beside cuBLAS.
 """
 
 from __future__ import annotations
@@ -10,25 +11,41 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
+import torch.nn.functional as F
 import triton
 
-from octavo.kernels import attn_triton
+from octavo.kernels import attn_triton, linear_triton
 from octavo.kernels.attn_triton import Launch
 from octavo.kernels.metadata import AttentionMetadata
 
 SHAPES = ((32, 8, 64), (32, 8, 128), (16, 8, 128))
 DECODES = ((1, 1024), (16, 1024), (64, 384), (256, 832))
 PREFILLS = ((2, 4096), (1, 16000), (16, 512))
+LINEARS = {
+    "1b": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
+    "0.6b": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)),
+    "8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+}
 PAGE = 16
+DECODE_LAUNCHES = [Launch(t, w, s) for t, w, s in itertools.product((32, 64, 128), (2, 4), (2, 3, 4)) if t * s <= 256]
+PREFILL_LAUNCHES = [
+    Launch(tile, warps, stages, rows)
+    for tile, (warps, rows), stages in itertools.product((64, 128), ((4, 64), (8, 128), (4, 128)), (2, 3, 4))
+    if tile * stages <= 384
+]
+Work = Callable[[], object]
 
 
-def batch(shape: tuple[int, int, int], items: int, length: int, count: int) -> tuple[torch.Tensor, ...]:
-    """(query, cache, metadata) of ``items`` sequences of ``length`` tokens, the last ``count`` of them queries."""
+def batch(shape: tuple[int, int, int], items: int, length: int, count: int) -> Work:
+    """Attention of ``items`` sequences of ``length`` tokens, the last ``count`` of them queries."""
     heads, kv_heads, dim = shape
     pages = -(-length // PAGE)
     ints = {"dtype": torch.int32, "device": "cuda"}
@@ -45,56 +62,104 @@ def batch(shape: tuple[int, int, int], items: int, length: int, count: int) -> t
         max_seq=length,
     )
     query = torch.randn(items * count, heads, dim, device="cuda", dtype=torch.bfloat16)
-    return query, cache, meta
+    return lambda: attn_triton.attention(query, cache, meta, 0.1)
 
 
-def seconds(arguments: tuple[torch.Tensor, ...]) -> float:
-    """Of one call, replayed in a graph, the caches cleared between calls."""
-    query, cache, meta = arguments
-    call = lambda: attn_triton.attention(query, cache, meta, 0.1)  # noqa: E731
-    return triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median") / 1e3
+def seconds(work: Work, repeats: int = 20) -> float:
+    """Of one call in a graph of several."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            work()
+    times = []
+    for _ in range(4):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3 / repeats)
+    return min(times)
 
 
-def report(label: str, launches: dict[int, Launch], pad: int, tried: list[Launch], measure) -> None:
-    rows = []
-    for launch in tried:
-        old, launches[pad] = launches[pad], launch
-        try:
-            rows.append((*measure(), launch))
-        except Exception as error:  # out of shared memory: such a launch cannot be used
-            rows.append((float("inf"), type(error).__name__, launch))
+def attempt(launches: dict[int, Launch], pad: int, launch: Launch, measure: Callable[[], float]) -> float:
+    old, launches[pad] = launches[pad], launch
+    try:
+        return measure()
+    except Exception:  # out of shared memory: such a launch cannot be used
+        return float("inf")
+    finally:
         launches[pad] = old
-    rows.sort(key=lambda row: row[0])
-    for time, text, launch in rows[:4]:
-        print(f"{label:34} {time * 1e6:9.1f} us  {text:>14}  {launch}", flush=True)
+
+
+def compile_one(job: tuple[str, tuple[int, int, int], Launch]) -> None:
+    """Puts one kernel into the cache on disk."""
+    kind, shape, launch = job
+    work = batch(shape, 300, 16, 1) if kind == "decode" else batch(shape, 1, 256, 256)
+    attempt(attn_triton.DECODE if kind == "decode" else attn_triton.PREFILL, shape[2], launch, lambda: bool(work()))
+
+
+def compile_all(kinds: list[str]) -> None:
+    jobs = [("decode", shape, launch) for shape in SHAPES for launch in DECODE_LAUNCHES if "decode" in kinds]
+    jobs += [("prefill", shape, launch) for shape in SHAPES for launch in PREFILL_LAUNCHES if "prefill" in kinds]
+    with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_one, jobs))
+
+
+def attention(kind: str, sweep: bool) -> None:
+    launches = attn_triton.DECODE if kind == "decode" else attn_triton.PREFILL
+    for shape in SHAPES:
+        heads, kv_heads, dim = shape
+        used = launches[dim]
+        tried = (DECODE_LAUNCHES if kind == "decode" else PREFILL_LAUNCHES) if sweep else []
+        for items, length in DECODES if kind == "decode" else PREFILLS:
+            work = batch(shape, items, length, 1 if kind == "decode" else length)
+            repeats = 20 if kind == "decode" else 3
+            rows = [
+                (attempt(launches, dim, launch, lambda: seconds(work, repeats)), launch)  # noqa: B023
+                for launch in [used, *(other for other in tried if other != used)]
+            ]
+            for time, launch in sorted(rows, key=lambda row: row[0])[:3]:
+                rate = f"{items * length * kv_heads * dim * 4 / time / 1e9:6.0f} GB/s"
+                if kind == "prefill":
+                    rate = f"{2 * items * length**2 * heads * dim / time / 1e12:5.0f} TFLOP/s"
+                mark = "*" if launch == used else " "
+                print(f"{kind} {shape} {items:3} x {length:5} {time * 1e6:9.1f} us {rate} {mark}{launch}", flush=True)
+
+
+def linears() -> None:
+    """Over copies of the weight that no cache holds."""
+    for model, shapes in LINEARS.items():
+        for out_size, size in shapes:
+            copies = max(2, (256 << 20) // (out_size * size * 2))
+            weights = [torch.randn(out_size, size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+            line = f"{model:5} {out_size:6} x {size:5}"
+            for rows in (1, 2, 4):
+                x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+                for call in (F.linear, linear_triton.linear):
+                    time = seconds(lambda: [call(x, weight) for weight in weights], 1) / copies  # noqa: B023
+                    rate = out_size * size * 2 / time / 1e9
+                    line += f"   {'cublas' if call is F.linear else 'own'} {rows}: {time * 1e6:6.1f} us {rate:5.0f}"
+            print(line, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
-    sweep = parser.parse_args().sweep
-    for shape in SHAPES:
-        dim = shape[2]
-        for items, length in DECODES:
-            arguments = batch(shape, items, length, 1)
-            tried = [Launch(t, w, s) for t, w, s in itertools.product((32, 64, 128), (2, 4), (2, 3, 4))]
-
-            def decode(arguments=arguments, items=items, length=length, shape=shape) -> tuple[float, str]:
-                time = seconds(arguments)
-                return time, f"{items * length * shape[1] * shape[2] * 4 / time / 1e9:.0f} GB/s"
-
-            label = f"decode {shape} {items} x {length}"
-            report(label, attn_triton.DECODE, dim, tried if sweep else [attn_triton.DECODE[dim]], decode)
-        for items, length in PREFILLS:
-            arguments = batch(shape, items, length, length)
-            tried = [Launch(t, w, s, r) for t, w, s, r in itertools.product((32, 64, 128), (4, 8), (2, 3), (64, 128))]
-
-            def prefill(arguments=arguments, items=items, length=length, shape=shape) -> tuple[float, str]:
-                time = seconds(arguments)
-                return time, f"{2 * items * length**2 * shape[0] * shape[2] / time / 1e12:.0f} TFLOP/s"
-
-            label = f"prefill {shape} {items} x {length}"
-            report(label, attn_triton.PREFILL, dim, tried if sweep else [attn_triton.PREFILL[dim]], prefill)
+    parser.add_argument("--only", default="decode,prefill,linear")
+    args = parser.parse_args()
+    kinds = args.only.split(",")
+    if args.sweep:
+        compile_all(kinds)
+    for kind in ("decode", "prefill"):
+        if kind in kinds:
+            attention(kind, args.sweep)
+    if "linear" in kinds:
+        linears()
 
 
 if __name__ == "__main__":

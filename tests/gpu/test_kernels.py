@@ -97,6 +97,22 @@ def test_heads_are_normed_rotated_and_stored_as_by_the_reference(
     close(apart, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (576, 1536), (130, 2048), (24, 14336)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_a_product_of_few_rows_equals_the_float64_answer(
+    rows: int, shape: tuple[int, int], bias: bool, dtype: torch.dtype
+) -> None:
+    from octavo.kernels import linear_triton
+
+    x, weight = normal(rows, shape[1], dtype=dtype), normal(*shape, dtype=dtype)
+    added = normal(shape[0], dtype=dtype) if bias else None
+    got = linear_triton.linear(x, weight, added).double()
+    want = reference.linear(x.double(), weight.double(), None if added is None else added.double())
+    assert (got - want).norm() <= 1e-2 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [5, 4096, 9001])
 def test_the_greedy_choice_is_the_lowest_of_equals_and_marks_what_is_not_finite(vocab: int, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.metadata import AttentionMetadata
+from octavo.kernels.pdl import chained, release, wait
 
 _MIN_ROWS = 16  # least rows of a tensor-core product
 _MAX_SPLITS = 32
@@ -116,8 +117,10 @@ def _prefill_kernel(
     scale, softcap, window, first_item, num_items, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    release(CHAINED)
+    wait(CHAINED)
     # The last blocks of an item have most keys: they go first.
     block, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     # Item i owns blocks query_start[i] // QUERIES + i on, at least as many as it needs: the last i whose first is not
@@ -177,7 +180,7 @@ def _decode_kernel(
     scale, softcap, window, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One of ``SPLITS`` parts of an item's keys: float32 outputs [item, head, split] and their logsumexp (base 2) for
     `_merge_kernel`; with one split the answer itself."""
@@ -189,6 +192,8 @@ def _decode_kernel(
     live_row = row < GROUP
     d = tl.arange(0, DIM_PAD)
     mask_q = live_row[:, None] & (d < DIM)[None, :]
+    release(CHAINED)
+    wait(CHAINED)
     q = tl.load(q_ptr + item.to(tl.int64) * q_stride + head[:, None] * q_head + d[None, :], mask_q, 0.0)
     positions = tl.zeros([ROWS], tl.int32) + seq_len - 1
 
@@ -219,12 +224,14 @@ def _decode_kernel(
 @triton.jit
 def _merge_kernel(
     acc_ptr, lse_ptr, out_ptr, sinks_ptr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one head: their outputs weighted by 2 to the lse."""
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = (item * HEADS + head) * SPLITS
     split, d = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
+    release(CHAINED)
+    wait(CHAINED)
     lse = tl.load(lse_ptr + place + split)
     top = tl.max(lse)
     sink = 0.0
@@ -267,30 +274,33 @@ def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
         acc = torch.empty(items, heads, splits, dim, dtype=torch.float32, device=query.device)
         lse = torch.empty(items, heads, splits, dtype=torch.float32, device=query.device)
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    launch = WIDE if query.dtype == torch.float32 else DECODE[pad]
+    chain, launch = chained(query.device), WIDE if query.dtype == torch.float32 else DECODE[pad]
     _decode_kernel[(items, kv_heads, splits)](
         query, cache, acc, lse, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
         query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
         group, heads, dim, pad, page, max(_MIN_ROWS, triton.next_power_of_2(group)), launch.tile, splits,
-        has_window, has_cap, sinks is not None, num_warps=launch.warps, num_stages=launch.stages,
+        has_window, has_cap, sinks is not None, chain,
+        num_warps=launch.warps, num_stages=launch.stages, launch_pdl=chain,
     )  # fmt: skip
     if splits > 1:
-        _merge_kernel[(items, heads)](acc, lse, out, sinks, heads, dim, pad, splits, sinks is not None, num_warps=1)
+        _merge_kernel[(items, heads)](
+            acc, lse, out, sinks, heads, dim, pad, splits, sinks is not None, chain, num_warps=1, launch_pdl=chain
+        )
 
 
 def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     items, heads, dim = len(meta.rows) - meta.num_decodes, query.shape[1], query.shape[2]
     kv_heads, page = cache.shape[2], cache.shape[3]
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
-    launch = WIDE if query.dtype == torch.float32 else PREFILL[pad]
+    chain, launch = chained(query.device), WIDE if query.dtype == torch.float32 else PREFILL[pad]
     rows = max(launch.rows, triton.next_power_of_2(group))
     queries = rows // group
     blocks = (len(query) - meta.num_decodes) // queries + items
     _prefill_kernel[(blocks, kv_heads)](
         query, cache, out, meta.query_start, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
         meta.num_decodes, items, query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
-        group, heads, dim, pad, page, queries, rows, launch.tile, has_window, has_cap, sinks is not None,
-        num_warps=launch.warps, num_stages=launch.stages,
+        group, heads, dim, pad, page, queries, rows, launch.tile, has_window, has_cap, sinks is not None, chain,
+        num_warps=launch.warps, num_stages=launch.stages, launch_pdl=chain,
     )  # fmt: skip
 
 

@@ -164,12 +164,12 @@ def ops(device: torch.device, dtype: torch.dtype) -> Ops:
 def _triton() -> Ops | str:
     """The Triton kernels, or why not."""
     try:
-        from octavo.kernels import attn_triton, triton_ops
+        from octavo.kernels import attn_triton, linear_triton, triton_ops
     except ImportError as error:
         return f"no Triton ({error}): install the package triton for many times the speed"
     return Ops(
         name="triton",
-        linear=reference.linear,
+        linear=linear_triton.linear,
         rms_norm=triton_ops.rms_norm,
         add_rms_norm=triton_ops.add_rms_norm,
         silu_and_mul=triton_ops.silu_and_mul,

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from octavo.kernels import reference
 from octavo.kernels.metadata import HeadChange
+from octavo.kernels.pdl import chained, release, wait
 
 _BLOCK_ACT = 1024
 _BLOCK_GREEDY = 4096
@@ -18,37 +19,45 @@ _BLOCK_GREEDY = 4096
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, weight_ptr, out_ptr, stride_row, stride_head, heads, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, weight_ptr, out_ptr, stride_row, stride_head, heads, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
     source = x_ptr + (row // heads).to(tl.int64) * stride_row + (row % heads) * stride_head
+    weight = tl.load(weight_ptr + offsets, mask, 0.0)
+    release(CHAINED)
+    wait(CHAINED)
     x = tl.load(source + offsets, mask, 0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / SIZE + eps)
     normed = (x * scale).to(weight_ptr.dtype.element_ty)
-    weight = tl.load(weight_ptr + offsets, mask, 0.0)
     tl.store(out_ptr + row.to(tl.int64) * SIZE + offsets, weight * normed, mask)
 
 
 @triton.jit
 def _add_rms_norm_kernel(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, eps,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * SIZE
     offsets = tl.arange(0, BLOCK)
     mask = offsets < SIZE
+    weight = tl.load(weight_ptr + offsets, mask, 0.0)
+    release(CHAINED)
+    wait(CHAINED)
     total = tl.load(x_ptr + row + offsets, mask, 0.0) + tl.load(residual_ptr + row + offsets, mask, 0.0)
     tl.store(sum_ptr + row + offsets, total, mask)
     x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x) / SIZE + eps)
     normed = (x * scale).to(weight_ptr.dtype.element_ty)
-    weight = tl.load(weight_ptr + offsets, mask, 0.0)
     tl.store(out_ptr + row + offsets, weight * normed, mask)
 
 
 @triton.jit
-def _gated_kernel(x_ptr, out_ptr, SIZE, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(x_ptr, out_ptr, SIZE, GELU: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
+    release(CHAINED)
+    wait(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < SIZE
@@ -94,7 +103,7 @@ def _place_heads_kernel(
     stride_token, page_stride, eps,
     GROUP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
     PAGE: tl.constexpr, GROUP_PAD: tl.constexpr, DIM_PAD: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    HAS_NORM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One KV head of one token with its query heads. q, k and v are parts of one row; a head is HALF + HALF + rest."""
     token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -105,6 +114,8 @@ def _place_heads_kernel(
     dtype = q_ptr.dtype.element_ty
     cos = tl.load(row + i, i < HALF, 0.0).to(dtype).to(tl.float32)
     sin = tl.load(row + HALF + i, i < HALF, 0.0).to(dtype).to(tl.float32)
+    release(CHAINED)
+    wait(CHAINED)
     g = tl.arange(0, GROUP_PAD)[:, None]
     q = q_ptr + token * stride_token + (kv_head * GROUP + g) * DIM
     out = out_ptr + (token * HEADS + kv_head * GROUP + g) * DIM
@@ -167,8 +178,12 @@ def _store_kv_kernel(
 
 
 @triton.jit
-def _peaks_kernel(logits_ptr, peak_ptr, at_ptr, stride, SIZE, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+def _peaks_kernel(
+    logits_ptr, peak_ptr, at_ptr, stride, SIZE, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+):
     """The greatest of each block of a row and where it is; NaN counts as infinite."""
+    release(CHAINED)
+    wait(CHAINED)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = block * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * stride + at, at < SIZE, float("-inf")).to(tl.float32)
@@ -179,7 +194,8 @@ def _peaks_kernel(logits_ptr, peak_ptr, at_ptr, stride, SIZE, BLOCKS: tl.constex
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _greedy_kernel(peak_ptr, at_ptr, out_ptr, rows, BLOCKS: tl.constexpr, PAD: tl.constexpr):
+def _greedy_kernel(peak_ptr, at_ptr, out_ptr, rows, BLOCKS: tl.constexpr, PAD: tl.constexpr, CHAINED: tl.constexpr):
+    wait(CHAINED)
     row, block = tl.program_id(0), tl.arange(0, PAD)
     peaks = tl.load(peak_ptr + row * BLOCKS + block, block < BLOCKS, float("-inf"))
     peak, winner = tl.max(peaks, 0, return_indices=True)
@@ -198,8 +214,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     rows = x.shape[0] * heads
     block = triton.next_power_of_2(size)
     warps = 1 if block <= 512 else 4 if block <= 4096 else 8
+    chain = chained(x.device)
     if rows:
-        _rms_norm_kernel[(rows,)](x, weight, out, x.stride(0), stride_head, heads, eps, size, block, num_warps=warps)
+        _rms_norm_kernel[(rows,)](
+            x, weight, out, x.stride(0), stride_head, heads, eps, size, block, chain, num_warps=warps, launch_pdl=chain
+        )
     return out
 
 
@@ -211,16 +230,21 @@ def add_rms_norm(
     size = x.shape[-1]
     block = triton.next_power_of_2(size)
     warps = 4 if block <= 4096 else 8
+    chain = chained(x.device)
     if len(x):
-        _add_rms_norm_kernel[(len(x),)](x, residual, weight, out, total, eps, size, block, num_warps=warps)
+        _add_rms_norm_kernel[(len(x),)](
+            x, residual, weight, out, total, eps, size, block, chain, num_warps=warps, launch_pdl=chain
+        )
     return out, total
 
 
 def _gated(x: torch.Tensor, gelu: bool) -> torch.Tensor:
     size = x.shape[-1] // 2
     out = torch.empty(len(x), size, dtype=x.dtype, device=x.device)
+    chain = chained(x.device)
     if len(x):
-        _gated_kernel[(len(x), triton.cdiv(size, _BLOCK_ACT))](x, out, size, gelu, _BLOCK_ACT)
+        grid = (len(x), triton.cdiv(size, _BLOCK_ACT))
+        _gated_kernel[grid](x, out, size, gelu, _BLOCK_ACT, chain, launch_pdl=chain)
     return out
 
 
@@ -262,11 +286,12 @@ def place_heads_(
     half, group, kv_heads = change.cos_sin.shape[1] // 2, heads // k.shape[1], k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     pads = [triton.next_power_of_2(n) if n else 0 for n in (group, dim, half, dim - 2 * half)]
+    chain = chained(q.device)
     if tokens:
         _place_heads_kernel[(tokens, kv_heads)](
             q, k, v, out, cache, change.q_norm, change.k_norm, change.cos_sin, positions, slots,
             q.stride(0), cache.stride(0), change.eps, group, heads, kv_heads, dim, half, cache.shape[3], *pads,
-            change.q_norm is not None, num_warps=1,
+            change.q_norm is not None, chain, num_warps=1, launch_pdl=chain,
         )  # fmt: skip
     return out
 
@@ -279,8 +304,11 @@ def greedy(logits: torch.Tensor) -> torch.Tensor:
     where = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
     out = torch.empty((2, rows), dtype=torch.int32, device=logits.device)
     if rows:
-        _peaks_kernel[(rows, blocks)](logits, peaks, where, logits.stride(0), size, blocks, _BLOCK_GREEDY)
-        _greedy_kernel[(rows,)](peaks, where, out, rows, blocks, triton.next_power_of_2(blocks), num_warps=1)
+        chain, pad = chained(logits.device), triton.next_power_of_2(blocks)
+        _peaks_kernel[(rows, blocks)](
+            logits, peaks, where, logits.stride(0), size, blocks, _BLOCK_GREEDY, chain, launch_pdl=chain
+        )
+        _greedy_kernel[(rows,)](peaks, where, out, rows, blocks, pad, chain, num_warps=1, launch_pdl=chain)
     return out
 
 
