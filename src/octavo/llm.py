@@ -132,7 +132,7 @@ class LLM:
                 chat_template=template,
                 template_kwargs=chat_template_kwargs,
             )
-            ids = self._inputs.encode(text, add_special_tokens=False)
+            ids = self._inputs.encode_prompt(text, add_special_tokens=False)
             prepared.append(self._inputs.process_ids(self._id(), ids, params, text=text))
         return self._run(prepared, use_tqdm)
 

@@ -81,7 +81,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # products with logits stay finite
         _within("seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
         _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _within("min_tokens", self.min_tokens, 0, 2**31 - 1)

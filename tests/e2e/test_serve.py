@@ -155,6 +155,14 @@ def test_a_huge_body_and_a_huge_header_are_refused(server: Server) -> None:
     assert httpx.get(f"{server.url}/ping").status_code == 200
 
 
+@pytest.mark.parametrize("size", [60_000, 70_000, 300_000, 3_000_000])
+def test_a_body_below_the_limit_is_read_whatever_its_size(server: Server, size: int) -> None:
+    with httpx.Client(timeout=30) as client:
+        for _ in range(2):  # the second on the same connection
+            answer = client.post(f"{server.url}/detokenize", json={"tokens": [5], "user": "x" * size})
+            assert answer.status_code == 200, answer.text
+
+
 def test_models_tokens_and_health(server: Server, client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["tiny-llama"]
     tokens = httpx.post(f"{server.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]

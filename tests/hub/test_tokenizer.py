@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -290,6 +292,31 @@ def test_broken_settings_are_an_error_not_a_crash(bad: dict[str, Any], tmp_path:
     with pytest.raises(ModelError) as error:
         load_tokenizer(source(tmp_path))
     assert error.value.id == "HF002"
+
+
+def test_long_texts_leave_the_interpreter_to_other_threads_and_are_no_different(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(source(byte_level(tmp_path)))
+    text = "Hello, wörld 中! " * 40_000
+    ticks = 0
+    done = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.005):
+            ticks += 1
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    began = time.monotonic()
+    ids = tokenizer.encode(text)
+    took = time.monotonic() - began
+    done.set()
+    thread.join()
+    assert ticks > took / 0.005 / 20
+    assert ids == tokenizer.encode("Hello, wörld 中! ") * 40_000
+    assert tokenizer.decode(ids) == text
+    with pytest.raises(RequestError, match="surrogate"):
+        tokenizer.encode(text + "\ud800")
 
 
 def test_half_a_surrogate_pair_is_the_request_s_fault(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
@@ -81,7 +82,7 @@ class InputProcessor:
         """Checks and converts one request; raises `RequestError` naming the field, its value and the limit."""
         text, ids = self._split(prompt)
         if ids is None:
-            ids = self.encode(text or "")
+            ids = self.encode_prompt(text or "")
         return self.process_ids(
             id, ids, params, text=text, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
         )
@@ -123,6 +124,23 @@ class InputProcessor:
             for i in range(params.n)
         ]
         return Prepared(id, text, ids, params, requests)
+
+    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """As `encode`, but a text that cannot fit is refused before seconds are spent on its tokens."""
+        limit = self.info.max_model_len
+        if len(text) > limit and len(text) > limit * self._longest_token:
+            raise RequestError(
+                f"the prompt has {len(text)} characters: more than max_model_len, which is {limit} tokens, can hold.",
+                "Shorten the prompt.",
+                param="prompt",
+            )
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token: none stands for more, but for unknown words of old tokenizers."""
+        names = map(self.tokenizer.id_to_token, range(self.tokenizer.vocab_size)) if self.tokenizer else ()
+        return max((len(name) for name in names if name is not None), default=1)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; raises `RequestError` without a tokenizer."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+LONG: Final = 4096  # characters or ids from which on the library's batch calls are used: only those release the GIL
 _NAME_IT: Final = "Name another one with --tokenizer, or pass --skip-tokenizer-init to work with token ids alone."
 
 
@@ -134,15 +135,23 @@ class HfTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids; raises `RequestError` for text that is no Unicode (half a surrogate pair)."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG:
+                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             if not isinstance(text, str) or _is_unicode(text):
                 raise
             raise RequestError("the text has half a surrogate pair.", "Send valid Unicode.", param="prompt") from error
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        text: str
+        if len(ids) > LONG:
+            (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        else:
+            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return _cleaned(text) if self._clean_up else text
 
     def id_to_token(self, id: int) -> str | None:

@@ -94,7 +94,8 @@ async def detokenize(service: Service, request: Request) -> Response:
     for token in body.tokens:
         if not 0 <= token < size:
             raise RequestError(f"tokens holds {token}, outside [0, {size - 1}].", "Remove it.", param="tokens")
-    return _json({"prompt": tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return _json({"prompt": text})
 
 
 def _card(service: Service) -> dict[str, Any]:

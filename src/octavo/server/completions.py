@@ -64,7 +64,7 @@ def _params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams
 def _prompt(service: Service, body: CompletionRequest, prompt: str | list[int]) -> Prompt:
     if body.add_special_tokens is not False or not isinstance(prompt, str):
         return prompt
-    return {"prompt": prompt, "prompt_token_ids": service.llm.inputs.encode(prompt, add_special_tokens=False)}
+    return {"prompt": prompt, "prompt_token_ids": service.llm.inputs.encode_prompt(prompt, add_special_tokens=False)}
 
 
 def _only_echo(body: CompletionRequest) -> bool:

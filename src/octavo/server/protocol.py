@@ -16,7 +16,7 @@ from octavo.errors import RequestError
 from octavo.server.errors import ApiError
 from octavo.types import MAX_LOGPROBS, SamplingParams
 
-MAX_PROMPTS = 1024  # prompts in one completion request
+MAX_PROMPTS = 1024  # prompts in one completion request, and answers to them
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 PRIORITY_LIMIT = 2**31
 
@@ -124,6 +124,12 @@ class CompletionRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
                 f"prompt holds {len(prompts)} prompts, outside [1, {MAX_PROMPTS}].",
                 "Split the request.",
                 param="prompt",
+            )
+        if len(prompts) * (self.n or 1) > MAX_PROMPTS:
+            raise RequestError(
+                f"{len(prompts)} prompts with n {self.n} are more than {MAX_PROMPTS} answers.",
+                "Split the request.",
+                param="n",
             )
         if not all(prompts):
             raise RequestError("a prompt is empty.", "Send at least one token.", param="prompt")
