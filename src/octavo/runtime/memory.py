@@ -8,6 +8,7 @@ import torch
 
 from octavo.config import ModelConfig
 from octavo.errors import OutOfMemory, UnsupportedModel
+from octavo.hub.plan import kv_remedy
 from octavo.platforms.base import Platform
 
 
@@ -54,7 +55,7 @@ def plan_cache(
         if fixed_len or num_pages < 1:
             raise OutOfMemory(
                 f"The KV cache gets {arithmetic}; one sequence of {max_len} tokens needs {wanted}, {needed}.",
-                "Lower --max-model-len or raise --kv-cache-memory-bytes.",
+                kv_remedy(num_pages * page_size, (wanted + 1) * page_bytes),
             )
         max_len = num_pages * page_size
         arithmetic += f"; max_model_len lowered to {max_len}, {wanted * page_size} would need {needed}"
