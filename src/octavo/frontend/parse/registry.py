@@ -1,0 +1,170 @@
+"""Which formats a model writes in: by name, or from its chat template and architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from octavo.errors import ConfigError
+from octavo.frontend.parse import (
+    deepseek_v3,
+    gemma,
+    generic,
+    glm45,
+    gpt_oss,
+    hermes,
+    kimi_k2,
+    llama3_json,
+    mistral,
+    qwen3_coder,
+)
+from octavo.frontend.parse.message import MessageParser
+from octavo.frontend.parse.reader import Parse, Reader, Steps, new_call_id
+from octavo.frontend.parse.think import between
+from octavo.frontend.parse.values import Tools
+
+if TYPE_CHECKING:
+    from octavo.hub.tokenizer import Tokenizer
+
+AUTO, NONE = "auto", "none"
+
+
+class ToolFormat(Protocol):
+    """A format's module. `MARKERS` are those of its texts that may be special tokens."""
+
+    @property
+    def MARKERS(self) -> tuple[str, ...]: ...  # noqa: N802
+
+    def parse(self, text: Reader) -> Steps[None]: ...
+
+
+TOOLS: dict[str, ToolFormat] = {
+    "deepseek_v3": deepseek_v3,
+    "gemma": gemma,
+    "glm45": glm45,
+    "gpt_oss": gpt_oss,
+    "hermes": hermes,
+    "json": generic,
+    "kimi_k2": kimi_k2,
+    "llama3_json": llama3_json,
+    "mistral": mistral,
+    "qwen3_coder": qwen3_coder,
+}
+TOOL_ALIASES = {  # vLLM's further names
+    "deepseek_v31": "deepseek_v3",
+    "glm47": "glm45",
+    "llama4_json": "llama3_json",
+    "openai": "gpt_oss",
+    "qwen3_xml": "qwen3_coder",
+}
+HARMONY = "gpt_oss"
+REASONING = {
+    "mistral": ("[THINK]", "[/THINK]"),
+    "seed_oss": ("<seed:think>", "</seed:think>"),
+    "think": ("<think>", "</think>"),
+}
+REASONING_ALIASES = {
+    "openai_gptoss": HARMONY,
+    **dict.fromkeys(
+        ("deepseek_r1", "deepseek_v3", "glm45", "holo2", "kimi_k2", "minimax_m2", "nemotron_v3", "qwen3", "step3"),
+        "think",
+    ),
+}
+
+# The first of these texts that a template has decides; what is nearer to one family comes first.
+_TOOL_SIGNS = (
+    ("<|channel|>", HARMONY),
+    ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
+    ("<|tool_calls_section_begin|>", "kimi_k2"),
+    ("[TOOL_CALLS]", "mistral"),
+    ("<arg_key>", "glm45"),
+    ("<function=", "qwen3_coder"),
+    ("<tool_call>", "hermes"),
+    ("<|python_tag|>", "llama3_json"),
+    ("dictionary of argument name and its value", "llama3_json"),
+    ("<start_of_turn>", "gemma"),
+)
+_REASONING_SIGNS = (
+    ("<|channel|>", HARMONY),
+    ("[THINK]", "mistral"),
+    ("<seed:think>", "seed_oss"),
+    ("<think>", "think"),
+    ("</think>", "think"),
+)
+_ARCHITECTURES = {  # tell more than a template that says nothing
+    "GptOssForCausalLM": (HARMONY, HARMONY),
+    "Qwen2ForCausalLM": ("hermes", None),
+    "Qwen3ForCausalLM": ("hermes", "think"),
+    "Qwen3MoeForCausalLM": ("hermes", "think"),
+    "Gemma3ForCausalLM": ("gemma", None),
+}
+
+
+def detect(template: str | None, architecture: str = "") -> tuple[str, str | None]:
+    """(format of tool calls, format of reasoning or None) of a model."""
+    by_tool, by_reasoning = _ARCHITECTURES.get(architecture, ("json", None))
+    text = template or ""
+    tool = next((name for sign, name in _TOOL_SIGNS if sign in text), by_tool)
+    reasoning = next((name for sign, name in _REASONING_SIGNS if sign in text), by_reasoning)
+    return tool, reasoning
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How to read the answers of one model. None: calls, or reasoning, are content."""
+
+    tool: str | None = None
+    reasoning: str | None = None
+
+    @classmethod
+    def of(cls, template: str | None, architecture: str = "", *, tool: str = AUTO, reasoning: str = AUTO) -> Formats:
+        """Those named, else those of the model; raises `ConfigError` for a name that is none."""
+        found_tool, found_reasoning = detect(template, architecture)
+        named_tool = _named(tool, TOOLS, TOOL_ALIASES, "tool_call_parser")
+        named_reasoning = _named(reasoning, {*REASONING, HARMONY}, REASONING_ALIASES, "reasoning_parser")
+        return cls(
+            found_tool if named_tool == AUTO else named_tool,
+            found_reasoning if named_reasoning == AUTO else named_reasoning,
+        )
+
+    def parser(self, prompt: str, tools: Tools, new_id: Callable[[], str] | None = None) -> MessageParser | None:
+        """A parser of one answer to ``prompt``; None if all of any answer is content. ``new_id`` names calls."""
+        parsers: list[Parse] = []
+        if HARMONY in (self.reasoning, self.tool):
+            parsers.append(gpt_oss.parse)
+        elif self.reasoning is not None:
+            start, end = REASONING[self.reasoning]
+            parsers.append(between(start, end, opened=prompt.rstrip().endswith(start)))
+        if tools and self.tool is not None and self.tool != HARMONY:
+            parsers.append(TOOLS[self.tool].parse)
+        if new_id is None:
+            new_id = mistral.new_call_id if self.tool == "mistral" else new_call_id
+        return MessageParser(parsers, tools, new_id) if parsers else None
+
+    def markers(self, *, tools: bool) -> frozenset[str]:
+        """The texts that a parser must see even where they are special tokens, which have no text otherwise."""
+        found: set[str] = set(REASONING.get(self.reasoning or "", ()))
+        if HARMONY in (self.reasoning, self.tool):
+            found.update(gpt_oss.MARKERS)
+        elif tools and self.tool is not None:
+            found.update(TOOLS[self.tool].MARKERS)
+        return frozenset(found)
+
+
+def special_ids(tokenizer: Tokenizer | None, markers: Collection[str]) -> frozenset[int]:
+    """The ids of those of ``markers`` that are special tokens."""
+    if tokenizer is None:
+        return frozenset()
+    ids = (tokenizer.token_to_id(marker) for marker in markers)
+    return frozenset(id for id in ids if id is not None) & tokenizer.special_ids
+
+
+def _named(name: str, known: Collection[str], aliases: Mapping[str, str], option: str) -> str | None:
+    if name == NONE:
+        return None
+    name = aliases.get(name, name)
+    if name != AUTO and name not in known:
+        choices = ", ".join(sorted({AUTO, NONE, *known, *aliases}))
+        raise ConfigError(f"{option} is {name!r}.", f"Give one of {choices}.")
+    return name
