@@ -110,7 +110,31 @@ def test_the_legacy_task_of_text_generation_is_accepted(task: str) -> None:
 
 def test_another_task_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "m", "--task", "embed"]) == 2
-    assert "'embed'" in capsys.readouterr().err
+    assert "--task embed, which is --runner pooling --convert embed" in capsys.readouterr().err
+    assert cli.main(["serve", "m", "--task", "dream"]) == 2
+    assert "'dream'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [("--runner", "generate"), ("--convert", "none"), ("--runner=auto", "--convert=auto")])
+def test_runner_and_convert_of_text_generation_are_accepted(argv: tuple[str, ...]) -> None:
+    assert options.engine_config(parse("serve", "m", *argv)).model.model == "m"
+
+
+@pytest.mark.parametrize("argv", [("--runner", "pooling"), ("--convert", "embed")])
+def test_pooling_is_refused(argv: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="no pooling models"):
+        options.engine_config(parse("serve", "m", *argv))
+
+
+@pytest.mark.parametrize(
+    ("format", "said"), [("fastsafetensors", "several threads"), ("runai_streamer", "Download"), ("mistral", "twin")]
+)
+def test_load_formats_of_other_engines_are_answered_with_what_to_do(format: str, said: str) -> None:
+    with pytest.raises(ConfigError, match="no load format") as caught:
+        options.engine_config(parse("serve", "m", "--load-format", format))
+    assert said in caught.value.remedy
+    with pytest.raises(ConfigError, match="no load format"):
+        EngineConfig.of(model="m", load_format=format)
 
 
 @pytest.mark.parametrize(

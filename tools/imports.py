@@ -29,7 +29,7 @@ BELOW: dict[str, set[str]] = {
     "cache": set(),
     "sched": {"cache"},
     "core": {"sched", "cache", "runtime", "models", "layers", "kernels", "platforms", "hub"},
-    "frontend": {"cache.prefix", "hub.tokenizer", "hub.resolve", "hub.source", "hub.configs"},
+    "frontend": {"cache.prefix", "hub.tokenizer", "hub.configs", "hub.files"},
     "server": {"frontend", "async_llm"},
 }
 NO_TORCH = {"cache", "sched", "frontend", "server", "hub", "async_llm", "options", "terminal", *LEAVES}

@@ -20,6 +20,21 @@ from octavo.errors import ConfigError
 DEFAULT_MAX_NUM_SEQS = 128
 DEFAULT_BATCHED_TOKENS = 2048
 
+# Load formats of vLLM that octavo has no reader for, with what to do instead.
+OTHER_LOAD_FORMATS = {
+    "bitsandbytes": "Take a GGUF file of the model, or its plain weights.",
+    "fastsafetensors": "Leave --load-format out: octavo reads the same files itself, with several threads.",
+    "hf": "Leave --load-format out: auto takes safetensors, else pickled files.",
+    "instanttensor": "Leave --load-format out: octavo reads the same files itself, with several threads.",
+    "mistral": "Take files in the Hugging Face format (model*.safetensors), which Mistral's repos have too, "
+    "or a converted twin of one that has only params.json and consolidated*.safetensors.",
+    "npcache": "Leave --load-format out: safetensors need no cache.",
+    "runai_streamer": "Download the model and leave --load-format out: octavo reads local files.",
+    "runai_streamer_sharded": "Download the model and leave --load-format out: octavo reads local files.",
+    "sharded_state": "Take the model's original files: octavo reads of each what a process needs.",
+    "tensorizer": "Take the model's safetensors.",
+}
+
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), alias: tuple[str, ...] = ()) -> Any:
     """A config field with what the command line needs to know about it."""
@@ -37,6 +52,7 @@ class ModelOptions:
     tokenizer: str | None = option(None, "repo id or folder of the tokenizer; default: the model's own")
     tokenizer_mode: str = option("auto", "which tokenizer implementation", choices=("auto", "hf", "slow", "mistral"))
     revision: str | None = option(None, "branch, tag or commit of the model")
+    code_revision: str | None = option(None, "branch, tag or commit of code that the model takes from another repo")
     tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer; default: --revision")
     trust_remote_code: bool = option(False, "allow Python code from the model's repository to run")
     dtype: str = option(
@@ -52,8 +68,10 @@ class ModelOptions:
         "auto", "who implements the model ('vllm' means native)", choices=("auto", "native", "vllm", "transformers")
     )
     skip_tokenizer_init: bool = option(False, "no tokenizer: token ids in, token ids out")
+    hf_config_path: str | None = option(None, "repo id or folder with config.json; default: the model's own")
     hf_overrides: dict[str, Any] = option({}, "JSON merged over config.json")
     generation_config: str = option("auto", "sampling defaults: 'auto' (the model's), 'vllm' (none) or a folder")
+    override_generation_config: dict[str, Any] = option({}, "JSON merged over the sampling defaults")
     hf_token: str | None = option(None, "token for the Hub; default: HF_TOKEN or the stored login")
     download_dir: str | None = option(None, "cache folder for downloads; default: that of the Hugging Face client")
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
@@ -120,8 +138,7 @@ class EngineConfig:
         """Checks ranges and options that contradict each other."""
         for part, f in option_fields(type(self)):
             value, choices = getattr(getattr(self, part), f.name), f.metadata["choices"]
-            if choices and str(value) not in choices:
-                raise ConfigError(f"{f.name} is {value!r}.", f"Give one of {', '.join(choices)}.")
+            check_choice(f.name, value, choices)
         if not self.model.model:
             raise ConfigError("no model is named.", "Give a repo id, a folder or a .gguf file.")
         _range("max_num_seqs", self.limits.max_num_seqs, 1, 65_536)
@@ -157,6 +174,15 @@ def option_fields(config: type) -> list[tuple[str, dataclasses.Field[Any]]]:
     """(part name, field) of every option of `EngineConfig`, in order."""
     hints = typing.get_type_hints(config)
     return [(part.name, f) for part in dataclasses.fields(config) for f in dataclasses.fields(hints[part.name])]
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...], *, shown: str | None = None) -> None:
+    """Raises `ConfigError` if there are ``choices`` and ``value`` is none of them; ``shown`` is the flag's name."""
+    if not choices or str(value) in choices:
+        return
+    if name == "load_format" and value in OTHER_LOAD_FORMATS:
+        raise ConfigError(f"octavo has no load format {value}.", OTHER_LOAD_FORMATS[str(value)])
+    raise ConfigError(f"{shown or name} is {value!r}.", f"Give one of {', '.join(choices)}.")
 
 
 def _range(name: str, value: float | None, low: float, high: float) -> None:

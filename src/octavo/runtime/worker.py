@@ -7,8 +7,8 @@ import torch
 from octavo import platforms
 from octavo.config import EngineConfig, ModelConfig
 from octavo.hub.checkpoint import open_checkpoint
-from octavo.hub.configs import generation_config, max_model_len, model_config, read_hf_dict
-from octavo.hub.resolve import resolve
+from octavo.hub.configs import max_model_len, model_config
+from octavo.hub.files import find_files
 from octavo.kernels import select
 from octavo.log import get_logger
 from octavo.models import registry
@@ -27,23 +27,16 @@ class Worker:
         """See `runtime.base.WorkerBase.init`."""
         log, options = get_logger(), config.model
         self._config = config
-        self._source = resolve(
-            options.model,
-            revision=options.revision,
-            token=options.hf_token,
-            download_dir=options.download_dir,
-            weights=options.load_format != "dummy",
-        )
+        files = find_files(options, weights=options.load_format != "dummy")
+        self._source = files.weights
         log.info("model: %s", self._source.reason)
         self.platform = platforms.select(config.device.device)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
-        hf = read_hf_dict(self._source, options.hf_overrides)
-        generation = generation_config(self._source)
         self._model_config = model_config(
-            hf,
+            files.hf_dict(),
             dtype=options.dtype,
-            generation=generation,
+            generation=files.generation,
             device=self.platform.device.type,
             fast_bfloat16=self.platform.fast_bfloat16,
         )
@@ -63,6 +56,7 @@ class Worker:
         else:
             checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
             report = load(self._model, checkpoint, self.platform.device, progress)
+        self._model_config = self._model.config  # the Transformers backend finds out the layers itself
         get_logger().info("weights: %s", report)
         for line in select.report():
             get_logger().info("kernels: %s", line)

@@ -1,0 +1,58 @@
+"""Python code out of a model's repo: the one place that loads it, and only where the user said so.
+
+Nothing else may call Transformers' ``get_class_from_dynamic_module`` or ask it to trust remote code; a test searches
+the source for both. The gate is here and not with the callers, since Transformers' function has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from octavo.errors import ModelError
+from octavo.hub.resolve import resolve
+from octavo.hub.source import Source
+
+
+def reference(config: Mapping[str, Any], auto_class: str) -> str | None:
+    """What ``auto_map`` names for ``auto_class`` ("AutoTokenizer"): ``module.Class`` or ``owner/name--module.Class``.
+
+    Of a pair (slow, fast) it is the fast one.
+    """
+    named = config.get("auto_map")
+    if isinstance(named, Mapping):
+        named = named.get(auto_class)
+    if isinstance(named, (list, tuple)):
+        named = next((name for name in reversed(named) if name), None)
+    return str(named) if named else None
+
+
+def load_class(source: Source, reference: str, *, trust_remote_code: bool, code_revision: str | None = None) -> Any:
+    """The class ``module.Class`` of the repo or folder ``source``; importing it runs its module.
+
+    ``owner/name--module.Class`` is taken from that repo at ``code_revision``. Raises `ModelError`: HF010 without
+    ``trust_remote_code``, before anything is read; HF011 for code that cannot be found or imported.
+    """
+    repo, _, inside = reference.rpartition("--")
+    file = inside.rpartition(".")[0].replace(".", "/") + ".py"
+    if trust_remote_code is not True:
+        raise ModelError(
+            f"{source.name} needs {inside}, which is Python code of {repo or 'its repo'} ({file}),"
+            f" at {source.commit or source.path}.",
+            "Read that code, then allow it with --trust-remote-code (trust_remote_code=True), or take a model and a"
+            " tokenizer (--tokenizer) without code of their own.",
+            id="HF010",
+        )
+    if repo:
+        source = resolve(repo, revision=code_revision, weights=False, code=True)
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    try:
+        return get_class_from_dynamic_module(inside, str(source.path), local_files_only=True)
+    except Exception as error:  # it is any code
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ModelError(
+            f"{file} of {repo or source.name} cannot be imported: {type(error).__name__}: {first}.",
+            "Install what it needs, or name the revision that fits the installed packages.",
+            id="HF011",
+        ) from error
