@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates and texts as they are)
 """Literal texts of each format, whole and in pieces; malformed and hostile ones."""
 
 from __future__ import annotations
@@ -100,15 +101,19 @@ GOOD: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ),
     (
         "hermes",
-        'Let me see.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n<tool_call>\n'
-        '{"name": "add", "arguments": {"a": 1, "b": 2.5}}\n</tool_call>',
+        (
+            'Let me see.\n\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>\n<tool_call>\n'
+            '{"name": "add", "arguments": {"a": 1, "b": 2.5}}\n</tool_call>'
+        ),
         "Let me see.",
         [PARIS, SUM],
     ),
     (
         "hermes",
-        '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
-        '{"name": "add", "arguments": {"a": 1, "b": 2.5}}]</tool_call>',
+        (
+            '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+            '{"name": "add", "arguments": {"a": 1, "b": 2.5}}]</tool_call>'
+        ),
         "",
         [PARIS, SUM],
     ),
@@ -150,8 +155,10 @@ GOOD: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("llama3_json", '{"name": "Bob", "parameters": {}}', '{"name": "Bob", "parameters": {}}', []),
     (
         "mistral",
-        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}, '
-        '{"name": "add", "arguments": {"a": 1, "b": 2.5}}]',
+        (
+            '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+            '{"name": "add", "arguments": {"a": 1, "b": 2.5}}]'
+        ),
         "",
         [PARIS, SUM],
     ),
@@ -164,8 +171,10 @@ GOOD: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("mistral", '[TOOL_CALLS]add{"a": 1, "b": 2.5}', "", [SUM]),
     (
         "deepseek_v3",
-        f'Now.\n{DS[0]}{DS[1]}function{DS[2]}get_weather\n```json\n{{"city": "Paris"}}\n```{DS[3]}\n'
-        f'{DS[1]}function{DS[2]}add\n```json\n{{"a": 1, "b": 2.5}}\n```{DS[3]}{DS[4]}',
+        (
+            f'Now.\n{DS[0]}{DS[1]}function{DS[2]}get_weather\n```json\n{{"city": "Paris"}}\n```{DS[3]}\n'
+            f'{DS[1]}function{DS[2]}add\n```json\n{{"a": 1, "b": 2.5}}\n```{DS[3]}{DS[4]}'
+        ),
         "Now.",
         [PARIS, SUM],
     ),
@@ -178,31 +187,39 @@ GOOD: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("deepseek_v3", f"{DS[0]}{DS[1]}function{DS[2]}{{}}{DS[3]}{DS[4]}", "", [("function", {})]),
     (
         "kimi_k2",
-        f'I look.{KIMI[0]}{KIMI[1]}functions.get_weather:0{KIMI[2]}{{"city": "Paris"}}{KIMI[3]}'
-        f'{KIMI[1]}functions.add:1{KIMI[2]}{{"a": 1, "b": 2.5}}{KIMI[3]}{KIMI_END}',
+        (
+            f'I look.{KIMI[0]}{KIMI[1]}functions.get_weather:0{KIMI[2]}{{"city": "Paris"}}{KIMI[3]}'
+            f'{KIMI[1]}functions.add:1{KIMI[2]}{{"a": 1, "b": 2.5}}{KIMI[3]}{KIMI_END}'
+        ),
         "I look.",
         [PARIS, SUM],
     ),
     (
         "glm45",
-        "Fine.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>\n"
-        "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
-        "<arg_key>b</arg_key>\n<arg_value>2.5</arg_value>\n</tool_call>",
+        (
+            "Fine.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>\n"
+            "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n"
+            "<arg_key>b</arg_key>\n<arg_value>2.5</arg_value>\n</tool_call>"
+        ),
         "Fine.",
         [PARIS, SUM],
     ),
     (
         "glm45",  # a string that looks like a number, an object, and a parameter that nothing declares
-        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>75001</arg_value><arg_key>opts</arg_key>"
-        '<arg_value>{"a": [1]}</arg_value><arg_key>x</arg_key><arg_value>True</arg_value></tool_call>',
+        (
+            "<tool_call>get_weather<arg_key>city</arg_key><arg_value>75001</arg_value><arg_key>opts</arg_key>"
+            '<arg_value>{"a": [1]}</arg_value><arg_key>x</arg_key><arg_value>True</arg_value></tool_call>'
+        ),
         "",
         [("get_weather", {"city": "75001", "opts": {"a": [1]}, "x": True})],
     ),
     (
         "qwen3_coder",
-        "Ok\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>\n"
-        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2.5\n</parameter>\n</function>\n"
-        "</tool_call>",
+        (
+            "Ok\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>\n"
+            "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2.5\n</parameter>\n</function>\n"
+            "</tool_call>"
+        ),
         "Ok",
         [PARIS, SUM],
     ),
@@ -214,8 +231,10 @@ GOOD: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ),
     (
         "gpt_oss",
-        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
-        '<|constrain|>json<|message|>{"city": "Paris"}<|call|>',
+        (
+            "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+            '<|constrain|>json<|message|>{"city": "Paris"}<|call|>'
+        ),
         "",
         [PARIS],
     ),
@@ -238,8 +257,10 @@ GOOD: list[tuple[str, str, str, list[tuple[str, Any]]]] = [
     ("json", '{"name": "get_weather", "arguments": {"city": "Paris"}}', "", [PARIS]),
     (
         "json",
-        '```json\n[{"function": "get_weather", "parameters": {"city": "Paris"}}, '
-        '{"function": {"name": "add", "arguments": {"a": 1, "b": 2.5}}}]\n```\nDone.',
+        (
+            '```json\n[{"function": "get_weather", "parameters": {"city": "Paris"}}, '
+            '{"function": {"name": "add", "arguments": {"a": 1, "b": 2.5}}}]\n```\nDone.'
+        ),
         "Done.",
         [PARIS, SUM],
     ),

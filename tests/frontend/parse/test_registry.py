@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (templates and texts as they are)
 """Which formats are chosen for which models. The templates are the telling parts of real ones."""
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def test_names_override_and_those_of_vllm_are_known() -> None:
 
 @pytest.mark.parametrize("options", [{"tool": "nope"}, {"reasoning": "nope"}])
 def test_an_unknown_name_is_refused_with_those_that_are_known(options: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="hermes|deepseek_r1"):
+    with pytest.raises(ConfigError, match=r"hermes|deepseek_r1"):
         Formats.of(None, **options)
 
 
