@@ -9,9 +9,8 @@ namespace octavo::OCTAVO_ISA {
 constexpr bool kHasFew = true;
 constexpr isize kFewRows = 8;
 
-// Keys are transposed only within 128-bit lanes: vector c of
-// tokens 4 q … 4 q + 3 then has word 4 L + c of each of them in lane L, the query is spread the same way (`spread`), and
-// the lanes are added up at the end. `spread` is [rows][words][16].
+// Keys are transposed only within 128-bit lanes: vector c of tokens 4 q … 4 q + 3 then has word 4 L + c of each of them
+// in lane L, the query is spread the same way (`spread`, [rows][words][16]), and the lanes are added up at the end.
 OCTAVO_INLINE void spread_query(const bf16* query, uint32_t* spread, isize words) {
     for (isize w = 0; w < words; w += 16) {
         __m512i q = _mm512_loadu_si512((const uint32_t*)query + w);
