@@ -186,6 +186,15 @@ def test_nothing_is_lost_when_a_tokenizer_takes_a_space_back() -> None:
     assert "".join([*map(out.push, ids), out.flush()]) == "a . b"
 
 
+def test_special_tokens_that_are_kept_show_among_those_that_are_skipped() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = [tokenizer.token_to_id(t) or 0 for t in ("<s>", "<|end|>", "he", "</s>", "<|end|>")]
+    out = Detokenizer(TextDecoder(tokenizer), ids, SamplingParams(), keep={tokenizer.token_to_id("<|end|>") or 0})
+    for id in ids:
+        out.push(id)
+    assert out.take(final=True) == "<|end|>he<|end|>"
+
+
 def test_special_tokens_are_joined_without_spaces_only_when_told_so() -> None:
     lib = Library(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))  # no decoder: words are joined with spaces
     lib.add_special_tokens(["<s>", "</s>"])

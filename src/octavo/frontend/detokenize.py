@@ -12,7 +12,7 @@ stays short: the cost of a token does not grow with the length of the text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from octavo.types import SamplingParams
@@ -45,7 +45,10 @@ class TextDecoder:
 
 
 class IncrementalText:
-    """The text that follows ``prompt``: the concatenation of all pieces is decode(prompt + output) - decode(prompt)."""
+    """The text that follows ``prompt``: the concatenation of all pieces is decode(prompt + output) - decode(prompt).
+
+    Where special tokens are skipped, those in ``keep`` are not.
+    """
 
     def __init__(
         self,
@@ -54,9 +57,11 @@ class IncrementalText:
         *,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        keep: Collection[int] = (),
     ) -> None:
         self._decoder = decoder
-        self._skip = skip_special_tokens
+        self._hidden = decoder.special_ids.difference(keep) if skip_special_tokens else frozenset()
+        self._skip = skip_special_tokens and not keep  # the tokenizer would not keep any
         self._join_specials = not skip_special_tokens and not spaces_between_special_tokens
         self._after_special = False  # whether the last token was a special one
         self._window = self._context(prompt)
@@ -67,7 +72,7 @@ class IncrementalText:
 
     def push(self, token: int) -> str:
         """Takes one token; returns the text that became certain, often that of this token."""
-        if self._skip and token in self._decoder.special_ids:
+        if token in self._hidden:
             return ""
         if self._join_specials:
             after, self._after_special = self._after_special, token in self._decoder.special_ids
@@ -129,7 +134,7 @@ class IncrementalText:
         for token in reversed(prompt):
             if len(context) == CONTEXT:
                 break
-            if (self._skip and token in self._decoder.special_ids) or (not context and token in self._decoder.byte_ids):
+            if token in self._hidden or (not context and token in self._decoder.byte_ids):
                 continue
             context.append(token)
         return context[::-1]
@@ -195,12 +200,15 @@ class Detokenizer:
     ``text()`` is what the user sees in the end; ``take()`` hands it out in pieces that are never taken back.
     """
 
-    def __init__(self, decoder: TextDecoder, prompt: Sequence[int], params: SamplingParams) -> None:
+    def __init__(
+        self, decoder: TextDecoder, prompt: Sequence[int], params: SamplingParams, *, keep: Collection[int] = ()
+    ) -> None:
         self._decode = IncrementalText(
             decoder,
             prompt,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
+            keep=keep,
         )
         self._stops = StopMatcher(params.stops()) if params.stops() else None
         self._include = params.include_stop_str_in_output

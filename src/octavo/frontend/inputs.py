@@ -38,6 +38,7 @@ class Prepared:
     prompt_token_ids: list[int]
     params: SamplingParams
     requests: list[Request]
+    kept_ids: frozenset[int] = frozenset()  # special tokens whose text is needed although others are skipped
     arrival_time: float = field(default_factory=time.monotonic)
 
 

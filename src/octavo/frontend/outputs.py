@@ -46,7 +46,9 @@ class _Output:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         wants_text = decoder is not None and params.detokenize
-        self.detokenizer = Detokenizer(decoder, prepared.prompt_token_ids, params) if decoder and wants_text else None
+        self.detokenizer: Detokenizer | None = None
+        if decoder is not None and wants_text:
+            self.detokenizer = Detokenizer(decoder, prepared.prompt_token_ids, params, keep=prepared.kept_ids)
 
     def take_text(self) -> str:
         final = self.finish_reason is not None
