@@ -63,7 +63,7 @@ class Paged:
         with context.use(context.ForwardContext(self._metadata(order, positions), self.kv_cache)):
             hidden = self.model(ids, torch.cat(positions))
         logits = self.model.logits(hidden).float()
-        return dict(zip(order, logits.split([len(chunks[row]) for row in order]), strict=True))
+        return dict(zip(order, torch.split(logits, [len(chunks[row]) for row in order]), strict=True))
 
     def greedy(self, row: int, prompt: Sequence[int], count: int) -> list[int]:
         """Computes ``prompt`` in one step, then ``count`` likeliest tokens one at a time."""

@@ -35,11 +35,23 @@ def test_an_unknown_architecture_is_answered_with_the_three_nearest(impl: str) -
     assert error.value.remedy.count("ForCausalLM") == 3
 
 
-def test_the_transformers_backend_is_refused_with_what_to_use_instead() -> None:
+@pytest.mark.parametrize(
+    ("architecture", "impl"), [("LlamaForCausalLM", "transformers"), ("GPTNeoXForCausalLM", "auto")]
+)
+def test_the_transformers_backend_runs_what_it_is_asked_for_and_what_has_no_native_model(
+    architecture: str, impl: str
+) -> None:
+    model_class, reason = registry.choose(config(architecture), impl)
+    assert model_class.__name__ == "TransformersModel"
+    assert "Transformers backend" in reason
+    assert architecture in reason
+
+
+def test_an_architecture_without_native_model_is_refused_where_native_is_asked_for() -> None:
     with pytest.raises(UnsupportedModel) as error:
-        registry.choose(config(), "transformers")
-    assert "Transformers backend" in error.value.cause
-    assert "LlamaForCausalLM" in error.value.remedy
+        registry.choose(config("GPTNeoXForCausalLM"), "native")
+    assert error.value.id == "HF030"
+    assert "--model-impl native" in error.value.cause
 
 
 def test_quantised_weights_are_refused_by_method() -> None:
@@ -47,12 +59,6 @@ def test_quantised_weights_are_refused_by_method() -> None:
         registry.choose(config(quantization_config={"quant_method": "awq", "bits": 4}), "native")
     assert error.value.id == "HF050"
     assert "awq" in error.value.cause
-
-
-@pytest.mark.skip(reason="there is no Transformers backend yet")
-def test_the_transformers_backend_runs_any_architecture() -> None:
-    model_class, _ = registry.choose(config("GPTNeoXForCausalLM"), "transformers")
-    assert issubclass(model_class, Model)
 
 
 def test_an_unknown_activation_is_refused_by_name() -> None:

@@ -11,7 +11,7 @@ import torch
 from octavo.hub.checkpoint import open_checkpoint
 from octavo.hub.configs import read_hf_dict
 from octavo.hub.resolve import resolve
-from octavo.runtime.loader import as_tensor
+from octavo.models.base import as_tensor
 from tests.models.harness import Paged, native
 
 # "The capital of France is", in ids of the model's tokenizer.

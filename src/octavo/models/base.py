@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from octavo.config import ModelConfig
+from octavo.hub.checkpoint import Array, Checkpoint
 
 
 class Model(nn.Module):
@@ -38,3 +42,36 @@ class Model(nn.Module):
     @abstractmethod
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden[S, C]`` to ``[S, vocab]`` in the model's type."""
+
+
+Share = Callable[[float], None]
+"""Is told which share of the weights is loaded, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """How many tensors were loaded, their bytes in the checkpoint, and the names of those that were not needed."""
+
+    tensors: int
+    nbytes: int
+    unused: tuple[str, ...] = ()
+
+
+class SelfLoading(Model):
+    """A model whose modules are not our layers, so that it fills itself."""
+
+    @abstractmethod
+    def load_weights(self, checkpoint: Checkpoint, device: torch.device, progress: Share) -> Loaded:
+        """Fills the model and makes it ready on ``device``; raises as `runtime.loader.load` does."""
+
+    @abstractmethod
+    def dummy_weights(self, seed: int, device: torch.device) -> Loaded:
+        """As `load_weights` with random weights that depend on ``seed``."""
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """A CPU tensor that shares the array's memory; only to be read."""
+    with warnings.catch_warnings():  # mapped files are not writable, which torch warns of
+        warnings.simplefilter("ignore", UserWarning)
+        tensor = torch.from_numpy(array.data)
+    return tensor.view(torch.bfloat16) if array.dtype == "bfloat16" else tensor

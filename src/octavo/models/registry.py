@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "octavo.models"
 
+TRANSFORMERS = "octavo.models.hf.backend:TransformersModel"
+
 # Architecture -> "module:class", imported when chosen.
 NATIVE = {
     "LlamaForCausalLM": "octavo.models.llama:LlamaForCausalLM",
@@ -52,26 +54,32 @@ def choose(config: ModelConfig, impl: str = "auto") -> tuple[type[Model], str]:
 def find(config: ModelConfig, impl: str = "auto") -> tuple[str, str]:
     """As `choose`, with the address ``module:class`` in place of the class; imports neither it nor torch."""
     if impl == "transformers":
-        raise UnsupportedModel(
-            "--model-impl transformers asks for the Transformers backend, which octavo does not have yet.",
-            f"Leave --model-impl out to run one of the native models: {', '.join(sorted(NATIVE))}.",
-        )
+        return TRANSFORMERS, f"Transformers backend for {config.architecture}: asked for"
     installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
     own = installed.get(config.architecture)
     if own is not None:  # before the native one: whoever installs it wants it
         package = own.dist.name if own.dist is not None else own.module
         return own.value, f"{own.attr} of package {package} for {config.architecture}"
     address = NATIVE.get(config.architecture)
+    if address is None and impl == "auto" and _in_transformers(config.architecture):
+        return TRANSFORMERS, f"Transformers backend for {config.architecture}: no native model of it"
     if address is None:
         known = [*NATIVE, *installed]
         nearest = difflib.get_close_matches(config.architecture, known, n=3, cutoff=0.0)
+        tried = "the installed Transformers lacks it" if impl == "auto" else f"--model-impl {impl} was asked for"
         raise UnsupportedModel(
             f"Architecture {config.architecture!r} (model_type {config.model_type!r}) has no native model, no installed"
-            f" package brings one (entry points {ENTRY_POINTS}), and there is no Transformers backend yet.",
-            f"The nearest supported ones are {', '.join(nearest)}.",
+            f" package brings one (entry points {ENTRY_POINTS}), and {tried}.",
+            f"The nearest native ones are {', '.join(nearest)}.",
         )
     _refuse_quantised(config)
     return address, f"native {address.partition(':')[2]} for {config.architecture}"
+
+
+def _in_transformers(architecture: str) -> bool:
+    import transformers  # its names come without torch and the models
+
+    return architecture in dir(transformers)
 
 
 def _refuse_quantised(config: ModelConfig) -> None:

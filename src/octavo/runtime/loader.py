@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import os
 import time
-import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
 from octavo.layers.base import Layer, LoadRule
 from octavo.log import get_logger
-from octavo.models.base import Model
+from octavo.models.base import Model, SelfLoading, as_tensor
 from octavo.runtime.base import Progress
 
 LISTED = 10  # names that an error message lists
@@ -58,6 +57,9 @@ def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: P
     lacks, HF044 for shapes that differ, HF050 for types that are not plain floats.
     """
     start = time.perf_counter()
+    if isinstance(model, SelfLoading):
+        loaded = model.load_weights(checkpoint, device, lambda share: progress("load", share))
+        return LoadReport(loaded.tensors, loaded.nbytes, time.perf_counter() - start, loaded.unused)
     tensors = checkpoint.tensors()
     _untie_if_distinct(model, checkpoint, tensors)
     plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
@@ -90,6 +92,9 @@ def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> L
     """
     start = time.perf_counter()
     device = torch.device("cpu") if device is None else device
+    if isinstance(model, SelfLoading):
+        loaded = model.dummy_weights(seed, device)
+        return LoadReport(loaded.tensors, loaded.nbytes, time.perf_counter() - start)
     ops = select.ops(device, model.dtype)
 
     def fill(item: tuple[str, Layer]) -> list[int]:
@@ -106,14 +111,6 @@ def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> L
     with ThreadPoolExecutor(os.cpu_count(), "octavo-load") as pool:  # a generator fills on one core
         sizes = [size for layer in pool.map(fill, _layers(model)) for size in layer]
     return LoadReport(len(sizes), sum(sizes), time.perf_counter() - start)
-
-
-def as_tensor(array: Array) -> torch.Tensor:
-    """A CPU tensor that shares the array's memory; only to be read."""
-    with warnings.catch_warnings():  # mapped files are not writable, which torch warns of
-        warnings.simplefilter("ignore", UserWarning)
-        tensor = torch.from_numpy(array.data)
-    return tensor.view(torch.bfloat16) if array.dtype == "bfloat16" else tensor
 
 
 def _untie_if_distinct(model: Model, checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> None:

@@ -1,0 +1,172 @@
+"""From a config to a Transformers model whose parameters have no memory yet, or the reason why there is none."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from octavo.config import ModelConfig
+from octavo.errors import ModelError, UnsupportedModel
+from octavo.models.hf import attention
+
+
+def causal_lm_class(model_type: str) -> str | None:
+    """The name of the class that the installed Transformers has for causal language models of ``model_type``."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name: str | tuple[str, ...] | None = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    return name[0] if isinstance(name, tuple) else name
+
+
+def build(wanted: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The causal language model of ``wanted``, its parameters on the meta device, its buffers real.
+
+    Raises `UnsupportedModel` HF030 if Transformers has no such model, HF031 if it is of a kind that this engine cannot
+    run, `ModelError` HF002 if the config is one that the class cannot be made from.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _config(wanted.hf)
+    _refuse_kind(config)
+    _refuse_other_class(wanted)
+    attention.register()
+    try:
+        with _parameters_on_meta(), warnings.catch_warnings(), torch.device("cpu"):
+            warnings.simplefilter("ignore")
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
+        if "attn" in str(error) or "attention implementation" in str(error):
+            raise _refused(config, "its attention does not go through Transformers' attention interface") from error
+        raise ModelError(
+            f"Transformers cannot build a {config.model_type} from this config: {type(error).__name__}: {error}.",
+            "Correct config.json, or install the version of Transformers that the model was made for.",
+            id="HF002",
+        ) from error
+    _refuse_parts(model)
+    _keep_in_float32(model, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _config(hf: Mapping[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING, __version__
+
+    model_type = str(hf.get("model_type", ""))
+    if model_type not in CONFIG_MAPPING or causal_lm_class(model_type) is None:
+        raise UnsupportedModel(
+            f"Transformers {__version__} has no causal language model of model_type {model_type!r}.",
+            "Install a newer Transformers if the model is newer than this one.",
+        )
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(dict(hf))
+    except Exception as error:  # each config class validates in its own way
+        raise ModelError(
+            f"Transformers refuses the config: {type(error).__name__}: {error}.", "Correct config.json.", id="HF002"
+        ) from error
+
+
+def _refuse_other_class(wanted: ModelConfig) -> None:
+    """The head and its weights are those of one class: a classifier, say, is no language model."""
+    name = causal_lm_class(wanted.model_type)
+    if wanted.architecture.lower() != str(name).lower():  # LLaMAForCausalLM is a spelling of old files
+        raise UnsupportedModel(
+            f"The config names {wanted.architecture}; the causal language model of model_type {wanted.model_type!r} in"
+            f" Transformers is {name}.",
+            "Use a checkpoint of that class.",
+        )
+
+
+def _refused(config: Any, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The Transformers model of {config.model_type} cannot run here: {reason}.",
+        "Choose a model of another architecture.",
+        id="HF031",
+    )
+
+
+def _refuse_kind(config: Any) -> None:
+    """What shows without building anything."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refused(config, "it has an encoder and a decoder")
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            "The weights are quantised, and the Transformers backend loads plain floats only.",
+            "Use the model's unquantised checkpoint, or a GGUF file of it.",
+            id="HF050",
+        )
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    known = {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse"}
+    if recurrent := {kind for kind in kinds if "linear" in kind or "mamba" in kind or "conv" in kind} - known:
+        raise _refused(config, f"it has layers that keep a state ({', '.join(sorted(recurrent))})")
+
+
+def _refuse_parts(model: Any) -> None:
+    """What shows in the modules: all that carries something from one token to the next, other than attention."""
+    if getattr(model, "_is_stateful", False):
+        raise _refused(model.config, "it is recurrent")
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
+            raise _refused(model.config, f"{name} ({type(module).__name__}) mixes neighbouring tokens")
+    if not model._supports_attention_backend and not model._can_set_attn_implementation():
+        raise _refused(model.config, "its attention does not go through Transformers' attention interface")
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory; buffers, which are computed from the config, are real."""
+    from transformers.initialization import no_init_weights
+
+    register = nn.Module.register_parameter
+
+    def register_without_memory(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        register(self, name, param)
+
+    with mock.patch.object(nn.Module, "register_parameter", register_without_memory), no_init_weights():
+        yield
+
+
+def _keep_in_float32(model: Any, dtype: torch.dtype) -> None:
+    """The parameters that the class wants in float32 whatever the model's type, as ``from_pretrained`` does."""
+    if dtype is torch.float32:
+        return
+    names = set(model._keep_in_fp32_modules_strict or ())
+    if dtype is torch.float16:
+        names |= set(model._keep_in_fp32_modules or ())
+    for name, parameter in model.named_parameters():
+        if any(kept in name.split(".") for kept in names):
+            parameter.data = parameter.data.float()
+
+
+def freeze_rope(model: nn.Module, max_len: int) -> None:
+    """Makes rotary frequencies depend on the longest sequence of the engine alone.
+
+    Transformers recomputes "dynamic" and "longrope" frequencies for the longest sequence of each call, so one request
+    would change the keys of another. As in `layers.rotary`, the table is that of ``max_len``.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds}
+        for layer_type, kind in by_layer.items():
+            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+                continue
+            extra = {} if layer_type is None else {"layer_type": layer_type}
+            config: Any = module.config
+            with torch.device("cpu"):
+                length = max(max_len, config.max_position_embeddings) if "dynamic" in kind else max_len
+                inverse, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length, **extra)
+            prefix = "" if layer_type is None else f"{layer_type}_"
+            module.register_buffer(f"{prefix}inv_freq", inverse, persistent=False)
+            setattr(module, f"{prefix}attention_scaling", scaling)
+            if layer_type is None:
+                module.rope_type = "frozen"  # type: ignore[assignment]
+            else:
+                kinds[layer_type] = "frozen"  # type: ignore[index]

@@ -1,0 +1,168 @@
+"""What a Transformers model asks of attention, found by running it once without memory.
+
+The run uses an entry of our own in Transformers' registries of attention functions and of masks. The mask entry
+evaluates the mask's own rule at a few points, so a sliding window is what the model's mask says, not what a keyword or
+the config says (OLMoE passes a window on that its masks ignore). The attention entry takes down shapes and keywords.
+What the engine could not compute as the model does is an `UnsupportedModel`, HF032.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.errors import UnsupportedModel
+from octavo.models.hf.attention import AttentionShape
+
+NAME = "octavo-trace"
+TOKENS = 6  # of the run: no size of a model
+PROBE_LIMIT = 4096  # longest window that is checked row by row
+
+# Keywords of attention calls that change nothing here: no dropout in inference, causality and windows are in the masks,
+# and the rest is about caches and outputs that this engine does not ask for.
+_NEUTRAL = frozenset(
+    (
+        *("dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "past_key_values", "use_cache"),
+        *("output_attentions", "output_hidden_states", "return_dict", "layer_idx", "deterministic", "training"),
+        *("target_dtype", "position_embeddings", "softmax_scale", "output_router_logits", "token_type_ids"),
+        *("max_seqlen_q", "max_seqlen_k", "num_items_in_batch", "layer_type"),
+    )
+)
+_HANDLED = frozenset(("scaling", "softcap", "s_aux"))
+
+
+def refusal(cause: str) -> UnsupportedModel:
+    """HF032 with ``cause``."""
+    return UnsupportedModel(cause, "Choose a model whose attention octavo can compute.", id="HF032")
+
+
+class Recorder:
+    """The two registry entries of one run; `calls` has the attention modules in the order they ran."""
+
+    def __init__(self, max_len: int) -> None:
+        self.calls: list[tuple[nn.Module, AttentionShape]] = []
+        self._max_len = max_len
+        self._masks: dict[int, tuple[torch.Tensor, int | None]] = {}  # by id of the tensor, which is kept alive
+
+    def mask(self, **arguments: Any) -> torch.Tensor:
+        """As Transformers' mask functions: called with the mask's rule, returns what reaches attention."""
+        window = window_of(arguments["mask_function"], arguments.get("local_size"), self._max_len)
+        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
+        marker = torch.zeros(shape, dtype=arguments.get("dtype") or torch.float32, device=arguments.get("device"))
+        self._masks[id(marker)] = (marker, window)
+        return marker
+
+    def attention(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **keywords: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """As an attention function; the output is empty, but of the right shape."""
+        where = type(module).__name__
+        if any(module is known for known, _ in self.calls):
+            raise refusal(f"{where} calls attention twice in a forward, so one layer has two caches.")
+        if not query.shape[2] == key.shape[2] == value.shape[2] == TOKENS:
+            raise refusal(f"{where} attends over {key.shape[2]} keys for {TOKENS} tokens (not self-attention).")
+        if attention_mask is None:
+            raise refusal(f"{where} attends without a mask: it is not causal.")
+        if id(attention_mask) not in self._masks:
+            raise refusal(f"{where} gets a mask that Transformers' mask functions did not make.")
+        if getattr(module, "is_causal", True) is False or keywords.get("is_causal") is False:
+            raise refusal(f"{where} is not causal.")
+        for name, given in keywords.items():
+            if given is not None and not isinstance(given, bool) and name not in _NEUTRAL | _HANDLED:
+                raise refusal(f"{where} passes {name} to attention, which octavo does not have.")
+        shape = AttentionShape(
+            heads=query.shape[1],
+            kv_heads=key.shape[1],
+            key_dim=key.shape[3],
+            value_dim=value.shape[3],
+            window=self._masks[id(attention_mask)][1],
+        )
+        self.calls.append((module, shape))
+        return query.new_empty(query.shape[0], TOKENS, shape.heads, shape.value_dim), None
+
+
+def window_of(rule: Callable[..., torch.Tensor], local_size: int | None, max_len: int) -> int | None:
+    """The sliding window of a mask with ``rule(batch, head, query, key) -> bool``; None if each token sees all before.
+
+    Rules are compared with those two at lengths up to ``max_len``, since no longer ones run: a window or a chunk above
+    that is none. Raises `UnsupportedModel` HF032 for any other rule.
+    """
+    length = min(max_len, 2 * local_size + 3 if local_size else 67)
+    edges = {0, 1, length // 2, length - 2, length - 1, *((local_size - 1, local_size) if local_size else ())}
+    rows = sorted(row for row in edges if 0 <= row < length)
+    with torch.device("cpu"):
+        keys = torch.arange(length)
+        zero = torch.zeros((), dtype=torch.long)
+        seen = torch.stack([_row(rule, zero, row, keys) for row in rows])
+        queries = torch.tensor(rows).unsqueeze(1)
+        causal = keys <= queries
+        count = int(seen[-1].sum())
+        if torch.equal(seen, causal):
+            return None
+        if torch.equal(seen, causal & (keys > queries - count)):
+            return count
+    if bool((seen & ~causal).any()):
+        raise refusal("a mask lets tokens see later ones: the model is not causal.")
+    raise refusal("a mask is neither causal nor a sliding window (attention in chunks, or of another kind).")
+
+
+def _row(rule: Callable[..., torch.Tensor], zero: torch.Tensor, query: int, keys: torch.Tensor) -> torch.Tensor:
+    at = torch.full_like(keys, query)
+    return torch.as_tensor(rule(zero, zero, at, keys)).expand(keys.shape).bool()
+
+
+@contextmanager
+def _implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """All configs inside ``model`` name ``name`` as their attention."""
+    configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    before = {key: config._attn_implementation for key, config in configs.items()}
+    for config in configs.values():
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            config._attn_implementation_internal = before[key]
+
+
+@torch.inference_mode()
+def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Recorder, nn.Module]:
+    """One forward of the causal language model ``model``: its attention calls, and the module that makes hidden states.
+
+    ``model`` is on ``device``, which may be "meta". Raises `UnsupportedModel` HF032 for what the engine cannot do, and
+    whatever the model raises where it cannot run on that device.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    recorder = Recorder(max_len)
+    AttentionInterface.register(NAME, recorder.attention)
+    AttentionMaskInterface.register(NAME, recorder.mask)
+    ran: list[nn.Module] = []
+    bodies = [model.base_model, model.get_decoder()]  # type: ignore[operator]
+    hooks = [body.register_forward_pre_hook(lambda module, _: ran.append(module)) for body in bodies]
+    try:
+        with _implementation(model, NAME), torch.device(device):
+            model(
+                input_ids=torch.ones(1, TOKENS, dtype=torch.long),
+                # With a mask of ones Transformers does not look into the positions for packed sequences.
+                attention_mask=torch.ones(1, TOKENS, dtype=torch.long),
+                position_ids=torch.arange(TOKENS).unsqueeze(0),
+                use_cache=False,
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran or "position_ids" not in inspect.signature(ran[0].forward).parameters:
+        raise refusal(f"{type(model).__name__} takes no position_ids.")
+    return recorder, ran[0]

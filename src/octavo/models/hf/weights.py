@@ -1,0 +1,198 @@
+"""A checkpoint into an adopted model: names and conversions are Transformers' own, completeness is checked here.
+
+Transformers says per model how checkpoint names map to parameters, and which tensors are put together (the experts of
+a layer, for one) or taken apart. All names are mapped before the first byte of a weight is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.errors import ModelError
+from octavo.hub.safetensors_file import TensorInfo
+
+Read = Callable[[str], torch.Tensor]
+"""From a checkpoint name to a CPU tensor that is only to be read."""
+
+LISTED = 10  # names that a message lists
+READERS = 4
+FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+@dataclass
+class Group:
+    """Checkpoint tensors that together become ``targets``; ``transform`` None: one tensor, as it is."""
+
+    targets: list[str]
+    sources: list[tuple[str, str]] = field(default_factory=list)  # (checkpoint name, pattern it matched)
+    transform: Any = None
+
+
+def plan(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[list[Group], list[str]]:
+    """The groups that fill ``model``, and the checkpoint tensors that it ignores.
+
+    Raises `ModelError`: HF042 for tensors that have no place, HF043 for parameters without tensors, HF044 for shapes
+    that differ, HF050 for types that are not plain floats.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    wanted = model.state_dict()
+    prefix = model.base_model_prefix
+    groups: dict[str, Group] = {}
+    spare = []
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+        if target not in wanted and name in wanted:
+            target, pattern = name, None
+        if target not in wanted:
+            spare.append(name)
+        elif pattern is None:
+            groups.setdefault(target, Group([target])).sources.append((name, name))
+        else:
+            converter = by_pattern[pattern]
+            group = groups.setdefault(target, Group(_targets(target, converter), [], copy.deepcopy(converter)))
+            group.sources.append((name, pattern))
+    ignored = _check_names(model, wanted, groups, spare)
+    _check_plain(wanted, groups, tensors)
+    return list(groups.values()), ignored
+
+
+def _targets(first: str, converter: Any) -> list[str]:
+    patterns = converter.target_patterns
+    return [first.replace(patterns[0], pattern) for pattern in patterns]
+
+
+def _check_names(model: Any, wanted: Mapping[str, Any], groups: Mapping[str, Group], spare: list[str]) -> list[str]:
+    filled = {target for group in groups.values() for target in group.targets}
+    missing = [name for name in wanted if name not in filled and not _optional(model, name, filled)]
+    skipped = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.(inv_freq|cos_cached|sin_cached)"]
+    unexpected = [name for name in spare if not any(re.search(pattern, name) for pattern in skipped)]
+    kind = type(model).__name__
+    if missing:
+        raise ModelError(
+            f"The checkpoint lacks {len(missing)} of the {len(wanted)} tensors of {kind}: {_listed(missing, spare)}.",
+            "Check that the weights belong to this config.json and that no shard is missing.",
+            id="HF043",
+        )
+    if unexpected:
+        raise ModelError(
+            f"The checkpoint has {len(unexpected)} tensors that {kind} has no place for:"
+            f" {_listed(unexpected, sorted(wanted))}.",
+            "Check that config.json names the architecture, biases and layers that these weights have.",
+            id="HF042",
+        )
+    return sorted(set(spare) - set(unexpected))
+
+
+def _optional(model: Any, name: str, filled: set[str]) -> bool:
+    """Whether ``name`` gets its value from a weight it is tied to, or may keep the one it was built with."""
+    ties: Mapping[str, str] = model.all_tied_weights_keys
+    partners = {ties.get(name), *(target for target, source in ties.items() if source in (name, ties.get(name)))}
+    is_buffer = name in dict(model.named_buffers())
+    ignorable = any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
+    return bool(partners & filled) or (is_buffer and ignorable)
+
+
+def _check_plain(wanted: Mapping[str, Any], groups: Mapping[str, Group], tensors: Mapping[str, TensorInfo]) -> None:
+    wrong = []
+    for group in groups.values():
+        for name, _ in group.sources:
+            if tensors[name].dtype not in FLOATS and wanted[group.targets[0]].is_floating_point():
+                raise ModelError(
+                    f"Tensor {name} is {tensors[name].dtype}; weights of {', '.join(sorted(FLOATS))} can be loaded.",
+                    "Use a checkpoint that is not quantised, or a GGUF file.",
+                    id="HF050",
+                )
+        name, target = group.sources[0][0], group.targets[0]
+        if group.transform is None and tuple(tensors[name].shape) != tuple(wanted[target].shape):
+            wrong.append(_shapes(name, tensors[name].shape, wanted[target].shape))
+    _refuse_shapes(wrong)
+
+
+def _shapes(name: str, found: tuple[int, ...], needed: torch.Size) -> str:
+    return f"{name} is {list(found)} where the model needs {list(needed)}"
+
+
+def _refuse_shapes(wrong: list[str]) -> None:
+    if wrong:
+        raise ModelError(
+            f"{len(wrong)} tensors have another shape than config.json implies: {'; '.join(wrong[:LISTED])}.",
+            "Check vocab_size, the sizes and the head counts in config.json against the weights.",
+            id="HF044",
+        )
+
+
+def _listed(names: list[str], candidates: list[str]) -> str:
+    shown = []
+    for name in names[:LISTED]:
+        near = difflib.get_close_matches(name, candidates, n=1)
+        shown.append(f"{name} (nearest: {near[0]})" if near else name)
+    return ", ".join(shown) + (", …" if len(names) > LISTED else "")
+
+
+def fill(model: Any, groups: list[Group], read: Read, device: torch.device, loaded: Callable[[Group], None]) -> None:
+    """Executes ``groups``; ``loaded`` is told of each. Raises `ModelError` HF044 for shapes that conversion shows."""
+    with ThreadPoolExecutor(READERS, "octavo-load") as pool:
+        for group, futures in _ahead(groups, lambda name: pool.submit(read, name)):
+            for target, tensor in _convert(model, group, futures).items():
+                assign(model, target, tensor, device)
+            loaded(group)
+    model.tie_weights(missing_keys=_on_meta(model), recompute_mapping=False)
+
+
+def _ahead(
+    groups: list[Group], submit: Callable[[str], Future[torch.Tensor]]
+) -> Iterator[tuple[Group, list[Future[torch.Tensor]]]]:
+    """Each group with its tensors on the way, those of the next group being read while one is converted."""
+    pending: deque[tuple[Group, list[Future[torch.Tensor]]]] = deque()
+    for group in groups:
+        pending.append((group, [submit(name) for name, _ in group.sources]))
+        if len(pending) > READERS:
+            yield pending.popleft()
+    yield from pending
+
+
+def _convert(model: Any, group: Group, futures: list[Future[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    if group.transform is None:
+        return {group.targets[0]: futures[0].result()}
+    for (name, pattern), future in zip(group.sources, futures, strict=True):
+        group.transform.add_tensor(group.targets[0], name, pattern, future)
+    try:
+        made = group.transform.convert(group.targets[0], model=model, config=model.config)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ModelError(
+            f"{group.targets[0]} cannot be made of {len(group.sources)} tensors of the checkpoint: {error}.",
+            "Check that no shard is missing, and the sizes in config.json.",
+            id="HF044",
+        ) from error
+    return {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
+
+
+def assign(model: nn.Module, target: str, tensor: torch.Tensor, device: torch.device) -> None:
+    """A copy of ``tensor`` on ``device``, in the type that the model has for the parameter or buffer ``target``."""
+    path, _, name = target.rpartition(".")
+    owner = model.get_submodule(path)
+    old = getattr(owner, name)
+    if old.shape != tensor.shape:
+        _refuse_shapes([_shapes(target, tuple(tensor.shape), old.shape)])
+    memory = torch.empty(tensor.shape, dtype=old.dtype, device=device).copy_(tensor)
+    setattr(owner, name, nn.Parameter(memory, requires_grad=False) if isinstance(old, nn.Parameter) else memory)
+
+
+def _on_meta(model: nn.Module) -> set[str]:
+    return {name for name, tensor in model.state_dict().items() if tensor.is_meta}

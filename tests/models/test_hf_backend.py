@@ -1,0 +1,232 @@
+"""The Transformers backend against the same models, unmodified, with eager attention."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from octavo.config import EngineConfig
+from octavo.core.engine import EngineCore
+from octavo.errors import ModelError, UnsupportedModel
+from octavo.models.hf.backend import TransformersModel
+from octavo.runtime.worker import Worker
+from tests.core.stub_engine import collect, make_request, run
+from tests.models.harness import Paged
+from tools import sweep, tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers' own code
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 window in upper layers": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+    ),
+    "qwen3": ("qwen3", {}),
+    "phi3": ("phi3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma3_text": ("gemma3_text", {}),
+    "mistral with a window": ("mistral", {"sliding_window": 12}),
+    "mistral without": ("mistral", {"sliding_window": None}),
+    "glm4": ("glm4", {}),
+    "olmo2": ("olmo2", {}),
+    "cohere": ("cohere", {}),
+    "gpt_neox": ("gpt_neox", {}),
+    "gpt2": ("gpt2", {}),
+    "starcoder2": ("starcoder2", {"sliding_window": 12}),
+    "stablelm": ("stablelm", {}),
+    "granite": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}),
+    "mixtral": ("mixtral", {}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "olmoe": ("olmoe", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "deepseek_v3": ("deepseek_v3", {}),
+}
+
+
+def saved(folder: Path, model_type: str, **overrides: Any) -> Any:
+    """The unmodified tiny model of a type, also written to ``folder``."""
+    wanted = sweep.reference(sweep.tiny_config(model_type, **overrides))
+    wanted.config.architectures = [type(wanted).__name__]
+    wanted.save_pretrained(folder)
+    return wanted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_and_greedy_tokens_equal_eager(name: str, tmp_path: Path) -> None:
+    model_type, overrides = CASES[name]
+    wanted = saved(tmp_path, model_type, **overrides)
+    error, case = sweep.divergence(sweep.adopted(tmp_path), wanted)
+    assert error < 2e-5, case
+
+
+@pytest.mark.parametrize(
+    ("model_type", "id", "reason"),
+    [
+        ("bloom", "HF031", "attention interface"),
+        ("qwen3_next", "HF031", "keep a state"),
+        ("bert", "HF032", "not causal"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_the_reason(model_type: str, id: str, reason: str, tmp_path: Path) -> None:
+    saved(tmp_path, model_type)
+    with pytest.raises(UnsupportedModel) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == id
+    assert reason in error.value.cause
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    edit_config(tmp_path, is_encoder_decoder=True)
+    with pytest.raises(UnsupportedModel) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF031"
+    assert "an encoder and a decoder" in error.value.cause
+
+
+def test_windows_are_those_of_the_masks_and_not_of_keywords(tmp_path: Path) -> None:
+    saved(tmp_path, "gemma2", sliding_window=12)
+    assert [layer.window for layer in sweep.adopted(tmp_path).config.layers] == [12, None, 12, None]
+    # Transformers hands OLMoE's window to attention, but makes its masks without one.
+    saved(tmp_path, "olmoe", sliding_window=12)
+    assert {layer.window for layer in sweep.adopted(tmp_path).config.layers} == {None}
+
+
+def test_no_mask_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AttentionInterface
+
+    from octavo.models.hf import attention
+
+    masks = []
+
+    def watching(module: Any, q: Any, k: Any, v: Any, mask: Any = None, **rest: Any) -> Any:
+        masks.append(mask)
+        return attention.attend(module, q, k, v, mask, **rest)
+
+    saved(tmp_path, "llama")
+    model = sweep.adopted(tmp_path)
+    monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, watching)
+    paged = Paged(model)
+    paged.step({paged.start(): list(range(4, 40))})
+    assert masks == [None] * 4
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_long_sequence_does_not_change_a_short_one(rope: str, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "llama", rope=rope)
+    alone, together = Paged(sweep.adopted(folder, 200)), Paged(sweep.adopted(folder, 200))
+    short, long = list(range(4, 24)), list(range(4, 134))
+    row = alone.start()
+    expected = alone.step({row: short})[row]
+    other, row = together.start(), together.start()
+    together.step({other: long[:100]})
+    assert torch.allclose(together.step({row: short, other: long[100:]})[row], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope", "yarn", "llama3", "linear"])
+def test_rotary_frequencies_are_those_of_the_native_model(rope: str, tmp_path: Path) -> None:
+    from tests.models.harness import native
+
+    folder = tiny.make(tmp_path, "llama", rope=rope)
+    ours, backend = Paged(native(folder, 128)), Paged(sweep.adopted(folder, 128))
+    tokens = list(range(4, 104))
+    expected, found = (paged.step({paged.start(): tokens}) for paged in (ours, backend))
+    (expected,), (found,) = expected.values(), found.values()
+    assert torch.allclose(found, expected, atol=1e-3)
+
+
+def test_a_tied_head_has_no_weight_of_its_own(tmp_path: Path) -> None:
+    saved(tmp_path, "llama", tie_word_embeddings=True)
+    model = sweep.adopted(tmp_path).model
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def rewrite(folder: Path, edit: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_tensor_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    saved(tmp_path, "gpt_neox")
+    rewrite(tmp_path, lambda tensors: tensors.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.bias"))
+    with pytest.raises(ModelError) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF043"
+    assert "gpt_neox.layers.1.mlp.dense_h_to_4h.bias" in error.value.cause
+
+
+def test_a_missing_expert_is_found(tmp_path: Path) -> None:
+    saved(tmp_path, "qwen3_moe")
+    rewrite(tmp_path, lambda tensors: tensors.pop("model.layers.2.mlp.experts.3.up_proj.weight"))
+    with pytest.raises(ModelError) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF044"
+    assert "model.layers.2.mlp.experts.gate_up_proj" in error.value.cause
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+    saved(tmp_path, "gpt_neox")
+    rewrite(tmp_path, lambda tensors: tensors.update({"gpt_neox.layers.1.extra.weight": torch.zeros(2)}))
+    with pytest.raises(ModelError) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF042"
+    assert "gpt_neox.layers.1.extra.weight" in error.value.cause
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
+    saved(tmp_path, "gpt_neox")
+    rewrite(tmp_path, lambda tensors: tensors.update({"embed_out.weight": torch.zeros(5, 64)}))
+    with pytest.raises(ModelError) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF044"
+    assert "embed_out.weight is [5, 64]" in error.value.cause
+
+
+def test_a_class_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    edit_config(tmp_path, architectures=["LlamaForSequenceClassification"])
+    with pytest.raises(UnsupportedModel) as error:
+        sweep.adopted(tmp_path)
+    assert "LlamaForCausalLM" in error.value.cause
+
+
+def core(folder: Path, **options: Any) -> EngineCore:
+    flat = {"model": str(folder), "device": "cpu", "dtype": "float32", "max_num_seqs": 4, "max_model_len": 192}
+    return EngineCore(EngineConfig.of(**flat, **options), Worker())
+
+
+def answers(engine: EngineCore) -> dict[str, list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    for count in (1, 17, 40, 100, 33):
+        tokens = torch.randint(4, 380, (count,), generator=generator).tolist()
+        assert engine.add(make_request(engine, f"r{count}", tokens, max_tokens=20, temperature=0.0)) is None
+    return collect(run(engine))
+
+
+@pytest.mark.parametrize("budget", [2048, 13])
+def test_an_engine_answers_as_with_the_native_model(budget: int, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "llama")
+    backend = core(folder, model_impl="transformers", max_num_batched_tokens=budget)
+    assert isinstance(backend._worker._model, TransformersModel)
+    assert answers(backend) == answers(core(folder))
+
+
+def test_an_engine_falls_back_to_the_backend_and_takes_dummy_weights(tmp_path: Path) -> None:
+    saved(tmp_path, "gpt_neox")
+    tiny.tokenizer(tmp_path)
+    first, second = (answers(core(tmp_path, load_format="dummy", seed=seed)) for seed in (1, 2))
+    assert first != second
+    assert first == answers(core(tmp_path, load_format="dummy", seed=1))
