@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import torch
 import torch.nn.functional as F
-import triton
 
 from octavo.kernels import attn_triton, linear_triton
 from octavo.kernels.attn_triton import Launch

@@ -36,10 +36,10 @@ class Launch:
 # By padded head size; measured by bench/kernels_gpu.py, see docs/performance-log.md. Decode splits until the card has
 # ``SPLIT_BELOW`` programs a multiprocessor.
 DECODE = {
-    16: Launch(64, 4, 2),
-    32: Launch(64, 4, 2),
-    64: Launch(64, 4, 2),
-    128: Launch(64, 4, 2),
+    16: Launch(64, 2, 2),
+    32: Launch(64, 2, 2),
+    64: Launch(64, 2, 2),
+    128: Launch(32, 2, 4),
     256: Launch(32, 4, 2),
 }
 PREFILL = {
@@ -72,6 +72,7 @@ def _attend(
     Not ``MASKED``: every row sees all of them. Pages are looked up a tile ahead, so that the loads of K and V wait for
     nothing and can be started several tiles early.
     """
+    factor = _LOG2E if HAS_CAP else scale * _LOG2E  # of the scores, in the exponent
     d = tl.arange(0, DIM_PAD)
     keys = begin + tl.arange(0, TILE)
     offsets = _place(table, keys, last, page_stride, DIM, PAGE)
@@ -87,16 +88,16 @@ def _attend(
         else:
             k = tl.load(at, (d < DIM)[None, :], 0.0)
             v = tl.load(at + kv_stride, (d < DIM)[None, :], 0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_CAP:
-            s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0) * _LOG2E  # tanh
+            s = softcap * (2.0 * tl.sigmoid(2.0 * (s * scale) / softcap) - 1.0)  # tanh
         if MASKED:
             seen = (keys[None, :] <= positions[:, None]) & (keys <= last)[None, :]
             if HAS_WINDOW:
                 seen &= keys[None, :] > positions[:, None] - window
             s = tl.where(seen, s, -1.0e30)
-        higher = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - higher[:, None])
+        higher = tl.maximum(top, tl.max(s, 1) * factor)
+        p = tl.exp2(s * factor - higher[:, None])
         if MASKED:
             p = tl.where(s > -1.0e29, p, 0.0)  # a row may have seen nothing yet
         decay = tl.exp2(top - higher)
@@ -111,7 +112,10 @@ def _attend(
 _VARYING_POINTERS = ["query_start_ptr", "seq_lens_ptr", "rows_ptr"]  # views into one buffer, at any offset
 
 
-@triton.jit(do_not_specialize=["window", "first_item", "num_items"], do_not_specialize_on_alignment=_VARYING_POINTERS)
+@triton.jit(
+    do_not_specialize=["window", "first_item", "num_items", "table_stride"],
+    do_not_specialize_on_alignment=_VARYING_POINTERS,
+)
 def _prefill_kernel(
     q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
     scale, softcap, window, first_item, num_items, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
@@ -174,7 +178,7 @@ def _prefill_kernel(
     tl.store(out_ptr + (at[:, None] * HEADS + head[:, None]) * DIM + d[None, :], out, mask_q)
 
 
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["seq_lens_ptr", "rows_ptr"])
+@triton.jit(do_not_specialize=["window", "table_stride"], do_not_specialize_on_alignment=["seq_lens_ptr", "rows_ptr"])
 def _decode_kernel(
     q_ptr, cache_ptr, out_ptr, lse_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
     scale, softcap, window, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
@@ -256,8 +260,7 @@ def attention(
 ) -> torch.Tensor:
     """See `reference.attention`."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    # The base of the softmax is 2; a cap comes before the change of base.
-    numbers = (scale if softcap else scale * _LOG2E.value, softcap or 0.0, window or 0)
+    numbers = (scale, softcap or 0.0, window or 0)
     if meta.num_decodes:
         _decode(query, cache, meta, numbers, window is not None, softcap is not None, sinks, out)
     if meta.num_decodes < len(meta.rows):

@@ -74,6 +74,24 @@ def keep_only_(row: torch.Tensor, ids: torch.Tensor) -> None:
     row[ids] = kept
 
 
+def keep_allowed_(x: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
+    """Masks tokens of ``x[S, V]`` in ``rows[R]``, which ascend: v stays if bit v % 32 of ``bits[:, v // 32]`` is set.
+
+    ``bits`` is int32 ``[R, at least ceil(V / 32)]``.
+    """
+    vocab = x.shape[1]
+    if x.is_cuda:
+        shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
+        forbidden = (bits.view(torch.uint8).unsqueeze(-1) >> shifts & 1 == 0).flatten(1)[:, :vocab]
+    else:
+        packed = bits.numpy().view(np.uint8)
+        forbidden = torch.from_numpy(np.unpackbits(~packed, axis=1, count=vocab, bitorder="little").view(np.bool_))
+    if len(rows) == len(x):
+        x.masked_fill_(forbidden, _NEG_INF)
+    else:
+        x[rows] = x[rows].masked_fill_(forbidden, _NEG_INF)
+
+
 def ban_completions_(row: torch.Tensor, prefixes: torch.Tensor, last: torch.Tensor, tail: torch.Tensor) -> None:
     """Masks ``last[i]`` in ``row[V]`` where ``prefixes[i]`` equals ``tail``.
 

@@ -101,14 +101,14 @@ def _rotary_kernel(
 def _place_heads_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cache_ptr, q_weight_ptr, k_weight_ptr, table_ptr, positions_ptr, slots_ptr,
     stride_token, page_stride, eps,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    PAGE: tl.constexpr, GROUP_PAD: tl.constexpr, DIM_PAD: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr,
-    HAS_NORM: tl.constexpr, CHAINED: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr,
+    HEADS_PAD: tl.constexpr, KV_PAD: tl.constexpr, DIM_PAD: tl.constexpr, HALF_PAD: tl.constexpr,
+    REST_PAD: tl.constexpr, HAS_NORM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One KV head of one token with its query heads. q, k and v are parts of one row; a head is HALF + HALF + rest."""
-    token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """One token. q, k and v are parts of one row; a head is HALF + HALF + rest."""
+    token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token)
-    target = cache_ptr + (slot // PAGE).to(tl.int64) * page_stride + kv_head * PAGE * DIM + (slot % PAGE) * DIM
+    page = cache_ptr + (slot // PAGE).to(tl.int64) * page_stride + (slot % PAGE) * DIM
     row = table_ptr + tl.load(positions_ptr + token).to(tl.int64) * 2 * HALF
     i = tl.arange(0, HALF_PAD)
     dtype = q_ptr.dtype.element_ty
@@ -116,16 +116,16 @@ def _place_heads_kernel(
     sin = tl.load(row + HALF + i, i < HALF, 0.0).to(dtype).to(tl.float32)
     release(CHAINED)
     wait(CHAINED)
-    g = tl.arange(0, GROUP_PAD)[:, None]
-    q = q_ptr + token * stride_token + (kv_head * GROUP + g) * DIM
-    out = out_ptr + (token * HEADS + kv_head * GROUP + g) * DIM
-    _place_head(q, out, g < GROUP, q_weight_ptr, cos, sin, eps, DIM, HALF, HALF_PAD, REST_PAD, HAS_NORM)
-    one = tl.zeros([1, 1], tl.int32)
-    k = k_ptr + token * stride_token + kv_head * DIM + one
-    _place_head(k, target + one, one == 0, k_weight_ptr, cos, sin, eps, DIM, HALF, HALF_PAD, REST_PAD, HAS_NORM)
-    d = tl.arange(0, DIM_PAD)
-    v = tl.load(v_ptr + token * stride_token + kv_head * DIM + d, d < DIM, 0.0)
-    tl.store(target + KV_HEADS * PAGE * DIM + d, v, d < DIM)
+    head = tl.arange(0, HEADS_PAD)[:, None]
+    source, target = q_ptr + token * stride_token + head * DIM, out_ptr + (token * HEADS + head) * DIM
+    _place_head(source, target, head < HEADS, q_weight_ptr, cos, sin, eps, DIM, HALF, HALF_PAD, REST_PAD, HAS_NORM)
+    head = tl.arange(0, KV_PAD)[:, None]
+    source, target = k_ptr + token * stride_token + head * DIM, page + head * PAGE * DIM
+    _place_head(source, target, head < KV_HEADS, k_weight_ptr, cos, sin, eps, DIM, HALF, HALF_PAD, REST_PAD, HAS_NORM)
+    d = tl.arange(0, DIM_PAD)[None, :]
+    held = (head < KV_HEADS) & (d < DIM)
+    v = tl.load(v_ptr + token * stride_token + head * DIM + d, held, 0.0)
+    tl.store(target + KV_HEADS * PAGE * DIM + d, v, held)
 
 
 @triton.jit
@@ -281,19 +281,25 @@ def place_heads_(
 ) -> torch.Tensor:
     """See `metadata.PlaceHeads`; one launch where something is rotated and q, k and v are parts of one row."""
     tokens, heads, dim = q.shape
-    if change.cos_sin is None or {x.stride() for x in (q, k, v)} != {(q.stride(0), dim, 1)}:
+    if change.cos_sin is None or not _of_one_row(q, k, v):
         return _place_heads_apart(q, k, v, change, positions, cache, slots)
-    half, group, kv_heads = change.cos_sin.shape[1] // 2, heads // k.shape[1], k.shape[1]
+    half, kv_heads = change.cos_sin.shape[1] // 2, k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    pads = [triton.next_power_of_2(n) if n else 0 for n in (group, dim, half, dim - 2 * half)]
+    pads = [triton.next_power_of_2(n) if n else 0 for n in (heads, kv_heads, dim, half, dim - 2 * half)]
     chain = chained(q.device)
     if tokens:
-        _place_heads_kernel[(tokens, kv_heads)](
+        _place_heads_kernel[(tokens,)](
             q, k, v, out, cache, change.q_norm, change.k_norm, change.cos_sin, positions, slots,
-            q.stride(0), cache.stride(0), change.eps, group, heads, kv_heads, dim, half, cache.shape[3], *pads,
-            change.q_norm is not None, chain, num_warps=1, launch_pdl=chain,
+            q.stride(0), cache.stride(0), change.eps, heads, kv_heads, dim, half, cache.shape[3], *pads,
+            change.q_norm is not None, chain, num_warps=4, launch_pdl=chain,
         )  # fmt: skip
     return out
+
+
+def _of_one_row(*parts: torch.Tensor) -> bool:
+    """Whether all have dense heads and the same distance from token to token; of a single token that says nothing."""
+    dense = all(x.stride(1) == x.shape[2] and x.stride(2) == 1 for x in parts)
+    return dense and (len(parts[0]) == 1 or len({x.stride(0) for x in parts}) == 1)
 
 
 def greedy(logits: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,8 @@ class Layer(nn.Module):
     def materialise(self, device: torch.device) -> None:
         """Gives the layer's own parameters memory on ``device``; their content is undefined."""
         for name, parameter in list(self.named_parameters(recurse=False)):
-            memory = torch.empty_like(parameter, device=device)
+            # Not empty_like: from a meta tensor it imports a symbolic algebra system, which takes seconds.
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(self, name, nn.Parameter(memory, requires_grad=False))
 
     @torch.no_grad()
