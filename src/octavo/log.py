@@ -13,7 +13,8 @@ class _Format(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         since = time.perf_counter() - _START
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return f"octavo {since:7.2f}s  {level}{record.getMessage()}"
+        text = f"octavo {since:7.2f}s  {level}{record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
 def get_logger() -> logging.Logger:

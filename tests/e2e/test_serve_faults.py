@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -165,3 +167,25 @@ def test_a_port_in_use_is_refused_before_anything_starts(server: Server, model: 
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
+
+
+def test_neither_a_long_text_nor_half_a_request_holds_up_the_end(server: Server) -> None:
+    port = int(server.url.rsplit(":", 1)[1])
+    answers: list[int] = []
+
+    def tokenize() -> None:
+        answers.append(
+            httpx.post(f"{server.url}/tokenize", json={"prompt": "aé1 " * 5_000_000}, timeout=60).status_code
+        )
+
+    thread = threading.Thread(target=tokenize)
+    with socket.create_connection(("127.0.0.1", port)) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        thread.start()
+        time.sleep(1)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait(2) == 0
+        assert half.recv(100).startswith(b"HTTP/1.1 503")
+    thread.join()
+    assert answers == [503]
+    assert "Traceback" not in server.log()

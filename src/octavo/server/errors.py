@@ -61,6 +61,11 @@ def no_route(status: int, method: str, path: str) -> ApiError:
     return ApiError(404, "not_found", f"there is nothing at {path[:200]}.", "The API is under /v1.")
 
 
+def shutting_down() -> Overloaded:
+    """503, while the server ends."""
+    return Overloaded("the server is shutting down.", "Send the request to another one.")
+
+
 def unexpected(request_id: str) -> OctavoError:
     """500 for a bug of ours; the log has the rest under the same id."""
     return OctavoError(f"the server failed on this request ({request_id}).", "The server's log says why.", id="SRV001")

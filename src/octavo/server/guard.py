@@ -5,6 +5,7 @@ It wraps the whole application, so a route added later is guarded too: only the 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 import uuid
@@ -48,6 +49,8 @@ class Guard:
             await exchange.fail(errors.no_route(error.status_code, scope["method"], scope["path"]))
         except OctavoError as error:
             await exchange.fail(error)
+        except asyncio.CancelledError:  # uvicorn's, when the time for last answers is over
+            await exchange.fail(errors.shutting_down())
         except Exception:
             get_logger().exception("request %s failed", exchange.id)
             await exchange.fail(errors.unexpected(exchange.id))

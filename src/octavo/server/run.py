@@ -8,7 +8,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import uvicorn
@@ -35,7 +37,30 @@ def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real",
     Raises `OctavoError` for whatever prevents the start.
     """
     with _listener(server) as listener:
-        return uvloop.run(_Session(config, server, worker, listener).run())
+        code = uvloop.run(_Session(config, server, worker, listener).run())
+    if _Threads.busy():
+        os._exit(code)  # the interpreter would wait for them
+    return code
+
+
+class _Threads(ThreadPoolExecutor):
+    """The event loop's threads. One that is busy with a long text does not hold up the end."""
+
+    PREFIX = "octavo-serve"
+
+    def __init__(self) -> None:
+        super().__init__(thread_name_prefix=self.PREFIX)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        super().shutdown(wait=False, cancel_futures=True)
+
+    @classmethod
+    def busy(cls) -> bool:
+        """Whether a thread goes on after `shutdown`; idle ones end at once."""
+        left = [thread for thread in threading.enumerate() if thread.name.startswith(cls.PREFIX)]
+        for thread in left:
+            thread.join(0.1)
+        return any(thread.is_alive() for thread in left)
 
 
 class _Session:
@@ -51,6 +76,7 @@ class _Session:
         self._code = 0
 
     async def run(self) -> int:
+        asyncio.get_running_loop().set_default_executor(_Threads())
         with self._signals():
             llm = await self._start()
             if llm is None:

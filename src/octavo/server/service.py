@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.config import ModelOptions
-from octavo.errors import Overloaded
-from octavo.server.errors import unknown_model
+from octavo.server.errors import shutting_down, unknown_model
 from octavo.server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class Service:
     def admitted(self) -> Iterator[None]:
         """Around the work on one request; raises `Overloaded` once the server is shutting down."""
         if self.closing:
-            raise Overloaded("the server is shutting down.", "Send the request to another one.")
+            raise shutting_down()
         self._active += 1
         self._idle.clear()
         try:
