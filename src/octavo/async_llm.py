@@ -59,6 +59,7 @@ class AsyncLLM:
     ) -> None:
         self.client = client
         self.tokenizer: Tokenizer | None = text.tokenizer
+        self.architecture = text.architecture
         self.inputs = InputProcessor(
             text.tokenizer, client.info, eos_ids=text.eos_ids, defaults=text.defaults, seeds=seeds
         )

@@ -165,6 +165,8 @@ class ServerConfig:
     api_key: str | None = option(None, "key that clients must send as a bearer token; default: OCTAVO_API_KEY")
     served_model_name: str | None = option(None, "name of the model in the API; default: MODEL")
     chat_template: str | None = option(None, "file with a Jinja chat template, used instead of the model's")
+    tool_call_parser: str = option("auto", "format of tool calls: auto (the model's), none, hermes, mistral, …")
+    reasoning_parser: str = option("auto", "format of reasoning: auto (the model's), none, think, gpt_oss, …")
     drain_seconds: float = option(0.0, "after SIGTERM, let running requests go on for so long")
     disable_log_requests: bool = option(False, "no log line for each request")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))

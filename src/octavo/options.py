@@ -139,6 +139,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(ServerConfig):
         if field.name != "log_level":
             _add(group, field)
+    group.add_argument("--enable-auto-tool-choice", action="store_true", help="no effect: tools can always be chosen")
 
 
 def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:

@@ -60,9 +60,20 @@ def scores(token: int, top: int) -> TokenLogprobs:
 class Server:
     """An application and a client for it; ``fake`` is the engine behind."""
 
-    def __init__(self, script: Any = None, *, names: tuple[str, ...] = ("m", "alias"), **options: Any) -> None:
-        self.tokenizer = byte_level(chat_template=TEMPLATE)
-        self.fake = FakeClient(script or speak(self.tokenizer.encode(SPOKEN)), info(max_model_len=128))
+    def __init__(
+        self,
+        script: Any = None,
+        *,
+        names: tuple[str, ...] = ("m", "alias"),
+        template: str = TEMPLATE,
+        max_model_len: int = 128,
+        special: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        self.tokenizer = byte_level(chat_template=template)
+        self.tokenizer.lib.add_special_tokens(list(special))
+        self.tokenizer.special_ids |= {self.tokenizer.lib.token_to_id(token) for token in special}
+        self.fake = FakeClient(script or speak(self.tokenizer.encode(SPOKEN)), info(max_model_len=max_model_len))
         self.llm = AsyncLLM(self.fake, TextModel(self.tokenizer))
         self.service = Service(self.llm, names)
         self.app = build_app(self.service, **options)

@@ -19,13 +19,15 @@ class TextModel:
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    architecture: str = ""
 
 
 def load_text_model(config: EngineConfig) -> TextModel:
     """Reads everything but the weights; raises `ModelError`. Imports neither torch nor, ordinarily, transformers."""
     options = config.model
     files = find_files(options, weights=False)
-    ends = set(model_config(files.hf_dict(), generation=files.generation).eos_ids)
+    model = model_config(files.hf_dict(), generation=files.generation)
+    ends = set(model.eos_ids)
     tokenizer = None
     if not options.skip_tokenizer_init:
         tokenizer = load_tokenizer(
@@ -36,4 +38,4 @@ def load_text_model(config: EngineConfig) -> TextModel:
         )
     if tokenizer is not None and tokenizer.eos_id is not None:
         ends.add(tokenizer.eos_id)
-    return TextModel(tokenizer, frozenset(ends), files.sampling_defaults())
+    return TextModel(tokenizer, frozenset(ends), files.sampling_defaults(), model.architecture)

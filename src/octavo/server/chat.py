@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator
 
 import msgspec
@@ -12,6 +13,7 @@ from starlette.types import ASGIApp
 
 from octavo.frontend.inputs import Prepared
 from octavo.frontend.outputs import Delta
+from octavo.server.message import ChoiceReader
 from octavo.server.protocol import ChatRequest, decode
 from octavo.server.responses import (
     ChatChoice,
@@ -20,7 +22,6 @@ from octavo.server.responses import (
     ChatDelta,
     ChatLogprobs,
     Logprobs,
-    Message,
     MessageDelta,
     Usage,
     chat_logprobs,
@@ -29,6 +30,7 @@ from octavo.server.responses import (
 from octavo.server.runs import Runs
 from octavo.server.service import Service
 from octavo.server.sse import EventStream, event, while_connected
+from octavo.server.tools import ToolUse
 
 
 async def create(service: Service, request: Request) -> ASGIApp:
@@ -37,6 +39,7 @@ async def create(service: Service, request: Request) -> ASGIApp:
     body.check()
     model = service.model(body.model)
     id = f"chatcmpl-{request.scope['request_id']}"
+    use = ToolUse.of(body)
     params = body.chat_params(service.llm.default_params())
     prepared = await service.llm.prepare_chat(
         body.messages,
@@ -45,9 +48,11 @@ async def create(service: Service, request: Request) -> ASGIApp:
         priority=body.priority or 0,
         add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
         continue_final_message=bool(body.continue_final_message),
-        template_kwargs=body.chat_template_kwargs,
+        tools=use.shown or None,
+        template_kwargs=body.template_kwargs(),
     )
-    answer = _Answer(service, body, model, id, prepared)
+    prepared = dataclasses.replace(prepared, kept_ids=service.kept_ids(tools=bool(use.schemas)))
+    answer = _Answer(service, body, model, id, prepared, use)
     if body.stream:
         return EventStream(answer.events())
     whole = await while_connected(request.receive, answer.whole())
@@ -55,22 +60,32 @@ async def create(service: Service, request: Request) -> ASGIApp:
 
 
 class _Answer:
-    def __init__(self, service: Service, body: ChatRequest, model: str, id: str, prepared: Prepared) -> None:
+    def __init__(
+        self, service: Service, body: ChatRequest, model: str, id: str, prepared: Prepared, use: ToolUse
+    ) -> None:
         self._body, self._model, self._id = body, model, id
         self._runs = Runs(service, [prepared])
         self._created = now()
+        self._readers = [
+            ChoiceReader(
+                service.formats.parser(prepared.prompt or "", use.schemas),
+                parallel_calls=use.parallel,
+                include_reasoning=body.include_reasoning is not False,
+            )
+            for _ in prepared.requests
+        ]
 
     async def whole(self) -> ChatCompletion:
         (result,) = await self._runs.finish()
         choices = [
             ChatChoice(
                 index=output.index,
-                message=Message("assistant", output.text),
+                message=reader.whole(output.text),
                 logprobs=self._logprobs(output.token_ids, output.logprobs),
-                finish_reason=output.finish_reason,
+                finish_reason=reader.finish_reason(output.finish_reason),
                 stop_reason=output.stop_reason,
             )
-            for output in result.outputs
+            for output, reader in zip(result.outputs, self._readers, strict=True)
         ]
         return ChatCompletion(
             id=self._id,
@@ -88,21 +103,27 @@ class _Answer:
                 if delta.index not in greeted:
                     greeted.add(delta.index)
                     yield event(self._chunk([ChatDelta(index=delta.index, delta=MessageDelta("assistant", ""))]))
-                yield event(self._chunk([self._delta(delta)]))
+                for choice in self._pieces(delta):
+                    yield event(self._chunk([choice]))
         if self._body.include_usage:
             yield event(self._chunk([], Usage.of(self._runs.results)))
 
     def _chunk(self, choices: list[ChatDelta], usage: Usage | None = None) -> ChatChunk:
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def _delta(self, delta: Delta) -> ChatDelta:
-        return ChatDelta(
-            index=delta.index,
-            delta=MessageDelta(content=delta.text),
-            logprobs=self._logprobs(delta.token_ids, delta.logprobs),
-            finish_reason=delta.finish_reason,
-            stop_reason=delta.stop_reason,
-        )
+    def _pieces(self, delta: Delta) -> list[ChatDelta]:
+        """None while a reader waits for more, unless there are log-probabilities to send."""
+        reader, final = self._readers[delta.index], delta.finish_reason is not None
+        logprobs = self._logprobs(delta.token_ids, delta.logprobs)
+        messages = reader.feed(delta.text, final=final)
+        if not messages and (final or logprobs is not None):
+            messages = [MessageDelta()]
+        pieces = [ChatDelta(index=delta.index, delta=message) for message in messages]
+        if pieces:
+            pieces[0].logprobs = logprobs
+            pieces[-1].finish_reason = reader.finish_reason(delta.finish_reason)
+            pieces[-1].stop_reason = delta.stop_reason
+        return pieces
 
     def _logprobs(self, token_ids: list[int], entries: list[Logprobs] | None) -> ChatLogprobs | None:
         if not self._body.logprobs:

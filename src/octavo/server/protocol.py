@@ -153,9 +153,11 @@ class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: Any = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
+    reasoning_effort: str | None = None  # a variable of the template, if it has one of this name
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
@@ -173,12 +175,11 @@ class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
                 "Leave it out, and ask for the format in the prompt.",
                 param="response_format",
             )
-        for name in ("tools", "functions"):
-            if getattr(self, name):
-                raise RequestError(f"{name} are not supported yet.", f"Leave {name} out.", param=name)
-        for name in ("tool_choice", "function_call"):
-            if getattr(self, name) not in (None, "none", "auto"):
-                raise RequestError(f"{name} needs tools, which are not supported yet.", "Leave it out.", param=name)
+        if self.functions:
+            raise RequestError("functions are the former form of tools.", "Send tools.", param="functions")
+        if self.function_call not in (None, "none", "auto"):
+            cause = "function_call is the former form of tool_choice."
+            raise RequestError(cause, "Send tool_choice.", param="function_call")
         if self.modalities not in (None, ["text"]):
             raise RequestError(f"modalities is {self.modalities}.", "Only text is made here.", param="modalities")
         if self.top_logprobs is not None and not self.logprobs:
@@ -189,6 +190,11 @@ class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
                 "Give a value in that range.",
                 param="top_logprobs",
             )
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
     def chat_params(self, defaults: SamplingParams) -> SamplingParams:
         """As `sampling_params`; without a limit the answer may fill the context."""

@@ -22,9 +22,10 @@ from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import ConfigError, OctavoError
 from octavo.frontend.chat import load_template
+from octavo.frontend.parse.registry import check_names
 from octavo.log import get_logger
 from octavo.server.app import build_app
-from octavo.server.service import Service, served_names
+from octavo.server.service import Service, formats_of, served_names
 
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers
 ANSWER_SECONDS = 0.5  # for requests that were just aborted to write their last byte
@@ -36,6 +37,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real",
 
     Raises `OctavoError` for whatever prevents the start.
     """
+    check_names(server.tool_call_parser, server.reasoning_parser)
     with _listener(server) as listener:
         code = uvloop.run(_Session(config, server, worker, listener).run())
     if _Threads.busy():
@@ -112,7 +114,10 @@ class _Session:
 
     async def _serve(self, llm: AsyncLLM) -> None:
         names = served_names(self._config.model, self._server.served_model_name)
-        service = Service(llm, names)
+        options = self._server
+        formats = formats_of(llm, tool=options.tool_call_parser, reasoning=options.reasoning_parser)
+        get_logger().info("tool calls: %s; reasoning: %s", formats.tool or "not read", formats.reasoning or "not read")
+        service = Service(llm, names, formats)
         key = self._server.api_key or os.environ.get("OCTAVO_API_KEY")
         app = build_app(service, api_key=key, log_requests=not self._server.disable_log_requests)
         http = _Http(_http_config(app), _banner(service, self._server, self._listener, guarded=key is not None))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from octavo.config import ModelOptions
+from octavo.frontend.parse.registry import AUTO, Formats, special_ids
 from octavo.server.errors import shutting_down, unknown_model
 from octavo.server.metrics import Metrics
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
 class Service:
     """One engine behind one server. ``names[0]`` is the name that is shown; the others are accepted too."""
 
-    def __init__(self, llm: AsyncLLM, names: tuple[str, ...]) -> None:
+    def __init__(self, llm: AsyncLLM, names: tuple[str, ...], formats: Formats | None = None) -> None:
+        """``formats`` are those of tool calls and reasoning; default: what the model's template tells."""
         self.llm = llm
         self.names = names
+        self.formats = formats or formats_of(llm)
+        self._kept_ids = [special_ids(llm.tokenizer, self.formats.markers(tools=tools)) for tools in (False, True)]
         self.metrics = Metrics(names[0])
         self.closing = False
         self._active = 0
@@ -33,6 +37,10 @@ class Service:
         if wanted is not None and wanted not in self.names:
             raise unknown_model(wanted[:200], self.names[0])
         return wanted or self.names[0]
+
+    def kept_ids(self, *, tools: bool) -> frozenset[int]:
+        """Special tokens that `formats` needs the text of."""
+        return self._kept_ids[tools]
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
@@ -56,6 +64,13 @@ class Service:
         except TimeoutError:
             return False
         return True
+
+
+def formats_of(llm: AsyncLLM, *, tool: str = AUTO, reasoning: str = AUTO) -> Formats:
+    """The formats with these names, else those that the model's templates and architecture tell."""
+    templates = [llm.renderer.template, *llm.renderer.named.values()]
+    text = "\n".join(template for template in templates if template is not None)
+    return Formats.of(text, llm.architecture, tool=tool, reasoning=reasoning)
 
 
 def served_names(model: ModelOptions, given: str | None) -> tuple[str, ...]:

@@ -120,13 +120,9 @@ class Formats:
     @classmethod
     def of(cls, template: str | None, architecture: str = "", *, tool: str = AUTO, reasoning: str = AUTO) -> Formats:
         """Those named, else those of the model; raises `ConfigError` for a name that is none."""
-        found_tool, found_reasoning = detect(template, architecture)
-        named_tool = _named(tool, TOOLS, TOOL_ALIASES, "tool_call_parser")
-        named_reasoning = _named(reasoning, {*REASONING, HARMONY}, REASONING_ALIASES, "reasoning_parser")
-        return cls(
-            found_tool if named_tool == AUTO else named_tool,
-            found_reasoning if named_reasoning == AUTO else named_reasoning,
-        )
+        found = detect(template, architecture)
+        named = check_names(tool, reasoning)
+        return cls(*(found[i] if named[i] == AUTO else named[i] for i in range(2)))
 
     def parser(self, prompt: str, tools: Tools, new_id: Callable[[], str] | None = None) -> MessageParser | None:
         """A parser of one answer to ``prompt``; None if all of any answer is content. ``new_id`` names calls."""
@@ -150,6 +146,14 @@ class Formats:
         elif tools and self.tool is not None:
             found.update(TOOLS[self.tool].MARKERS)
         return frozenset(found)
+
+
+def check_names(tool: str, reasoning: str) -> tuple[str | None, str | None]:
+    """The formats with these names, `AUTO` as it is; raises `ConfigError` for a name that is none."""
+    return (
+        _named(tool, TOOLS, TOOL_ALIASES, "tool_call_parser"),
+        _named(reasoning, {*REASONING, HARMONY}, REASONING_ALIASES, "reasoning_parser"),
+    )
 
 
 def special_ids(tokenizer: Tokenizer | None, markers: Collection[str]) -> frozenset[int]:

@@ -1,0 +1,95 @@
+"""The tools of a chat request: what the model is shown of them, and what it may or must call."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from octavo.errors import RequestError
+from octavo.server.protocol import ChatRequest
+
+MAX_TOOLS = 512
+_NAME = re.compile(r"[\w./:-]{1,128}", re.ASCII)
+
+Tool = dict[str, Any]
+Choice = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """``shown`` go to the template; ``schemas`` are those of the parameters of the tools that may be called."""
+
+    shown: tuple[Tool, ...] = ()
+    schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    choice: Choice = "none"
+    parallel: bool = True
+
+    @classmethod
+    def of(cls, body: ChatRequest) -> ToolUse:
+        """Checked; raises `RequestError`. With the choice ``none`` the model is not shown any tool."""
+        tools = {_name(tool, i): tool for i, tool in enumerate(body.tools or ())}
+        if len(body.tools or ()) > MAX_TOOLS:
+            raise RequestError(f"tools has {len(body.tools or ())} entries, more than {MAX_TOOLS}.", param="tools")
+        if len(tools) < len(body.tools or ()):
+            raise RequestError("two tools have the same name.", "Rename one of them.", param="tools")
+        choice, named = _choice(body.tool_choice, tools)
+        if choice == "required":
+            raise RequestError(
+                "tool_choice asks for a call, which needs structured output.", 'Use "auto".', param="tool_choice"
+            )
+        if choice == "none":
+            return cls()
+        schemas = {name: tool["function"].get("parameters") or {} for name, tool in tools.items()}
+        if named is not None:
+            schemas = {named: schemas[named]}
+        parallel = body.parallel_tool_calls is not False and named is None
+        return cls(tuple(tools.values()), schemas, choice, parallel)
+
+
+def _name(tool: Tool, at: int) -> str:
+    """The name of a tool, whose form is checked."""
+    where = f"tools[{at}]"
+    function = tool.get("function")
+    if tool.get("type") != "function" or not isinstance(function, Mapping):
+        raise _bad(f"{where} is no function", 'Its form is {"type": "function", "function": {"name": …}}.')
+    name = function.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise _bad(f"{where}.function.name is {str(name)[:200]!r}", "Use 1 to 128 letters, digits and any of _ - . / :")
+    if not isinstance(function.get("parameters"), Mapping | None):
+        raise _bad(f"{where}.function.parameters is no object", "Give a JSON schema.")
+    if not isinstance(function.get("description"), str | None):
+        raise _bad(f"{where}.function.description is no text", "Give a text.")
+    return name
+
+
+def _bad(what: str, remedy: str) -> RequestError:
+    return RequestError(f"{what}.", remedy, param="tools")
+
+
+def _choice(choice: Any, tools: Mapping[str, Tool]) -> tuple[Choice, str | None]:
+    """(what is to be done, the one tool that is named)."""
+    if choice is None:
+        return ("auto" if tools else "none"), None
+    if choice == "none" or (choice == "auto" and not tools):
+        return "none", None
+    if choice == "auto":
+        return "auto", None
+    if not tools:
+        raise RequestError(
+            "tool_choice asks for a call, but there are no tools.", "Send tools, or leave it out.", param="tool_choice"
+        )
+    if choice == "required":
+        return "required", None
+    function = choice.get("function") if isinstance(choice, Mapping) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise RequestError(
+            "tool_choice is none of the forms known here.",
+            'Give "auto", "none", "required" or {"type": "function", "function": {"name": …}}.',
+            param="tool_choice",
+        )
+    if name not in tools:
+        raise RequestError(f"tool_choice names {name[:200]!r}, which is none of tools.", param="tool_choice")
+    return "required", name
