@@ -25,9 +25,9 @@ from octavo.kernels import attn_triton, linear_triton
 from octavo.kernels.attn_triton import Launch
 from octavo.kernels.metadata import AttentionMetadata
 
-SHAPES = ((32, 8, 64), (32, 8, 128), (16, 8, 128))
+SHAPES = ((32, 8, 64), (32, 8, 128))
 DECODES = ((1, 1024), (16, 1024), (64, 384), (256, 832))
-PREFILLS = ((2, 4096), (1, 16000), (16, 512))
+PREFILLS = ((2, 4096), (16, 512))
 LINEARS = {
     "1b": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
     "0.6b": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)),
@@ -36,9 +36,11 @@ LINEARS = {
 PAGE = 16
 DECODE_LAUNCHES = [Launch(t, w, s) for t, w, s in itertools.product((32, 64, 128), (2, 4), (2, 3, 4)) if t * s <= 256]
 PREFILL_LAUNCHES = [
-    Launch(tile, warps, stages, rows)
-    for tile, (warps, rows), stages in itertools.product((64, 128), ((4, 64), (8, 128), (4, 128)), (2, 3, 4))
-    if tile * stages <= 384
+    Launch(tile, warps, stages, rows, registers)
+    for tile, (warps, rows), stages, registers in itertools.product(
+        (32, 64, 128), ((4, 64), (8, 128), (4, 128)), (2, 3), (None, 128, 168)
+    )
+    if tile * rows <= 8192
 ]
 Work = Callable[[], object]
 

@@ -25,12 +25,16 @@ _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: ``tile`` keys at once, ``rows`` of queries times heads of a group (prefill)."""
+    """How a kernel is launched: ``tile`` keys at once, ``rows`` of queries times heads of a group (prefill).
+
+    ``registers`` a thread at most: where they fit, two programs on a multiprocessor hide each other's softmax.
+    """
 
     tile: int
     warps: int
     stages: int
     rows: int = _MIN_ROWS
+    registers: int | None = None
 
 
 # By padded head size; measured by bench/kernels_gpu.py, see docs/performance-log.md. Decode splits until the card has
@@ -45,7 +49,7 @@ DECODE = {
 PREFILL = {
     16: Launch(64, 8, 2, 128),
     32: Launch(64, 8, 2, 128),
-    64: Launch(64, 8, 3, 128),
+    64: Launch(64, 8, 3, 128, 128),
     128: Launch(64, 8, 3, 128),
     256: Launch(32, 4, 2, 64),
 }
@@ -283,7 +287,7 @@ def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
         query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
         group, heads, dim, pad, page, max(_MIN_ROWS, triton.next_power_of_2(group)), launch.tile, splits,
         has_window, has_cap, sinks is not None, chain,
-        num_warps=launch.warps, num_stages=launch.stages, launch_pdl=chain,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, launch_pdl=chain,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(items, heads)](
@@ -303,7 +307,7 @@ def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):
         query, cache, out, meta.query_start, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
         meta.num_decodes, items, query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
         group, heads, dim, pad, page, queries, rows, launch.tile, has_window, has_cap, sinks is not None, chain,
-        num_warps=launch.warps, num_stages=launch.stages, launch_pdl=chain,
+        num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, launch_pdl=chain,
     )  # fmt: skip
 
 
