@@ -41,13 +41,15 @@ class Repo:
 
 
 class Hub:
-    """The server. ``requests`` lists what it was asked for; ``fail_with`` makes it answer everything with that status,
-    ``failures`` so many times at most.
+    """The server. ``requests`` lists what it was asked for, ``sent`` counts the bytes of its answers.
+
+    ``fail_with`` makes it answer everything with that status, ``failures`` so many times at most.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
+        self.sent = 0
         self.fail_with: int | None = None
         self.failures = 1 << 30
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -197,3 +199,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+            self.hub.sent += len(body)

@@ -1,0 +1,183 @@
+"""From a repo id to text, through the command line and the real client of the Hub, against a Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.serving import START_SECONDS, Server
+from tests.gguf_files import tiny_metadata, tiny_tensors, write_gguf
+from tests.hub_server import Hub
+from tools import tiny
+
+SMALL = ("--device", "cpu", "--max-num-seqs", "2", "--kv-cache-memory-bytes", "4M")
+PROMPT = ("-p", "hello", "--max-tokens", "2", "--ignore-eos", "--temperature", "0")
+TOKEN = "hf_of_a_test"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("model") / "tiny", "llama", shards=2)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+class Shell:
+    """Runs octavo as a user of ``hub`` does, with a cache of its own."""
+
+    def __init__(self, hub: Hub, home: Path) -> None:
+        self.hub, self.home = hub, home
+
+    def env(self, **more: str) -> dict[str, str]:
+        hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
+        base = {key: value for key, value in os.environ.items() if key not in hidden}
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        return {**base, **self.hub.env(self.home), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "octavo", *argv]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.env(**env), stdout=pipe, stderr=pipe, text=True, cwd=self.home)
+
+    def run(self, *argv: str, **env: str) -> tuple[int, str, str]:
+        process = self.start(*argv, **env)
+        out, err = process.communicate(timeout=START_SECONDS)
+        return process.returncode, out, err
+
+    def generate(self, name: str, *argv: str, **env: str) -> tuple[int, str, str]:
+        return self.run("generate", name, *PROMPT, *SMALL, *argv, **env)
+
+    def plan(self, name: str, *argv: str, **env: str) -> dict[str, Any]:
+        code, out, err = self.run("plan", name, "--json", "--gpu", "l4", *argv, **env)
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+
+@pytest.fixture
+def shell(hub: Hub, tmp_path: Path) -> Shell:
+    return Shell(hub, tmp_path)
+
+
+def test_first_start_downloads_and_the_second_asks_the_hub_nothing(hub: Hub, shell: Shell, model: Path) -> None:
+    commit = hub.push("owner/name", model)
+    code, text, err = shell.generate("owner/name", "--log-level", "info")
+    assert code == 0, err
+    assert f"owner/name at {commit}" in err
+    assert any("model-00002-of-" in request for request in hub.requests)
+    hub.requests.clear()
+    hub.fail_with = 503
+    code, again, err = shell.generate("owner/name", "--log-level", "info")
+    assert (code, again) == (0, text), err
+    assert "the Hub was not asked" in err
+    assert shell.plan("owner/name")["downloads"] == []
+    assert hub.requests == []
+
+
+def test_a_server_starts_from_a_repo_id_and_starts_again_offline(hub: Hub, shell: Shell, model: Path) -> None:
+    hub.push("owner/name", model)
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        with pytest.MonkeyPatch.context() as patch:
+            for key, value in shell.env(**env).items():
+                patch.setenv(key, value)
+            server = Server(["-m", "octavo", "serve", "owner/name", "--port", "0", *SMALL], shell.home / "log")
+        try:
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            (listed,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+            assert listed["id"] == "owner/name"
+            body = {"model": "owner/name", "prompt": "hello", "max_tokens": 2}
+            assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).status_code == 200
+        finally:
+            server.process.terminate()
+            assert server.wait(20) == 0
+        asked, hub.requests = hub.requests, []
+        assert bool(asked) is not bool(env)
+
+
+def test_two_starts_at_once_share_one_download(hub: Hub, shell: Shell, model: Path) -> None:
+    hub.push("owner/name", model)
+    both = [shell.start("generate", "owner/name", *PROMPT, *SMALL) for _ in range(2)]
+    ended = [process.communicate(timeout=START_SECONDS) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ended
+    assert ended[0][0] == ended[1][0] != ""
+    blobs = [path for path in shell.home.rglob("blobs/*") if path.suffix != ".incomplete"]
+    needed = [path for path in model.iterdir() if path.suffix in (".json", ".jinja", ".safetensors")]
+    assert len(blobs) == len({path.read_bytes() for path in needed})
+
+
+def test_a_gated_repo_wants_a_token(hub: Hub, shell: Shell, model: Path) -> None:
+    hub.push("owner/gated", model, gated=True, token=TOKEN)
+    code, _, err = shell.generate("owner/gated")
+    assert code == 3
+    assert "HF003: owner/gated is gated and no token was sent." in err
+    assert "--hf-token" in err
+    code, _, err = shell.generate("owner/gated", "--hf-token", TOKEN, "--log-level", "info")
+    assert code == 0, err
+    assert TOKEN not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "argv", "env", "id"),
+    [
+        ("owner/nothing", (), {}, "HF004"),
+        ("owner/name", ("--revision", "v9"), {}, "HF004"),
+        ("owner/name", (), {"HF_HUB_OFFLINE": "1"}, "HF005"),
+        ("./nothing", (), {}, "HF001"),
+    ],
+)
+def test_a_start_that_fails_ends_with_status_3_and_the_cause(
+    name: str, argv: tuple[str, ...], env: dict[str, str], id: str, hub: Hub, shell: Shell
+) -> None:
+    hub.push("owner/name", {"config.json": b"{}"})
+    code, out, err = shell.generate(name, *argv, **env)
+    assert (code, out) == (3, "")
+    assert f"octavo: {id}: " in err
+    assert "Traceback" not in err
+
+
+def test_a_plan_reads_headers_alone_and_leaves_nothing_behind(hub: Hub, shell: Shell, tmp_path: Path) -> None:
+    large = tiny.make(tmp_path / "large", "llama", hidden_size=512, intermediate_size=2048)
+    commit = hub.push("owner/name", large)
+    found = shell.plan("owner/name")
+    assert commit in found["model"]
+    stored = (large / "model.safetensors").stat().st_size
+    assert found["weights"]["parameters"] == sum(p.numel() for p in _large().parameters())
+    assert found["downloads"][0] == ["model.safetensors", stored]
+    assert sum(count for _, count in found["downloads"]) > stored
+    assert hub.sent < stored / 10
+    assert [path for path in (shell.home / "hub").rglob("*") if path.is_file()] == []
+
+
+def _large() -> Any:
+    return tiny.build("llama", hidden_size=512, intermediate_size=2048)
+
+
+@pytest.mark.parametrize("kind", ["branch", "tag", "commit"])
+def test_a_plan_is_for_the_revision_that_is_named(kind: str, hub: Hub, shell: Shell, model: Path) -> None:
+    commits = {"branch": hub.push("owner/name", model, branch="dev"), "tag": hub.push("owner/name", model, branch="v1")}
+    commits["commit"] = commits["branch"]
+    hub.push("owner/name", {"config.json": b"{}"})
+    revision = {"branch": "dev", "tag": "v1", "commit": commits["commit"]}[kind]
+    assert commits[kind] in shell.plan("owner/name", "--revision", revision)["model"]
+
+
+def test_a_plan_of_a_gguf_file_in_a_repo(hub: Hub, shell: Shell, tmp_path: Path) -> None:
+    factors = {"rope_freqs.weight": 1 + tiny_tensors()["output_norm.weight"][:4] ** 2}
+    file = write_gguf(tmp_path / "m-F32.gguf", {**tiny_tensors(), **factors}, tiny_metadata())
+    hub.push("owner/name", {"m-F32.gguf": file.read_bytes(), "m-Q8_0.gguf": b"GGUF"})
+    found = shell.plan("owner/name:F32")
+    assert found["quantisation"] == "GGUF F32, dequantised on loading"
+    assert found["rope"] == ["longrope, theta 10000, 8 of 8 dimensions"]
+    assert found["downloads"] == [["m-F32.gguf", file.stat().st_size]]
