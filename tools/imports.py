@@ -17,7 +17,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 
-LEAVES = {"errors", "types", "config", "log"}  # importable by all; import only each other
+LEAVES = {"errors", "types", "structured", "config", "log"}  # importable by all; import only each other
 JOINS = {"", "__main__", "llm", "async_llm", "cli", "options", "plan_command", "terminal", "bench"}  # see both sides
 BELOW: dict[str, set[str]] = {
     "platforms": set(),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.llm import LLM
+    from octavo.structured import StructuredOutputsParams
     from octavo.types import CompletionOutput, RequestOutput, SamplingParams
 
 __version__ = "0.1.0"
@@ -23,8 +24,17 @@ _HOMES = {
     "SamplingParams": "octavo.types",
     "RequestOutput": "octavo.types",
     "CompletionOutput": "octavo.types",
+    "StructuredOutputsParams": "octavo.structured",
 }
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+]
 
 
 def __getattr__(name: str) -> Any:

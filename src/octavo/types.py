@@ -1,7 +1,8 @@
 """The vocabulary: what a request is, what a step is, and the messages between frontend and core.
 
-Everything here crosses a process boundary or could (msgspec structs, msgpack), and imports nothing of octavo but
-errors. Text never reaches the core: `SamplingParams` is what a user writes, `Sampling` the part that the core sees.
+Everything here crosses a process boundary or could (msgspec structs, msgpack), and imports of octavo only
+errors and `structured`. Text never reaches the core, but for grammars: `SamplingParams` is what a user writes,
+`Sampling` the part that the core sees.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from octavo.errors import RequestError
+from octavo.structured import GrammarSpec, StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -54,6 +56,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     spaces_between_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         """Takes numbers and arrays of NumPy and torch too: sweeps over parameters are full of them."""
@@ -104,6 +107,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty.", "Name at least one token.", param="allowed_token_ids")
+        if self.structured_outputs is not None:
+            self.structured_outputs.spec()
 
 
 def _of_declared_types(params: SamplingParams) -> None:
@@ -154,6 +159,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: GrammarSpec | None = None
 
     @property
     def greedy(self) -> bool:

@@ -66,7 +66,7 @@ def test_a_row_with_bad_logits_ends_alone() -> None:
     core.add(make_request(core, "a", [1, 2, 3], max_tokens=4))
     core.add(make_request(core, "b", [4, 5], max_tokens=4))
 
-    def poisoned() -> object:
+    def poisoned(mask: object) -> object:
         worker.sample = sample
         done = sample()
         done.result().bad.append(0)

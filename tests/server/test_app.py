@@ -234,11 +234,11 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("/v1/chat/completions", {"model": "m", "messages": "hi"}, "messages"),
     ("/v1/chat/completions", CHAT | {"tools": [{"type": "function"}]}, "tools"),
     ("/v1/chat/completions", CHAT | {"tool_choice": "required"}, "tool_choice"),
-    ("/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}}, "response_format"),
+    ("/v1/chat/completions", CHAT | {"response_format": {"type": "xml"}}, "response_format"),
     ("/v1/chat/completions", CHAT | {"top_logprobs": 3}, "top_logprobs"),
     ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
     ("/v1/chat/completions", CHAT | {"chat_template": "{{ 1 }}"}, "chat_template"),
-    ("/v1/chat/completions", CHAT | {"guided_json": {}}, "guided_json"),
+    ("/v1/chat/completions", CHAT | {"guided_decoding_backend": "x"}, "guided_decoding_backend"),
     ("/tokenize", {"model": "m"}, "prompt"),
     ("/detokenize", {"tokens": [99_999]}, "tokens"),
 ]

@@ -8,14 +8,20 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+import msgspec
+import numpy as np
+
 from octavo.config import EngineConfig
+from octavo.core.grammar import Grammars
+from octavo.core.vocabulary import Vocabulary, load_vocabulary
 from octavo.errors import OutOfMemory
 from octavo.log import get_logger
-from octavo.runtime.base import Pending, Progress, WorkerBase
+from octavo.runtime.base import Pending, Progress, TokenMask, WorkerBase
 from octavo.sched.scheduler import Scheduler, SchedulerLimits
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 T = TypeVar("T")
+_IDLE_SECONDS = 0.005  # how long a step without work waits for a grammar
 
 
 def _silent(phase: str, share: float) -> None:
@@ -28,10 +34,20 @@ class EngineCore:
     With ``overlap`` (by default where the worker gains by it) a step is scheduled and launched before the tokens of the
     one before are read, so that the host's work hides behind the device's. Without (a CPU, where both are the same
     processor) each step is read at once.
+
+    A request with a grammar waits outside of the scheduler until that is compiled. In a step with such requests the
+    tokens of the step before are read between forward and sampling, since masks depend on them. A request whose mask
+    takes long is put aside (`Scheduler.defer`) until it is there.
     """
 
     def __init__(
-        self, config: EngineConfig, worker: WorkerBase, *, overlap: bool | None = None, progress: Progress = _silent
+        self,
+        config: EngineConfig,
+        worker: WorkerBase,
+        *,
+        overlap: bool | None = None,
+        progress: Progress = _silent,
+        vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
         self._worker = worker
         self._max_waiting = config.limits.max_waiting
@@ -70,44 +86,65 @@ class EngineCore:
         )
         self.model_config = model
         self.scheduler = Scheduler(limits, self.info.hash_key)
+        self._grammars = Grammars(vocabulary or (lambda: load_vocabulary(config, model)))
+        self._compiling: dict[str, Request] = {}
+        self._deferred: set[str] = set()
 
     def add(self, request: Request) -> TokenOutput | None:
         """Queues a request; returns its terminal message at once if it is refused."""
-        if self.scheduler.num_waiting >= self._max_waiting:
+        if self.scheduler.num_waiting + len(self._compiling) >= self._max_waiting:
             return _refusal(request, f"{self._max_waiting} requests are waiting, the limit. Retry later.", 503)
-        if request.id in self.scheduler:
+        if request.id in self.scheduler or request.id in self._compiling:
             return _refusal(request, f"A request with id {request.id!r} is running. Use another id.", 400)
         length = len(request.token_ids) // 4
         if not 0 < length < self.info.max_model_len:
             limit = self.info.max_model_len
             return _refusal(request, f"The prompt has {length} tokens, outside [1, {limit - 1}]. Shorten it.", 400)
+        if request.sampling.grammar is not None:
+            refused = self._grammars.open(request.id, request.sampling.grammar)
+            if refused is not None:
+                return _refusal(request, refused, 400)
+            if request.id not in self._grammars.live:
+                self._compiling[request.id] = request
+                return None
         self.scheduler.add(request)
         return None
 
     def abort(self, ids: list[str]) -> list[TokenOutput]:
         """Ends requests and frees their pages; ids that are not known are ignored."""
-        return self.scheduler.abort(ids)
+        unstarted = [id for id in dict.fromkeys(ids) if self._compiling.pop(id, None) is not None]
+        outputs = [TokenOutput(id=id, finish_reason="abort") for id in unstarted]
+        for id in ids:
+            self._grammars.close(id)
+        return outputs + self.scheduler.abort(ids)
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self.scheduler.has_work()
+        return self.scheduler.has_work() or bool(self._compiling)
 
     def step(self) -> list[TokenOutput]:
         """Launches the next step, if there is one, and reads back the oldest that is due."""
+        outputs = self._admit_compiled() if self._compiling or self._deferred else []
         plan = self.scheduler.schedule()
         if plan is not None:
             try:
                 self._worker.step(plan)
-                self._pending.append(self._worker.sample())
+                mask = self._mask(outputs) if self._grammars.live else None
+                self._pending.append(self._worker.sample(mask))
             except MemoryError as error:
-                return self._shed(error)
+                return outputs + self._shed(error)
+        elif (self._compiling or self._deferred) and not self._pending and not outputs:
+            self._grammars.wait(_IDLE_SECONDS)
         if self._pending and (plan is None or len(self._pending) > self._depth):
-            return self.scheduler.commit(self._pending.popleft().result())
-        return []
+            outputs += self._commit()
+        return outputs
 
     def stats(self) -> Stats:
-        """Gauges and counters of the scheduler."""
-        return self.scheduler.stats()
+        """Gauges and counters of the scheduler; a request whose grammar is being compiled is waiting."""
+        stats = self.scheduler.stats()
+        if self._compiling:
+            stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(self._compiling))
+        return stats
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every reusable page; always possible."""
@@ -117,13 +154,92 @@ class EngineCore:
     def close(self) -> None:
         """Drops the model and the cache."""
         self._pending.clear()
+        self._grammars.stop()
         del self._worker
+
+    # --- grammars ---------------------------------------------------------------------------------------------------
+
+    def _admit_compiled(self) -> list[TokenOutput]:
+        """Hands over requests whose grammar is compiled, or refuses them; resumes deferred ones whose mask is there."""
+        refusals = []
+        for id, refused in self._grammars.opened():
+            request = self._compiling.pop(id, None)
+            if request is None:  # aborted meanwhile
+                self._grammars.close(id)
+            elif refused:
+                refusals.append(_refusal(request, refused, 400))
+            else:
+                self.scheduler.add(request)
+        for id in list(self._deferred):
+            constraint = self._grammars.live.get(id)
+            if constraint is None or constraint.ready:
+                self._deferred.remove(id)
+                self.scheduler.resume(id)
+        return refusals
+
+    def _mask(self, outputs: list[TokenOutput]) -> TokenMask | None:
+        """What the latest plan may sample. What comes to light on the way is appended to ``outputs``."""
+        if not self.scheduler.constrained():
+            return None
+        while self._pending:
+            outputs += self._commit()
+        items = self.scheduler.constrained()
+        self._grammars.settle([id for _, id in items])
+        masked, bits = [], []
+        for item, id in items:
+            constraint = self._grammars.live[id]
+            if not constraint.ready:
+                self.scheduler.defer(item)
+                self._deferred.add(id)
+            elif constraint.finished:
+                outputs.append(self._end(id))
+            else:
+                masked.append(item)
+                bits.append(constraint.mask)
+        return TokenMask(masked, np.stack(bits)) if masked else None
+
+    def _commit(self) -> list[TokenOutput]:
+        """Reads the oldest step; constraints take in its tokens."""
+        outputs = self.scheduler.commit(self._pending.popleft().result())
+        if not self._grammars.live:
+            return outputs
+        live = self._grammars.live
+        self._grammars.advance(
+            [(output.id, output.token_ids[-1]) for output in outputs if output.token_ids and output.id in live]
+        )
+        checked: list[TokenOutput] = []
+        for output in outputs:
+            constraint = live.get(output.id)
+            if constraint is None:
+                checked.append(output)
+            elif not constraint.finished or output.finish_reason in ("stop", "error"):
+                checked.append(output)
+                if output.finish_reason is not None:
+                    self._grammars.close(output.id)
+            else:
+                # In a message of its own: the token that a "stop" comes with is not part of the text.
+                checked.append(msgspec.structs.replace(output, finish_reason=None))
+                checked.append(self._end(output.id, cached=output.cached))
+        return checked
+
+    def _end(self, id: str, *, cached: int = 0) -> TokenOutput:
+        """The last message of a request whose grammar lets nothing follow, or failed."""
+        error = self._grammars.live[id].error
+        self._grammars.close(id)
+        self.scheduler.end(id, "error" if error else "stop")
+        if error:
+            error = f"The grammar cannot be followed: {error}."
+            return TokenOutput(id=id, finish_reason="error", error=error, status=400)
+        return TokenOutput(id=id, finish_reason="stop", cached=cached)
 
     def _shed(self, error: MemoryError) -> list[TokenOutput]:
         """Out of memory in a step: its requests fail, later ones are served."""
         self._pending.clear()
+        outputs = self.scheduler.fail_running("The engine ran out of memory in this step. Send less at once.", 503)
+        for output in outputs:
+            self._grammars.close(output.id)
         get_logger().error("out of memory in a step: %s", error)
-        return self.scheduler.fail_running("The engine ran out of memory in this step. Send less at once.", 503)
+        return outputs
 
     def _timed(self, name: str, call: Callable[[], T]) -> T:
         start = time.perf_counter()

@@ -163,7 +163,7 @@ class RequestState:
             one.finish_reason, one.stop_reason = "stop", text.stopped
         elif output.finish_reason is not None:
             one.finish_reason = output.finish_reason
-            if output.finish_reason == "stop" and one.token_ids and one.token_ids[-1] not in self._eos_ids:
+            if output.finish_reason == "stop" and output.token_ids and one.token_ids[-1] not in self._eos_ids:
                 one.stop_reason = one.token_ids[-1]
         if self.finished and self.metrics.finished_time is None:
             self.metrics.finished_time = time.monotonic()

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from octavo.config import EngineConfig, ModelConfig
 from octavo.types import StepPlan, StepResult
 
 Progress = Callable[[str, float], None]  # (phase, share done 0..1)
+
+
+class TokenMask(NamedTuple):
+    """Tokens that grammars allow: bit v % 32 of word v // 32 of ``bits[i]`` is for token v of the plan's ``items[i]``.
+
+    Items that are not named may sample any token.
+    """
+
+    items: list[int]
+    bits: npt.NDArray[np.int32]  # [len(items), at least ceil(vocabulary / 32)]
 
 
 class Pending(Protocol):
@@ -45,6 +58,6 @@ class WorkerBase(Protocol):
         """Launches the forward of ``plan`` up to the logits of the items that sample."""
         ...
 
-    def sample(self) -> Pending:
-        """Launches sampling for the last `step`."""
+    def sample(self, mask: TokenMask | None = None) -> Pending:
+        """Launches sampling for the last `step`, under ``mask``."""
         ...

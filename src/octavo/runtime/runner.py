@@ -11,6 +11,7 @@ from octavo.kernels.metadata import AttentionMetadata
 from octavo.layers import context
 from octavo.models.base import Model
 from octavo.platforms.base import Platform
+from octavo.runtime.base import TokenMask
 from octavo.runtime.graphs import DecodeGraphs, warm_up
 from octavo.runtime.inputs import pack
 from octavo.runtime.sampler import Sampled, SampleItem, Sampler
@@ -97,15 +98,18 @@ class Runner:
         self._logits = self._model.logits(hidden[inputs.logits_at]) if any(plan.samples) else None
 
     @torch.inference_mode()
-    def sample(self) -> _Launched:
+    def sample(self, mask: TokenMask | None = None) -> _Launched:
         """Launches sampling for the last `step`; its rows' next input is the sampled token, read or not."""
         plan = self._plan
         items = [b for b, samples in enumerate(plan.samples) if samples]
         sampled = None
         if self._logits is not None:
             where = [SampleItem(plan.rows[b], plan.computed[b] + plan.counts[b]) for b in items]
-            sampled = self._sampler.sample(self._logits, where, self._best)
-            if self._best is None or not self._sampler.is_greedy(where):
+            if mask is not None:
+                place = {b: s for s, b in enumerate(items)}
+                mask = mask._replace(items=[place[b] for b in mask.items])
+            sampled = self._sampler.sample(self._logits, where, self._best, mask)
+            if self._best is None or mask is not None or not self._sampler.is_greedy(where):
                 self._tables.last_token[self._sampled_rows] = sampled.tokens
         self._logits = self._best = None
         return _Launched(plan, items, sampled, self._prompt_logprobs)

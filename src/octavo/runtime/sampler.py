@@ -1,7 +1,8 @@
 """Sampling of a step: which rows need which function of `kernels.sampling`, and the state that penalties need.
 
-Order, as in vLLM: log-probabilities of the unmodified logits; allowed_token_ids, bad_words, min_tokens, logit_bias,
-penalties; temperature; min_p, top_k, top_p; the draw. (bad_words look at prompt and output; in vLLM at output alone.)
+Order, as in vLLM: log-probabilities of the unmodified logits; masks of grammars; allowed_token_ids, bad_words,
+min_tokens, logit_bias, penalties; temperature; min_p, top_k, top_p; the draw. (bad_words look at prompt and output; in
+vLLM at output alone.)
 Rows are grouped by what they need, so that a batch of greedy rows is one argmax. Whatever the next sample of a row
 depends on stays on the device, so the next step may be launched before the tokens of this one are known on the host.
 """
@@ -19,6 +20,7 @@ import torch
 
 from octavo.kernels import sampling as kernels
 from octavo.kernels.select import REFERENCE, Ops
+from octavo.runtime.base import TokenMask
 from octavo.runtime.penalties import Penalties, upload
 from octavo.types import Sampling, TokenLogprobs
 
@@ -164,15 +166,22 @@ class Sampler:
         self._with_logprobs.discard(row)
         self._with_history.discard(row)
 
-    def sample(self, logits: torch.Tensor, items: list[SampleItem], best: torch.Tensor | None = None) -> Sampled:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        items: list[SampleItem],
+        best: torch.Tensor | None = None,
+        mask: TokenMask | None = None,
+    ) -> Sampled:
         """Samples one token for each row of ``logits[S, V]``; ``items[i]`` says for whom row i is.
 
         ``best``: what `Ops.greedy` returns for these logits (and maybe more rows), where the step has found it already.
+        ``mask`` counts in ``items``.
         """
-        if self.is_greedy(items):
+        if mask is None and self.is_greedy(items):
             outcome = self._ops.greedy(logits) if best is None else best
         else:
-            chosen, finite = self._sample_groups(logits, items)
+            chosen, finite = self._sample_groups(logits, items, mask)
             outcome = torch.stack((chosen * finite, finite)).int()
         tokens = outcome[0, : len(items)]
         if self._with_history:
@@ -195,12 +204,15 @@ class Sampler:
 
     # --- the parts of `sample` ---
 
-    def _sample_groups(self, logits: torch.Tensor, items: list[SampleItem]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sample_groups(
+        self, logits: torch.Tensor, items: list[SampleItem], mask: TokenMask | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token (int64) of each item, and whether its logits were finite, before and after edits."""
+        masked = {} if mask is None else {item: at for at, item in enumerate(mask.items)}
         groups: dict[tuple[bool, _Mode], list[int]] = {}
         for i, (row, _) in enumerate(items):
             state = self._rows[row]
-            groups.setdefault((state.edited, state.mode), []).append(i)
+            groups.setdefault((state.edited or i in masked, state.mode), []).append(i)
         chosen = torch.empty(len(items), dtype=torch.int64, device=logits.device)
         finite = torch.empty(len(items), dtype=torch.bool, device=logits.device)
         for (edited, mode), members in groups.items():
@@ -211,6 +223,8 @@ class Sampler:
                 raw_peak = x.amax(-1)
                 if edited:
                     x = x.float()
+                    if mask is not None:
+                        self._mask_(x, [(row, masked[i]) for row, i in enumerate(part) if i in masked], mask)
                     self._edit_(x, [items[i] for i in part])
                 token, peak = self._choose(x, [items[i] for i in part], mode)
                 chosen[index], finite[index] = token, _is_finite(peak) & _is_finite(raw_peak)
@@ -236,6 +250,12 @@ class Sampler:
         if ((of["top_p"] < 1) & (of["top_k"] == 0)).any():
             return self._vocab
         return max(1, int(of["top_k"].max()))
+
+    def _mask_(self, x: torch.Tensor, which: list[tuple[int, int]], mask: TokenMask) -> None:
+        """Masks ``x[row]`` by ``mask.bits[at]`` for each (row, at) of ``which``."""
+        if which:
+            rows, places = zip(*which, strict=True)
+            kernels.keep_allowed_(x, self._ids(rows), upload(mask.bits[list(places)], self._device))
 
     def _edit_(self, x: torch.Tensor, items: list[SampleItem]) -> None:
         """Edits ``x[len(items), V]``, which is float32 and a copy."""

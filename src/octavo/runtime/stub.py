@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.config import EngineConfig, LayerSpec, ModelConfig
-from octavo.runtime.base import Progress
+from octavo.runtime.base import Progress, TokenMask
 from octavo.types import StepPlan, StepResult
 
 VOCAB = 256
@@ -91,14 +91,23 @@ class StubWorker:
             self.table[start.row, : len(start.pages)] = start.pages
         for grant in plan.pages:
             self.table[grant.row, grant.first : grant.first + len(grant.ids)] = grant.ids
+        self._rows = plan.rows
         self._tokens = [
             self._compute(row, computed, count, samples)
             for row, count, computed, samples in zip(plan.rows, plan.counts, plan.computed, plan.samples, strict=True)
         ]
 
-    def sample(self) -> _Done:
-        """The tokens of the last `step`."""
-        return _Done(StepResult(tokens=self._tokens))
+    def sample(self, mask: TokenMask | None = None) -> _Done:
+        """The tokens of the last `step`; one that ``mask`` forbids is replaced by one that it allows."""
+        result = StepResult(tokens=self._tokens)
+        for item, bits in zip(mask.items, mask.bits, strict=True) if mask else ():
+            allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), count=VOCAB, bitorder="little"))
+            token = result.tokens[item]
+            if not len(allowed):
+                result.bad.append(item)
+            elif token not in allowed:
+                result.tokens[item] = self.last[self._rows[item]] = int(allowed[token % len(allowed)])
+        return _Done(result)
 
     def _compute(self, row: int, computed: int, count: int, samples: bool) -> int:
         known = self.known[row]

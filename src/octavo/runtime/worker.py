@@ -12,7 +12,7 @@ from octavo.hub.files import find_files
 from octavo.kernels import select
 from octavo.log import get_logger
 from octavo.models import registry
-from octavo.runtime.base import Pending, Progress
+from octavo.runtime.base import Pending, Progress, TokenMask
 from octavo.runtime.loader import fill_dummy, load
 from octavo.runtime.memory import plan_cache
 from octavo.runtime.runner import Runner, largest_step
@@ -101,6 +101,6 @@ class Worker:
                 raise MemoryError(str(error)) from None
             raise
 
-    def sample(self) -> Pending:
+    def sample(self, mask: TokenMask | None = None) -> Pending:
         """See `runtime.base.WorkerBase.sample`."""
-        return self._runner.sample()
+        return self._runner.sample(mask)

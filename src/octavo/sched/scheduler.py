@@ -174,13 +174,43 @@ class Scheduler:
             prompt_logprobs = self._fresh_scores(item, scores[index]) if index in scores else []
             if index in result.bad:
                 self._finish(seq, "error")
-                cause = "The model produced logits that are not finite for this request."
-                outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=cause, status=500))
+                outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=_nothing_left(seq), status=500))
             elif item.samples:
                 outputs.append(self._sampled(seq, result.logprobs.get(index), prompt_logprobs))
             elif prompt_logprobs:
                 outputs.append(TokenOutput(id=seq.id, prompt_logprobs=prompt_logprobs, cached=seq.cached))
         return outputs
+
+    # --- between a step's launch and its sampling -----------------------------------------------------------
+
+    def constrained(self) -> list[tuple[int, str]]:
+        """(item, request id) of the latest plan that sample under a grammar, without those that have ended since."""
+        return [
+            (index, item.seq.id)
+            for index, item in enumerate(self._launched[-1])
+            if item.samples and item.seq.sampling.grammar is not None and item.seq.status is Status.RUNNING
+        ]
+
+    def defer(self, index: int) -> None:
+        """Item ``index`` of the latest plan, the only one not committed, is not sampled after all.
+
+        What it sampled means nothing; its request is preempted and waits until `resume`.
+        """
+        item = self._launched[-1][index]
+        item.samples = False
+        item.seq.inflight -= 1
+        item.seq.held = True
+        self._preempt(item.seq)
+
+    def resume(self, id: str) -> None:
+        """A deferred request may run again; unknown and finished ids are ignored."""
+        if id in self._sequences:
+            self._sequences[id].held = False
+
+    def end(self, id: str, reason: FinishReason) -> None:
+        """Ends a request for a reason that the scheduler cannot know; unknown and finished ids are ignored."""
+        if id in self._sequences:
+            self._finish(self._sequences[id], reason)
 
     def fail_running(self, cause: str, status: int) -> list[TokenOutput]:
         """Ends every request that is in a launched or running state, with an error; waiting ones stay."""
@@ -270,8 +300,8 @@ class Scheduler:
             self._wait(seq)
 
     def _find(self, seq: SequenceState) -> list[Page] | None:
-        """The pages that ``seq`` can reuse. None: it waits for a token in flight or a page that another computes."""
-        if seq.inflight:
+        """The pages that ``seq`` can reuse. None: it is held, or waits for a token in flight or a page of another."""
+        if seq.inflight or seq.held:
             return None
         if not self.limits.prefix_caching or seq.sampling.prompt_logprobs is not None:
             return []
@@ -396,3 +426,10 @@ class Scheduler:
     def _wait(self, seq: SequenceState) -> None:
         heapq.heappush(self._waiting, (seq.order, seq))
         self._num_waiting += 1
+
+
+def _nothing_left(seq: SequenceState) -> str:
+    """Why no token of ``seq`` could be sampled."""
+    if seq.sampling.grammar is None:
+        return "The model produced logits that are not finite for this request."
+    return "No token is left that the grammar and the request's other restrictions allow, or logits are not finite."

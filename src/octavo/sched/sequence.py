@@ -34,6 +34,7 @@ class SequenceState:
         "computed",
         "epoch",
         "finish_reason",
+        "held",
         "id",
         "inflight",
         "keys",
@@ -74,6 +75,7 @@ class SequenceState:
         self.cached = 0
         self.epoch = 0
         self.preemptions = 0
+        self.held = False  # waits until `Scheduler.resume`
         self.finish_reason: FinishReason | None = None
 
     @property

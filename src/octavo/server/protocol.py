@@ -14,6 +14,8 @@ import msgspec
 
 from octavo.errors import RequestError
 from octavo.server.errors import ApiError
+from octavo.server.formats import GUIDED, JsonSchema, ResponseFormat, structured
+from octavo.structured import StructuredOutputsParams
 from octavo.types import MAX_LOGPROBS, SamplingParams
 
 MAX_PROMPTS = 1024  # prompts in one completion request, and answers to them
@@ -66,6 +68,13 @@ class _Generation(_Ignored, kw_only=True, forbid_unknown_fields=True):
     allowed_token_ids: list[int] | None = None
     prompt_logprobs: int | None = None
     priority: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -74,6 +83,10 @@ class _Generation(_Ignored, kw_only=True, forbid_unknown_fields=True):
     def sampling_params(self, defaults: SamplingParams, **changes: Any) -> SamplingParams:
         """``defaults`` overridden by the fields of the request that are set, and by ``changes``; validated."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        guided = {name: getattr(self, f"guided_{name}") for name in (*GUIDED, "whitespace_pattern")}
+        outputs = structured(self.response_format, self.structured_outputs, guided)
+        if outputs is not None:
+            given["structured_outputs"] = outputs
         params = msgspec.structs.replace(defaults, **(given | changes))
         params.validate()
         return params
@@ -141,10 +154,6 @@ class CompletionRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
             raise RequestError("echo with logprobs cannot be streamed.", "Unset stream.", param="echo")
 
 
-class ResponseFormat(msgspec.Struct):
-    type: str
-
-
 class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
     """``POST /v1/chat/completions``."""
 
@@ -152,7 +161,6 @@ class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -169,12 +177,6 @@ class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
         super().check()
         if not self.messages:
             raise RequestError("messages is empty.", "Send at least one message.", param="messages")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise RequestError(
-                f"response_format {self.response_format.type!r} is not supported.",
-                "Leave it out, and ask for the format in the prompt.",
-                param="response_format",
-            )
         if self.functions:
             raise RequestError("functions are the former form of tools.", "Send tools.", param="functions")
         if self.function_call not in (None, "none", "auto"):
