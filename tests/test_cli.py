@@ -140,7 +140,7 @@ def test_load_formats_of_other_engines_are_answered_with_what_to_do(format: str,
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (("--max-num-seqs", "many"), "'many' is not a size"),
+        (("--max-num-seqs", "many"), "--max-num-seqs: 'many' is not a number"),
         (("--max-num-seqs", "0"), "max_num_seqs is 0"),
         (("--dtype", "int3"), "--dtype is 'int3'"),
         (("--hf-overrides", "[1]"), "not an object"),
@@ -257,3 +257,31 @@ def test_a_closed_pipe_ends_quietly() -> None:
         child.stdout.close()
         assert child.wait(30) == 128 + signal.SIGPIPE
         assert child.stderr.read() == b""
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_closed_standard_stream_is_as_good_as_an_empty_one(stream: str) -> None:
+    number = {"stdin": 0, "stdout": 1, "stderr": 2}[stream]
+    code = f"import os, sys; os.close({number}); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    script = "from octavo import cli; sys = cli.sys; cli._guarded = lambda run, args: 0;"
+    script += "cli.main(['generate', 'm']); print(sys.stdin.read(), sys.stdout.isatty(), sys.stderr.isatty())"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-c", script],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line_and_an_exit_status() -> None:
+    script = "from octavo import cli; import sys; args = cli.build_parser().parse_args(['generate', 'm']);"
+    script += "args.log_level = 'warning'; sys.exit(cli._guarded(lambda _: print('x', flush=True), args))"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, env=env, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"octavo: ")
+    assert done.stderr.count(b"\n") == 1

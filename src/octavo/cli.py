@@ -39,6 +39,7 @@ OPTIONAL_PACKAGES = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status. ``argv`` is without the program's name."""
+    _open_closed_streams()
     parser = build_parser()
     args, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     if unknown:
@@ -138,8 +139,26 @@ def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it flushes
+        _drop_output()
         return EXIT_PIPE
+    except OSError as error:  # the disk is full, a file may not be read
+        if args.log_level == "debug":
+            raise
+        _drop_output()
+        print(f"octavo: {error}", file=sys.stderr)
+        return 1
+
+
+def _drop_output() -> None:
+    """What could not be written is given up, or Python would complain again when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _open_closed_streams() -> None:
+    """Python sets a stream that was closed before the start to None; a command is to find an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
 
 
 def _refuse(parser: Parser, unknown: list[str]) -> None:

@@ -204,7 +204,7 @@ def parse_size(text: str) -> int:
         return -1
     match = re.fullmatch(r"(\d+)(\.\d+)?([kKmMgGtT]?)(i?B)?", text.strip())
     if not match or (match[2] and (not match[3] or match[3].isupper())):
-        raise ConfigError(f"{text!r} is not a size.", "Write for example 4096, 25.6k (25600) or 4K (4096).")
+        raise ConfigError(f"{text!r} is not a number.", "Write for example 4096, 25.6k (25600) or 4K (4096).")
     whole, fraction, suffix = int(match[1]), match[2], _SUFFIX.get(match[3], 1)
     return round((whole + float(fraction)) * suffix) if fraction else whole * suffix
 
@@ -228,6 +228,8 @@ def parse_option(f: dataclasses.Field[Any], text: str) -> Any:
             return value
     except ValueError as error:
         raise ConfigError(f"--{f.name.replace('_', '-')} is {text!r}: {error}.", "See --help for its form.") from None
+    except ConfigError as error:
+        raise ConfigError(f"--{f.name.replace('_', '-')}: {error.cause}", error.remedy) from None
     return text
 
 

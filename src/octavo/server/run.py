@@ -233,7 +233,8 @@ def _listener(server: ServerConfig) -> socket.socket:
     except (OSError, OverflowError) as error:
         made.close()
         raise ConfigError(
-            f"cannot listen on {server.host} port {server.port}: {error}.", "Give another --host or --port."
+            f"cannot listen on {server.host} port {server.port}: {str(error).rstrip('.')}.",
+            "Give another --host or --port.",
         ) from None
     return made
 
