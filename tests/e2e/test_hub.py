@@ -149,8 +149,10 @@ def test_a_start_that_fails_ends_with_status_3_and_the_cause(
 
 def test_a_plan_reads_headers_alone_and_leaves_nothing_behind(hub: Hub, shell: Shell, tmp_path: Path) -> None:
     large = tiny.make(tmp_path / "large", "llama", hidden_size=512, intermediate_size=2048)
-    commit = hub.push("owner/name", large)
-    found = shell.plan("owner/name")
+    hub.cdn = True
+    commit = hub.push("owner/name", large, gated=True, token=TOKEN)
+    found = shell.plan("owner/name", "--hf-token", TOKEN)
+    assert hub.leaked == 0
     assert commit in found["model"]
     stored = (large / "model.safetensors").stat().st_size
     assert found["weights"]["parameters"] == sum(p.numel() for p in _large().parameters())

@@ -85,6 +85,7 @@ def hub(clients: Clients) -> Hub:
     hub.repos.clear()
     hub.requests.clear()
     hub.fail_with, hub.failures = None, 1 << 30
+    hub.cdn, hub.cuts = False, 0
     return hub
 
 

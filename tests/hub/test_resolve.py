@@ -303,3 +303,24 @@ def test_snapshot_with_config_and_weights_serves_while_the_hub_is_down(hub: Hub,
     hub.fail_with = 503
     assert client()["path"] == first["path"]
     assert client(env={"HF_HUB_OFFLINE": "1"})["path"] == first["path"]
+
+
+# --- the way that bytes take ------------------------------------------------------------------------------------------
+
+
+def test_weights_come_from_another_host_which_gets_no_token(hub: Hub, client: Client) -> None:
+    hub.cdn, hub.leaked = True, 0
+    hub.push("owner/name", FILES, gated=True, token="t")
+    answer = client(token="t")
+    assert set(answer["files"]) == NEEDED
+    assert any("/cdn/" in request for request in hub.requests)
+    assert hub.leaked == 0
+
+
+def test_download_that_breaks_off_is_taken_up_where_it_stopped(hub: Hub, client: Client) -> None:
+    hub.cuts = 1
+    hub.push("owner/name", FILES)
+    answer = client()
+    assert hub.cuts == 0
+    for name in NEEDED:
+        assert (Path(answer["path"]) / name).read_bytes() == FILES[name]

@@ -57,3 +57,13 @@ def test_a_broken_package_is_named(package: Path) -> None:
     with pytest.raises(UnsupportedModel, match="octavo-mine") as caught:
         registry.choose(config("BadForCausalLM"))
     assert caught.value.id == "HF030"
+
+
+def test_code_in_the_repo_is_mentioned_where_it_would_have_been_the_way() -> None:
+    hf = {**normalise(tiny.config("llama"))[0], "architectures": ["NoSuchForCausalLM"]}
+    with pytest.raises(UnsupportedModel) as caught:
+        registry.find(model_config({**hf, "auto_map": {"AutoModelForCausalLM": "a.B"}}))
+    assert "Python code" in caught.value.cause
+    with pytest.raises(UnsupportedModel) as caught:
+        registry.find(model_config(hf))
+    assert "Python code" not in caught.value.cause
