@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from importlib import import_module, metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import ModelConfig
 from octavo.errors import UnsupportedModel
@@ -67,13 +67,21 @@ def find(config: ModelConfig, impl: str = "auto") -> tuple[str, str]:
         known = [*NATIVE, *installed]
         nearest = difflib.get_close_matches(config.architecture, known, n=3, cutoff=0.0)
         tried = "the installed Transformers lacks it" if impl == "auto" else f"--model-impl {impl} was asked for"
+        code = " The Python code for it in its repo is not run." if config.hf.get("auto_map") else ""
         raise UnsupportedModel(
             f"Architecture {config.architecture!r} (model_type {config.model_type!r}) has no native model, no installed"
-            f" package brings one (entry points {ENTRY_POINTS}), and {tried}.",
+            f" package brings one (entry points {ENTRY_POINTS}), and {tried}.{code}",
             f"The nearest native ones are {', '.join(nearest)}.",
         )
     _refuse_quantised(config)
     return address, f"native {address.partition(':')[2]} for {config.architecture}"
+
+
+def is_traced(hf: Mapping[str, Any], impl: str) -> bool:
+    """Whether the Transformers backend would run the config ``hf``: it finds out the layers itself."""
+    names = hf.get("architectures") or ()
+    own = {*NATIVE, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))}
+    return impl == "transformers" or not own.intersection(names[:1])
 
 
 def _in_transformers(architecture: str) -> bool:
