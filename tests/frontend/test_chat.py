@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,46 @@ def test_tools_and_variables_equal_transformers(peer: Any) -> None:
     assert ours == peer.apply_chat_template(
         messages, chat_template=LLAMA3, tools=TOOLS, date_string="today", tokenize=False, add_generation_prompt=True
     )
+
+
+DEEPSEEK = (
+    "{{ tools }}{% for m in messages %}{% for tool in m['tool_calls'] or [] %}{{ tool['function']['name'] + '\\n' + "
+    "'```json' + '\\n' + tool['function']['arguments'] + '\\n```' }}{% endfor %}{% endfor %}"
+)
+CALLING: list[Any] = [
+    {"role": "user", "content": "Weather?"},
+    {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"city": "Łódź"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "rain"},
+    {"role": "tool", "tool_call_id": "2", "content": "wind"},
+]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "é"}', {"a": "é"}])
+def test_templates_that_join_arguments_to_text_get_them_as_text(arguments: Any) -> None:
+    calls = [{"function": {"name": "f", "arguments": arguments}}]
+    text = renderer(DEEPSEEK).render([{"role": "assistant", "content": None, "tool_calls": calls}], tools=TOOLS)
+    assert text.endswith('f\n```json\n{"a": "é"}\n```')
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_template_without_tools_gets_them_and_their_calls_as_text(parts: bool) -> None:
+    content = "{% for p in m.content %}{{ p.text }}{% endfor %}" if parts else "{{ m.content }}"
+    system = "{% if m.role == 'system' %}!{% endif %}"
+    template = f"{{% for m in messages %}}[{{{{ m.role }}}}]{system}{content}{{% endfor %}}"
+    text = renderer(template).render(CALLING, tools=TOOLS)
+    call = '<tool_call>\n{"name": "f", "arguments": {"city": "Łódź"}}\n</tool_call>'
+    responses = "<tool_response>\nrain\n</tool_response>\n<tool_response>\nwind\n</tool_response>"
+    assert text.startswith("[system]!You can call tools.")
+    assert json.dumps(TOOLS[0], ensure_ascii=False) in text
+    assert text.endswith(f"[user]Weather?[assistant]I look.\n{call}[user]{responses}")
+    assert "tool" not in renderer(template).render(CALLING[:1])
+    without_system = renderer(template.replace(system, "")).render(CALLING[:1], tools=TOOLS)
+    assert without_system.startswith("[user]You can call tools.")
+    assert without_system.endswith("\n\nWeather?")
 
 
 def test_tool_arguments_may_come_as_json_text() -> None:

@@ -13,7 +13,7 @@ import jinja2
 from jinja2 import nodes
 
 from octavo.errors import ConfigError, ModelError, RequestError
-from octavo.frontend import sandbox
+from octavo.frontend import sandbox, tool_prompt
 
 if TYPE_CHECKING:
     from octavo.hub.tokenizer import Tokenizer
@@ -84,6 +84,11 @@ class ChatRenderer:
                 param="continue_final_message",
             )
         chat = _conversation(messages, template)
+        plain_tools = None if tools is None else _plain(list(tools), "tools")
+        if "tool_calls" not in template:
+            chat = tool_prompt.spell_out(chat)
+        if plain_tools and not takes_tools(template):
+            chat = tool_prompt.describe(chat, plain_tools, role="system" if "system" in template else "user")
         marker = _mark(chat) if continue_final_message else None
         extra = _plain(dict(template_kwargs or {}), "chat_template_kwargs")
         if reserved := sorted(_RESERVED & extra.keys()):
@@ -96,7 +101,7 @@ class ChatRenderer:
             **self._special_tokens,
             **extra,
             "messages": chat,
-            "tools": None if tools is None else _plain(list(tools), "tools"),
+            "tools": plain_tools,
             "documents": None if documents is None else _plain(list(documents), "documents"),
             "add_generation_prompt": add_generation_prompt,
         }
@@ -143,6 +148,37 @@ def content_format(template: str) -> tuple[ContentFormat, bool]:
     return ("openai" if loops else "string"), asks
 
 
+@functools.lru_cache(maxsize=32)
+def takes_tools(template: str) -> bool:
+    """Whether a template shows the model tools."""
+    try:
+        tree = sandbox.parse_template(template)
+    except jinja2.TemplateSyntaxError:
+        return False
+    return any(name.name == "tools" for name in tree.find_all(nodes.Name))
+
+
+@functools.lru_cache(maxsize=32)
+def wants_arguments_as_text(template: str) -> bool:
+    """Whether a template puts the arguments of calls into the prompt as they are; most make JSON of what they mean."""
+    try:
+        tree = sandbox.parse_template(template)
+    except jinja2.TemplateSyntaxError:
+        return False
+    if any(_is_arguments(one.node) for one in tree.find_all(nodes.Filter) if one.name == "tojson"):
+        return False
+    shown = [part for one in tree.find_all(nodes.Add) for part in (one.left, one.right)]
+    shown += [part for one in tree.find_all(nodes.Concat) for part in one.nodes]
+    shown += [part for one in tree.find_all(nodes.Output) for part in one.nodes]
+    return any(map(_is_arguments, shown))
+
+
+def _is_arguments(node: nodes.Node | None) -> bool:
+    if isinstance(node, nodes.Getattr):
+        return node.attr == "arguments"
+    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "arguments"
+
+
 def _is_content(node: nodes.Node, names: set[str]) -> bool:
     while isinstance(node, nodes.Filter) and node.node is not None:
         node = node.node
@@ -160,6 +196,7 @@ def _conversation(messages: Sequence[Message], template: str) -> list[dict[str, 
     if not messages:
         raise RequestError("messages is empty.", "Send at least one message.", param="messages")
     form, asks = content_format(template)
+    as_text = wants_arguments_as_text(template)
     chat = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
@@ -172,7 +209,7 @@ def _conversation(messages: Sequence[Message], template: str) -> list[dict[str, 
         if role == "developer" and "developer" not in template:
             one["role"] = "system"
         one["content"] = _content(one, where, form, asks)
-        _tool_calls(one, where)
+        _tool_calls(one, where, as_text=as_text)
         reasoning = next((one[name] for name in _REASONING if one.get(name) is not None), None)
         if reasoning is not None:
             one = {"thinking": reasoning, **one, "reasoning_content": reasoning}
@@ -204,8 +241,8 @@ def _content(message: dict[str, Any], where: str, form: ContentFormat, asks: boo
     return "\n".join(texts) if form == "string" else [{"type": "text", "text": text} for text in texts]
 
 
-def _tool_calls(message: dict[str, Any], where: str) -> None:
-    """Arguments of earlier calls come as JSON text in OpenAI's format; templates want what it means."""
+def _tool_calls(message: dict[str, Any], where: str, *, as_text: bool) -> None:
+    """Arguments of earlier calls come as JSON text in OpenAI's format; most templates want what it means."""
     calls = message.get("tool_calls")
     if calls is None:
         return
@@ -215,11 +252,14 @@ def _tool_calls(message: dict[str, Any], where: str) -> None:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict):
             raise _bad(where, "has a tool call without a function")
-        if isinstance(arguments := function.get("arguments"), str):
+        if (arguments := function.get("arguments")) is None:
+            continue
+        if isinstance(arguments, str):
             try:
-                function["arguments"] = json.loads(arguments) if arguments else {}
-            except ValueError:
+                arguments = json.loads(arguments) if arguments else {}
+            except (ValueError, RecursionError):
                 raise _bad(where, "has a tool call whose arguments are not JSON") from None
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_text else arguments
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:

@@ -59,12 +59,13 @@ SMOLLM = (
         (DEEPSEEK_V3, "deepseek_v3", None),
         (DEEPSEEK_R1, "deepseek_v3", "think"),
         (GPT_OSS, "gpt_oss", "gpt_oss"),
-        (GEMMA, "gemma", None),
+        (GEMMA, "hermes", None),  # described as `tool_prompt` does
         (GLM, "glm45", "think"),
         (KIMI, "kimi_k2", None),
         (KIMI_THINKING, "kimi_k2", "think"),
-        (SMOLLM, "json", None),
-        (None, "json", None),
+        (SMOLLM, "hermes", None),
+        ("{% for tool in tools %}{{ tool.name }}{% endfor %}", "json", None),
+        (None, "hermes", None),
     ],
 )
 def test_formats_follow_from_the_template(template: str | None, tool: str, reasoning: str | None) -> None:
@@ -73,6 +74,7 @@ def test_formats_follow_from_the_template(template: str | None, tool: str, reaso
 
 def test_the_architecture_decides_where_the_template_says_nothing() -> None:
     assert detect(SMOLLM, "Qwen3ForCausalLM") == ("hermes", "think")
+    assert detect(GEMMA + "{{ tools }}", "Gemma3ForCausalLM") == ("gemma", None)
     assert detect(MISTRAL, "Qwen3ForCausalLM") == ("mistral", "think")
     assert detect(None, "GptOssForCausalLM") == ("gpt_oss", "gpt_oss")
 

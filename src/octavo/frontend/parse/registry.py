@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from octavo.errors import ConfigError
+from octavo.frontend.chat import takes_tools
 from octavo.frontend.parse import (
     deepseek_v3,
     gemma,
@@ -83,7 +84,6 @@ _TOOL_SIGNS = (
     ("<tool_call>", "hermes"),
     ("<|python_tag|>", "llama3_json"),
     ("dictionary of argument name and its value", "llama3_json"),
-    ("<start_of_turn>", "gemma"),
 )
 _REASONING_SIGNS = (
     ("<|channel|>", HARMONY),
@@ -92,19 +92,21 @@ _REASONING_SIGNS = (
     ("<think>", "think"),
     ("</think>", "think"),
 )
-_ARCHITECTURES = {  # tell more than a template that says nothing
+_ARCHITECTURES = {  # what a template without signs does not tell
     "GptOssForCausalLM": (HARMONY, HARMONY),
     "Qwen2ForCausalLM": ("hermes", None),
     "Qwen3ForCausalLM": ("hermes", "think"),
     "Qwen3MoeForCausalLM": ("hermes", "think"),
-    "Gemma3ForCausalLM": ("gemma", None),
+    **dict.fromkeys(("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), ("gemma", None)),
 }
 
 
 def detect(template: str | None, architecture: str = "") -> tuple[str, str | None]:
     """(format of tool calls, format of reasoning or None) of a model."""
-    by_tool, by_reasoning = _ARCHITECTURES.get(architecture, ("json", None))
     text = template or ""
+    by_tool, by_reasoning = _ARCHITECTURES.get(architecture, ("json", None))
+    if by_tool != HARMONY and not takes_tools(text):
+        by_tool = "hermes"  # that is what `tool_prompt` asks for
     tool = next((name for sign, name in _TOOL_SIGNS if sign in text), by_tool)
     reasoning = next((name for sign, name in _REASONING_SIGNS if sign in text), by_reasoning)
     return tool, reasoning
