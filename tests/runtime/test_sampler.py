@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from octavo.kernels import sampling as kernels
+from octavo.runtime.base import TokenMask
 from octavo.runtime.sampler import Sampled, SampleItem, Sampler
 from octavo.types import Sampling
 
@@ -338,3 +339,62 @@ def test_rows_may_be_ended_twice_and_out_of_order() -> None:
     tokens, found, _ = sampler.sample(random_logits(2, 4), [SampleItem(30, 4), SampleItem(2, 4)]).finish()
     assert len(tokens) == 2
     assert list(found) == [0]
+
+
+# --- masks of grammars ------------------------------------------------------------------------------------------------
+
+
+def mask_of(allowed: dict[int, set[int]]) -> TokenMask:
+    """Items to the tokens that they may sample."""
+    bits = np.zeros((len(allowed), -(-VOCAB // 32)), np.uint32)
+    for at, tokens in enumerate(allowed.values()):
+        for token in tokens:
+            bits[at, token // 32] |= np.uint32(1 << token % 32)
+    return TokenMask(list(allowed), bits.view(np.int32))
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_mask_leaves_its_tokens_and_concerns_its_items_alone(greedy: bool) -> None:
+    logits = random_logits(5, 11)
+    before = logits.clone()
+    kinds = [params(seed=i, temperature=0.0 if greedy else 0.9, top_p=1.0 if i % 2 else 0.9) for i in range(5)]
+    allowed = {1: {3, 40, 699}, 3: {0, 31, 32, 65}, 4: {650}}
+    free, under = Sampler(VOCAB, CPU), Sampler(VOCAB, CPU)
+    for row, kind in enumerate(kinds):
+        for sampler in (free, under):
+            sampler.start(row, PROMPT, 4, kind)
+    items = [SampleItem(row, 4) for row in range(5)]
+    unmasked = free.sample(logits, items).finish()[0]
+    tokens, _, bad = under.sample(logits, items, mask=mask_of(allowed)).finish()
+    assert bad == []
+    assert torch.equal(logits, before)
+    for item, token in enumerate(tokens):
+        if item not in allowed:
+            assert token == unmasked[item]
+            continue
+        assert token in allowed[item]
+        kept = sorted(allowed[item])
+        alone = torch.full((VOCAB,), -math.inf)
+        alone[kept] = logits[item, kept]
+        assert token == sample_one(alone, kinds[item])
+
+
+def test_a_mask_comes_before_penalties_and_does_not_touch_logprobs() -> None:
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [7, 8, 9]] = torch.tensor([5.0, 4.0, 9.0])
+    sampler = Sampler(VOCAB, CPU)
+    sampler.start(0, PROMPT, 4, params(temperature=0.0, logit_bias={8: 2.0}, logprobs=1))
+    tokens, logprobs, _ = sampler.sample(logits, [SampleItem(0, 4)], mask=mask_of({0: {7, 8}})).finish()
+    assert tokens == [8]
+    assert (logprobs[0].rank, logprobs[0].top_ids) == (3, [9])
+    assert logprobs[0].logprob == pytest.approx(float(logits.log_softmax(-1)[0, 8]))
+
+
+def test_an_empty_mask_makes_its_item_bad_and_no_other() -> None:
+    sampler = Sampler(VOCAB, CPU)
+    for row in range(2):
+        sampler.start(row, PROMPT, 4, params(temperature=0.0))
+    logits = random_logits(2, 12)
+    tokens, _, bad = sampler.sample(logits, [SampleItem(0, 4), SampleItem(1, 4)], mask=mask_of({0: set()})).finish()
+    assert bad == [0]
+    assert tokens[1] == int(logits[1].argmax())

@@ -328,7 +328,7 @@ class _Encoder:
 def _source(spec: GrammarSpec) -> str:
     """What `LLMatcher` takes; raises `ValueError` or `RecursionError` for GBNF that cannot be read."""
     from llguidance import LLMatcher
-    from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if spec.kind == "json_schema":
         made = LLMatcher.grammar_from_json_schema(spec.text)
@@ -339,7 +339,9 @@ def _source(spec: GrammarSpec) -> str:
     else:
         try:
             made = LLMatcher.grammar_from_lark(gbnf_to_lark(spec.text))
-        except (GbnfToLarkError, LookupError, AttributeError, TypeError) as error:
+        except RecursionError:
+            raise
+        except Exception as error:  # it raises nothing narrower for a rule that is missing
             raise ValueError(f"it is no GBNF: {error}") from None
     return str(made)
 
