@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from octavo.config import EngineConfig, parse_size
+from octavo.config import EngineConfig, ModelConfig, parse_size
 from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,14 +27,13 @@ def run(config: EngineConfig, *, gpu: str | None, memory: str | None, json: bool
     """Prints the plan; returns the exit status that serving would end with (0: it would run)."""
     from octavo.hub.peek import peek
     from octavo.hub.plan import describe, make_plan
-    from octavo.models.registry import find
 
     machine = _machine(config.device.device, gpu, memory)
     options = config.model
     with peek(
         options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
     ) as peeked:
-        plan = make_plan(peeked, config, machine, find)
+        plan = make_plan(peeked, config, machine, Models())
     if json:
         import msgspec
 
@@ -41,6 +41,24 @@ def run(config: EngineConfig, *, gpu: str | None, memory: str | None, json: bool
     else:
         print(describe(plan))
     return plan.exit_code
+
+
+class Models:
+    """See `hub.plan.Models`."""
+
+    def is_traced(self, hf: Mapping[str, Any], impl: str) -> bool:
+        from octavo.models import registry
+
+        return registry.is_traced(hf, impl)
+
+    def choose(self, config: ModelConfig, impl: str, max_len: int) -> tuple[str, str, ModelConfig]:
+        """Builds a model of Transformers without memory, which tells whether it can run and what its layers are."""
+        from octavo.models import registry
+
+        address, reason = registry.find(config, impl)
+        if address == registry.TRANSFORMERS:
+            config = registry.choose(config, impl)[0](config, max_len).config
+        return address, reason, config
 
 
 def _machine(device: str, gpu: str | None, memory: str | None) -> Machine:

@@ -15,7 +15,7 @@ from octavo.hub.machines import Machine
 from octavo.hub.peek import Peeked
 from octavo.hub.plan import Plan, describe, make_plan, size
 from octavo.hub.resolve import resolve
-from octavo.models.registry import find
+from octavo.plan_command import Models
 from tests.gguf_files import tiny_metadata, tiny_tensors, write_gguf
 from tools import tiny
 
@@ -25,7 +25,7 @@ GPU = Machine("card", "cuda", 1 << 34, 1e12, fast_bfloat16=True)
 
 def plan(folder: Path, machine: Machine = CPU, **options: Any) -> Plan:
     config = EngineConfig.of(model=str(folder), **options)
-    return make_plan(Peeked(resolve(str(folder))), config, machine, find)
+    return make_plan(Peeked(resolve(str(folder))), config, machine, Models())
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,17 @@ def test_unsupported_architecture_is_planned_with_the_reason(folder: Path) -> No
     assert (made.implementation, made.exit_code) == (None, 3)
     assert "FooForCausalLM" in made.implementation_reason
     assert made.weights.loaded > 0
+
+
+def test_a_model_of_transformers_is_planned_with_the_layers_it_is_seen_to_have(tmp_path: Path) -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=100, **sizes)).save_pretrained(tmp_path)
+    made = plan(tmp_path)
+    assert "Transformers backend" in made.implementation_reason
+    assert made.cache.bytes_per_token == 2 * 2 * 64 * 4
+    assert made.exit_code == 0
 
 
 def test_rope_and_length_formula_are_told(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ from octavo.hub.machines import named
 from octavo.hub.resolve import resolve
 from octavo.hub.tokenizer import load_tokenizer
 from octavo.llm import LLM
-from octavo.models.registry import choose, find
+from octavo.models.registry import choose
+from octavo.plan_command import Models
 
 def load_everything(folder):
     config = EngineConfig.of(model=folder, **options)
@@ -53,7 +54,7 @@ def load_everything(folder):
 
     def plan():
         with peek(folder) as peeked:
-            make_plan(peeked, config, named("l4"), find)
+            make_plan(peeked, config, named("l4"), Models())
 
     def chat():
         messages = [{"role": "user", "content": "hi"}]

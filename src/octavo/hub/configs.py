@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from octavo.config import ModelConfig
+from octavo.config import LayerSpec, ModelConfig
 from octavo.errors import ModelError, RequestError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
 from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
@@ -151,10 +151,12 @@ def model_config(
     generation: Mapping[str, Any] | None = None,
     device: str = "cpu",
     fast_bfloat16: bool = False,
+    traced: bool = False,
 ) -> ModelConfig:
     """What the engine needs of ``hf`` (normalised), for ``device`` "cpu" or "cuda".
 
-    ``fast_bfloat16``: a CPU has instructions for it.
+    ``fast_bfloat16``: a CPU has instructions for it. ``traced``: the layers are found out by running the model, so
+    settings of theirs that cannot be read here are left out.
 
     Raises `ModelError`: HF012 if nothing says which architecture it is, HF002 for a size that is missing or wrong,
     HF020 for RoPE settings that cannot be applied, HF022 for a dtype that the model cannot run in.
@@ -167,7 +169,7 @@ def model_config(
             'Name the model class with --hf-overrides \'{"architectures": ["LlamaForCausalLM"]}\'.',
             id="HF012",
         )
-    layers = layer_specs(text)
+    layers, inner = _layers(text, traced)
     max_len, max_len_reason = own_length(text, layers)
     chosen, dtype_reason = choose_dtype(hf, dtype, device, fast_bfloat16=fast_bfloat16)
     hidden = size(text, "hidden_size")
@@ -176,7 +178,7 @@ def model_config(
         model_type=str(hf.get("model_type", "")),
         vocab_size=size(text, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=size(text, "intermediate_size", 4 * hidden),
+        intermediate_size=inner or 4 * hidden,
         layers=layers,
         max_len=max_len,
         max_len_reason=max_len_reason,
@@ -189,6 +191,18 @@ def model_config(
         tie_embeddings=bool(hf.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
         hf=hf,
     )
+
+
+def _layers(text: Hf, optional: bool) -> tuple[tuple[LayerSpec, ...], int]:
+    """The layers, and the inner size of their MLPs (0: not given); with ``optional``, none that are unusual."""
+    try:
+        inner = size(text, "intermediate_size") if lookup(text, "intermediate_size") is not None else 0
+        return layer_specs(text), inner
+    except ModelError as error:
+        if not optional:
+            raise
+        get_logger().info("config: the layers are left to the model's own code: %s", error.cause)
+        return (), 0
 
 
 def choose_dtype(hf: Mapping[str, Any], wanted: str, device: str, *, fast_bfloat16: bool = False) -> tuple[str, str]:

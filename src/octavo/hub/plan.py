@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from octavo.config import EngineConfig, ModelConfig, RopeSpec
 from octavo.errors import ModelError, OctavoError, OutOfMemory
@@ -24,7 +24,17 @@ _SHOWN: Final = 3  # downloads named one by one
 _ASKED_LENGTHS: Final = (1024, 4096, 16_384, 65_536)
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 
-Choose = Callable[[ModelConfig, str], tuple[str, str]]
+
+class Models(Protocol):
+    """What a plan asks `models`, which hub must not import."""
+
+    def is_traced(self, hf: Mapping[str, Any], impl: str) -> bool:
+        """See `models.registry.is_traced`."""
+        ...
+
+    def choose(self, config: ModelConfig, impl: str, max_len: int) -> tuple[str, str, ModelConfig]:
+        """(address of the class, the reason, the config with the layers that the class finds out itself)."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -73,25 +83,28 @@ class Plan:
     exit_code: int
 
 
-def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, choose: Choose) -> Plan:
-    """The plan for ``config`` on ``machine``. ``choose`` is `models.registry.find`, which hub must not import.
+def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Models) -> Plan:
+    """The plan for ``config`` on ``machine``.
 
     Raises `ModelError` where the config or a header cannot be read; what can be read but not run is in the plan.
     """
     options, source = config.model, peeked.source
     files = files_of(options, source)
+    hf = files.hf_dict()
     model = model_config(
-        files.hf_dict(),
+        hf,
         dtype=options.dtype,
         generation=files.generation,
         device=machine.device,
         fast_bfloat16=machine.fast_bfloat16,
+        traced=models.is_traced(hf, options.model_impl),
     )
     max_len, max_len_reason = max_model_len(model, options.max_model_len)
+    rope = _rope(model)  # before layers are traced, which shows their attention alone
     code = 0
     implementation: str | None = None
     try:
-        implementation, implementation_reason = choose(model, options.model_impl)
+        implementation, implementation_reason, model = models.choose(model, options.model_impl, max_len)
     except OctavoError as error:
         implementation_reason, code = str(error), error.exit_code
     weights = _weights(source, model)
@@ -111,7 +124,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, choose: Ch
         dtype_reason=model.dtype_reason,
         max_len=max_len,
         max_len_reason=max_len_reason,
-        rope=_rope(model),
+        rope=rope,
         quantisation=_quantisation(source, model),
         weights=weights,
         cache=cache,
@@ -196,7 +209,8 @@ def _cache(config: EngineConfig, model: ModelConfig, machine: Machine, weights: 
             f"largest step - {size(GPU_RESERVE)} reserve"
         )
     page = int(memory.block_size)
-    pages = max(max(budget, 0) // (model.kv_bytes_per_token * page) - 1, 0)  # one page is the dummy
+    page_bytes = max(model.kv_bytes_per_token, 1) * page  # 0: nothing can run it, so nobody knows its layers
+    pages = max(max(budget, 0) // page_bytes - 1, 0) if model.layers else 0  # one page is the dummy
     lengths = sorted({n for n in _ASKED_LENGTHS if n < max_len} | {max_len})
     fitting = {n: count for n in lengths if (count := min(pages // -(-n // page), limits.max_num_seqs))}
     return Cache(
