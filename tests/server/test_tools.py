@@ -233,6 +233,28 @@ def test_markers_that_are_special_tokens_are_seen_and_other_special_tokens_are_n
     run(work)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_forced_call_is_constrained_to_its_schema_and_read(choice: Any, stream: bool) -> None:
+    async def work() -> None:
+        setup = said('[{"name": "get_weather", "arguments": {"city": "Oslo"}}]')
+        answer = await setup.ask(tools=[ADD, WEATHER], tool_choice=choice, stream=stream)
+        if stream:
+            choices = [chunk.choices[0] async for chunk in answer]
+            pieces = [call.function for one in choices for call in one.delta.tool_calls or ()]
+            name, arguments, reason = pieces[0].name, "".join(p.arguments for p in pieces), choices[-1].finish_reason
+        else:
+            (call,) = answer.choices[0].message.tool_calls
+            name, arguments, reason = call.function.name, call.function.arguments, answer.choices[0].finish_reason
+        assert (name, arguments, reason) == ("get_weather", '{"city": "Oslo"}', "tool_calls")
+        grammar = setup.server.fake.requests[-1].sampling.grammar
+        assert grammar is not None
+        names = [one["properties"]["name"]["const"] for one in json.loads(grammar.text)["items"]["anyOf"]]
+        assert names == (["add", "get_weather"] if choice == "required" else ["get_weather"])
+
+    run(work)
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
@@ -245,6 +267,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [WEATHER], "tool_choice": "sometimes"}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
     ({"tools": [WEATHER], "tool_choice": {"type": "custom"}}, "tool_choice"),
+    ({"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]}, "tools"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": "f"}, "function_call"),
 ]

@@ -40,7 +40,7 @@ async def create(service: Service, request: Request) -> ASGIApp:
     model = service.model(body.model)
     id = f"chatcmpl-{request.scope['request_id']}"
     use = ToolUse.of(body)
-    params = body.chat_params(service.llm.default_params())
+    params = use.constrained(body.chat_params(service.llm.default_params()))
     prepared = await service.llm.prepare_chat(
         body.messages,
         params,
@@ -68,7 +68,12 @@ class _Answer:
         self._created = now()
         self._readers = [
             ChoiceReader(
-                service.formats.parser(prepared.prompt or "", use.schemas),
+                service.formats.parser(
+                    prepared.prompt or "",
+                    use.schemas,
+                    forced_calls=use.forced,
+                    constrained=prepared.params.structured_outputs is not None,
+                ),
                 parallel_calls=use.parallel,
                 include_reasoning=body.include_reasoning is not False,
             )

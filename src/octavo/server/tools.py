@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
+
 from octavo.errors import RequestError
+from octavo.frontend.parse import forced
 from octavo.server.protocol import ChatRequest
+from octavo.structured import StructuredOutputsParams
+from octavo.types import SamplingParams
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[\w./:-]{1,128}", re.ASCII)
@@ -35,10 +40,6 @@ class ToolUse:
         if len(tools) < len(body.tools or ()):
             raise RequestError("two tools have the same name.", "Rename one of them.", param="tools")
         choice, named = _choice(body.tool_choice, tools)
-        if choice == "required":
-            raise RequestError(
-                "tool_choice asks for a call, which needs structured output.", 'Use "auto".', param="tool_choice"
-            )
         if choice == "none":
             return cls()
         schemas = {name: tool["function"].get("parameters") or {} for name, tool in tools.items()}
@@ -46,6 +47,29 @@ class ToolUse:
             schemas = {named: schemas[named]}
         parallel = body.parallel_tool_calls is not False and named is None
         return cls(tuple(tools.values()), schemas, choice, parallel)
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be calls and nothing else."""
+        return self.choice == "required"
+
+    def constrained(self, params: SamplingParams) -> SamplingParams:
+        """``params`` with the grammar of a forced call; raises `RequestError` if there is another one already."""
+        if not self.forced:
+            return params
+        if params.structured_outputs is not None:
+            raise RequestError(
+                "tool_choice asks for a call, and another field asks for output of another form.",
+                'Set one of them, or tool_choice to "auto".',
+                param="tool_choice",
+            )
+        try:
+            schema = forced.schema(self.schemas, parallel=self.parallel)
+        except ValueError as error:
+            raise _bad(f"the parameters of a tool are {error}", "Use a simpler schema.") from None
+        outputs = StructuredOutputsParams(json=schema)
+        outputs.spec()  # raises for one that is too long
+        return msgspec.structs.replace(params, structured_outputs=outputs)
 
 
 def _name(tool: Tool, at: int) -> str:
@@ -57,8 +81,9 @@ def _name(tool: Tool, at: int) -> str:
     name = function.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _bad(f"{where}.function.name is {str(name)[:200]!r}", "Use 1 to 128 letters, digits and any of _ - . / :")
-    if not isinstance(function.get("parameters"), Mapping | None):
-        raise _bad(f"{where}.function.parameters is no object", "Give a JSON schema.")
+    parameters = function.get("parameters")
+    if not isinstance(parameters, Mapping | None) or (parameters and parameters.get("type", "object") != "object"):
+        raise _bad(f"{where}.function.parameters is no object", "Give the JSON schema of an object.")
     if not isinstance(function.get("description"), str | None):
         raise _bad(f"{where}.function.description is no text", "Give a text.")
     return name

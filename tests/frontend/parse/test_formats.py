@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import llguidance
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from octavo.frontend.parse import forced
 from octavo.frontend.parse.events import CallArguments, CallEnd, CallStart, Content, Reasoning
 from octavo.frontend.parse.message import MessageParser
 from octavo.frontend.parse.reader import MAX_CALL, MAX_CALLS
@@ -67,9 +69,11 @@ def read(parser: MessageParser, pieces: Sequence[str]) -> Answer:
     return answer
 
 
-def parser(tool: str | None, reasoning: str | None = None, *, prompt: str = "", tools: Any = SCHEMAS) -> MessageParser:
+def parser(
+    tool: str | None, reasoning: str | None = None, *, prompt: str = "", tools: Any = SCHEMAS, **options: Any
+) -> MessageParser:
     ids = itertools.count()
-    made = Formats(tool, reasoning).parser(prompt, tools, lambda: f"id{next(ids)}")
+    made = Formats(tool, reasoning).parser(prompt, tools, new_id=lambda: f"id{next(ids)}", **options)
     assert made is not None
     return made
 
@@ -400,6 +404,60 @@ def test_harmony_has_reasoning_a_preamble_and_a_call() -> None:
     )
     answer = parse("gpt_oss", text, "gpt_oss")
     assert answer == Answer("I look.", "Think.", [PARIS], ["id0"])
+
+
+# --- forced by a grammar ----------------------------------------------------------------------------------------------
+
+FORCED = '[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name":"add","arguments":{"a": 1, "b": 2.5}}]'
+
+
+def test_forced_calls_are_read_whatever_the_models_format() -> None:
+    for tool in (None, "hermes", "gpt_oss"):
+        answer = parse(tool, FORCED, "think", prompt="<think>", forced_calls=True)
+        assert answer == Answer("", "", [PARIS, SUM], ["id0", "id1"])
+
+
+def test_forced_calls_before_the_one_that_is_cut_off_are_kept() -> None:
+    answer = parse("hermes", FORCED[:-20], forced_calls=True)
+    assert answer.calls == [PARIS]
+    assert answer.content == FORCED[FORCED.index(', {"name":"add"') + 2 : -20]
+
+
+def test_a_constrained_answer_has_no_reasoning() -> None:
+    answer = parse("hermes", '{"a": 1}', "think", prompt="<think>\n", constrained=True)
+    assert answer == Answer('{"a": 1}')
+
+
+def matches(schema: dict[str, Any], text: str) -> bool:
+    """Whether ``text`` is a whole output under ``schema``."""
+    matcher = llguidance.LLMatcher(
+        llguidance.LLTokenizer("byte"), llguidance.LLMatcher.grammar_from_json_schema(schema)
+    )
+    assert not matcher.get_error()
+    return matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+
+
+def test_the_schema_of_forced_calls_allows_calls_of_the_tools_and_nothing_else() -> None:
+    node = {"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/node"}}}
+    tree = {"properties": {"root": {"$ref": "#/$defs/node"}}, "required": ["root"], "$defs": {"node": node}}
+    schema = forced.schema({"tree": tree, "now": {}}, parallel=True)
+    assert matches(schema, '[{"name": "tree", "arguments": {"root": {"v": 1, "next": {"v": 2}}}}]')
+    assert matches(schema, '[{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]')
+    assert not matches(schema, '[{"name": "tree", "arguments": {"root": {"v": "x"}}}]')
+    assert not matches(schema, '[{"name": "now", "arguments": {"a": 1}}]')
+    assert not matches(schema, '[{"name": "other", "arguments": {}}]')
+    assert not matches(schema, "[]")
+    single = forced.schema({"now": {}}, parallel=False)
+    assert matches(single, '[{"name": "now", "arguments": {}}]')
+    assert not matches(single, '[{"name": "now", "arguments": {}}, {"name": "now", "arguments": {}}]')
+
+
+def test_parameters_that_are_nested_too_deep_are_refused() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100):
+        deep = {"properties": {"a": deep}}
+    with pytest.raises(ValueError, match="nested"):
+        forced.schema({"f": deep}, parallel=True)
 
 
 # --- any text, cut anywhere -------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from octavo.errors import ConfigError
 from octavo.frontend.chat import takes_tools
 from octavo.frontend.parse import (
     deepseek_v3,
+    forced,
     gemma,
     generic,
     glm45,
@@ -126,15 +127,29 @@ class Formats:
         named = check_names(tool, reasoning)
         return cls(*(found[i] if named[i] == AUTO else named[i] for i in range(2)))
 
-    def parser(self, prompt: str, tools: Tools, new_id: Callable[[], str] | None = None) -> MessageParser | None:
-        """A parser of one answer to ``prompt``; None if all of any answer is content. ``new_id`` names calls."""
+    def parser(
+        self,
+        prompt: str,
+        tools: Tools,
+        *,
+        forced_calls: bool = False,
+        constrained: bool = False,
+        new_id: Callable[[], str] | None = None,
+    ) -> MessageParser | None:
+        """A parser of one answer to ``prompt``; None if all of any answer is content. ``new_id`` names calls.
+
+        ``forced_calls``: the answer is what `forced` reads. ``constrained``: it is what a grammar of the user says,
+        from the first token, so there is no reasoning.
+        """
         parsers: list[Parse] = []
-        if HARMONY in (self.reasoning, self.tool):
+        if forced_calls:
+            parsers.append(forced.parse)
+        elif HARMONY in (self.reasoning, self.tool):
             parsers.append(gpt_oss.parse)
-        elif self.reasoning is not None:
+        elif self.reasoning is not None and not constrained:
             start, end = REASONING[self.reasoning]
             parsers.append(between(start, end, opened=prompt.rstrip().endswith(start)))
-        if tools and self.tool is not None and self.tool != HARMONY:
+        if tools and not forced_calls and self.tool is not None and self.tool != HARMONY:
             parsers.append(TOOLS[self.tool].parse)
         if new_id is None:
             new_id = mistral.new_call_id if self.tool == "mistral" else new_call_id
