@@ -13,7 +13,7 @@
 namespace octavo {
 namespace {
 
-constexpr isize kPartsPerThread = 12;
+constexpr isize kPartsPerThread = 12;  // and fewer than 2^16 parts, whatever the machine
 constexpr auto kSpin = std::chrono::microseconds(100);  // then a helper sleeps; the loops of a step follow closer
 
 void pause() {
@@ -31,7 +31,9 @@ struct Pool {
     isize count = 0, size = 0;
     uint32_t parts = 0;
 
-    std::atomic<uint64_t> ticket{0};  // number of the loop << 32 | parts not yet claimed
+    // Number of the loop << 32 | parts of the first half not yet claimed << 16 | of the second. Threads begin at different
+    // halves and go upwards, so that each reads on where it was, as its prefetches suppose; who is done helps the other.
+    std::atomic<uint64_t> ticket{0};
     std::atomic<uint32_t> open{0};    // parts not yet done
     std::atomic<int> sleepers{0};
     std::mutex owner, sleep;
@@ -40,12 +42,15 @@ struct Pool {
 
     // Claims and runs one part. A claim succeeds only for the loop whose number is in the ticket, and that loop cannot
     // end before the part is done, so what describes it stays as it is meanwhile.
-    bool work() {
+    bool work(bool second) {
         uint64_t seen = ticket.load(std::memory_order_acquire);
-        while (uint32_t left = uint32_t(seen)) {
-            if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        while (uint32_t(seen)) {
+            const uint32_t left[2] = {uint32_t(seen) >> 16, uint32_t(seen) & 0xffff};
+            const bool half = left[second] ? second : !second;
+            if (!ticket.compare_exchange_weak(seen, seen - (half ? 1 : 1 << 16), std::memory_order_acq_rel,
+                                              std::memory_order_acquire))
                 continue;
-            const isize first = isize(parts - left) * size;
+            const isize first = isize((half ? parts : parts / 2) - left[half]) * size;
             piece(context, first, first + size < count ? first + size : count);
             open.fetch_sub(1, std::memory_order_release);
             return true;
@@ -53,11 +58,11 @@ struct Pool {
         return false;
     }
 
-    void help() {
+    void help(bool second) {
         for (;;) {
             auto until = std::chrono::steady_clock::now() + kSpin;
             while (std::chrono::steady_clock::now() < until) {
-                if (work()) until = std::chrono::steady_clock::now() + kSpin;
+                if (work(second)) until = std::chrono::steady_clock::now() + kSpin;
                 for (int i = 0; i < 16; i++) pause();
             }
             std::unique_lock<std::mutex> lock(sleep);
@@ -68,17 +73,18 @@ struct Pool {
     }
 
     void run(isize n, Piece p, void* c) {
-        for (; helpers < wanted - 1; helpers++) std::thread(&Pool::help, this).detach();
+        for (; helpers < wanted - 1; helpers++) std::thread(&Pool::help, this, helpers % 2 == 0).detach();
         const isize most = wanted * kPartsPerThread;
         piece = p, context = c, count = n, size = (n + most - 1) / most;
         parts = uint32_t((n + size - 1) / size);
         open.store(parts, std::memory_order_relaxed);
-        ticket.store(((ticket.load(std::memory_order_relaxed) >> 32) + 1) << 32 | parts);
+        const uint64_t number = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
+        ticket.store(number << 32 | parts / 2 << 16 | (parts - parts / 2));
         if (sleepers.load() > 0) {
             std::lock_guard<std::mutex> lock(sleep);
             wake.notify_all();
         }
-        while (work()) {
+        while (work(false)) {
         }
         // A helper that was taken off its core in the middle of a part needs one: give it ours after a while.
         for (int spins = 0; open.load(std::memory_order_acquire); spins++) spins < 1000 ? pause() : std::this_thread::yield();

@@ -151,48 +151,54 @@ void run_unit(const LinearArgs& a, Unit unit) {
     }
 }
 
-// Few rows: memory-bound. One panel after the other, so that each thread reads one stream; the sums of even and odd
-// steps are apart to hide the latency of the product.
-template <int ROWS>
-OCTAVO_INLINE void stream_panel(const LinearArgs& a, isize panel) {
-    constexpr int kChains = ROWS == 1 ? 4 : 2;
-    const isize steps = a.in / 2;
-    const bf16* w = (const bf16*)a.panels + panel * steps * kLine<bf16>;
+// Few rows: memory-bound. A group of panels at once, since several streams fill more of the memory's pipeline than one;
+// each is asked for a few KB ahead, past its end in the group that comes next. Sums run over the inputs in order, as in
+// the tile, so a row's result does not depend on how many rows there are.
+constexpr isize kAhead = 96;  // steps
+
+template <int ROWS, int PANELS>
+OCTAVO_INLINE void stream_panels(const LinearArgs& a, isize first) {
+    const isize steps = a.in / 2, stride = steps * kLine<bf16>;
+    const bf16* w = (const bf16*)a.panels + first * stride;
     const bf16* x = (const bf16*)a.x;
-    vf acc[kChains][ROWS][kPanelVecs] = {};
-    isize k = 0;
-    for (; k + kChains <= steps; k += kChains) {
-        __builtin_prefetch(w + (k + 32) * kLine<bf16>);
-#pragma GCC unroll 4
-        for (int c = 0; c < kChains; c++) {
-            if (c) __builtin_prefetch(w + (k + 32 + c) * kLine<bf16>);
+    vf acc[ROWS][PANELS * kPanelVecs] = {};
+    const isize near = steps > kAhead ? steps - kAhead : 0;
+    for (isize k = 0; k < steps; k++) {
+        const isize ahead = (k + kAhead) * kLine<bf16> + (k < near ? 0 : (PANELS - 1) * stride);
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                Dot<bf16> dot(x + r * a.x_stride + (k + c) * 2);
-#pragma GCC unroll 4
-                for (int v = 0; v < kPanelVecs; v++)
-                    dot.add(acc[c][r][v], w + (k + c) * kLine<bf16> + v * kLanes * 2);
-            }
-        }
-    }
-    for (; k < steps; k++)
+        for (int p = 0; p < PANELS; p++) __builtin_prefetch(w + p * stride + ahead, 0, 2);
+#pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             Dot<bf16> dot(x + r * a.x_stride + k * 2);
-            for (int v = 0; v < kPanelVecs; v++) dot.add(acc[0][r][v], w + k * kLine<bf16> + v * kLanes * 2);
+#pragma GCC unroll 8
+            for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 4
+                for (int v = 0; v < kPanelVecs; v++)
+                    dot.add(acc[r][p * kPanelVecs + v], w + p * stride + k * kLine<bf16> + v * kLanes * 2);
         }
-    for (int r = 0; r < ROWS; r++) {
-        for (int c = 1; c < kChains; c++)
-            for (int v = 0; v < kPanelVecs; v++) acc[0][r][v] += acc[c][r][v];
-        finish<1>(a, r, panel * kPanel, acc[0][r]);
     }
+    for (int r = 0; r < ROWS; r++) finish<PANELS>(a, r, first * kPanel, acc[r]);
+}
+
+// All panels in groups of kTilePanels; what is left after every thread had the same number of groups, evenly.
+template <int ROWS>
+inline void stream(const LinearArgs& a) {
+    const isize panels = (a.out_features + kPanel - 1) / kPanel, workers = threads();
+    const isize groups = panels / kTilePanels / workers * workers, rest = panels - groups * kTilePanels;
+    isize width = (rest + workers - 1) / workers;
+    width = width < 1 ? 1 : width > kTilePanels ? kTilePanels : width;
+    parallel(true, groups + (rest + width - 1) / width, [&](isize u) {
+        if (u < groups) return stream_panels<ROWS, kTilePanels>(a, u * kTilePanels);
+        const isize first = groups * kTilePanels + (u - groups) * width;
+        with_panels(panels - first < width ? panels - first : width,
+                    [&](auto count) { stream_panels<ROWS, decltype(count)::value>(a, first); });
+    });
 }
 
 inline void linear(const LinearArgs& a) {
     const isize panels = (a.out_features + kPanel - 1) / kPanel;
     if (a.rows <= kTileRows && a.rows <= 4) {
-        with_rows(int(a.rows), [&](auto height) {
-            parallel(true, panels, [&](isize p) { stream_panel<decltype(height)::value>(a, p); });
-        });
+        with_rows(int(a.rows), [&](auto height) { stream<decltype(height)::value>(a); });
         return;
     }
     const isize groups = (panels + kTilePanels - 1) / kTilePanels;
