@@ -60,6 +60,7 @@ SHRINK: tuple[tuple[str, Any], ...] = (
     ("rotary_dim|qk_rope_head_dim", 8),
     ("global_head_dim", 32),
     ("q_lora_rank|kv_lora_rank", 24),
+    ("expert_layer_period|attn_layer_period|full_attention_interval", 2),
     ("num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts", 8),
     ("num_experts_per_tok|moe_topk|moe_k|top_k_experts|num_experts_per_token", 2),
     ("n_group|topk_group|num_expert_group", 1),
@@ -76,9 +77,17 @@ SHRINK: tuple[tuple[str, Any], ...] = (
 SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0, "altup_num_inputs": 2, "intermediate_size": [96] * 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
-    "dbrx": {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4},
+    },
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy", "norm_topk_prob": False},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "longcat_flash": {"head_dim": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "phi3": {"original_max_position_embeddings": 256},
-    "openelm": {},
 }
 
 
@@ -132,10 +141,10 @@ def reference(config: Any, seed: int = 0) -> Any:
     return model
 
 
-def adopted(folder: Path, max_len: int = MAX_LEN) -> Any:
-    """The model in ``folder`` on the Transformers backend, loaded on the CPU in float32."""
+def adopted(folder: Path, max_len: int = MAX_LEN, dtype: str = "float32") -> Any:
+    """The model in ``folder`` on the Transformers backend, loaded on the CPU."""
     source = resolve(str(folder))
-    config = model_config(read_hf_dict(source, {}), dtype="float32", generation={})
+    config = model_config(read_hf_dict(source, {}), dtype=dtype, generation={}, traced=True)
     model_class, _ = registry.choose(config, "transformers")
     model = model_class(config, max_len)
     loader.load(model, open_checkpoint(source), torch.device("cpu"), lambda phase, share: None)
@@ -215,7 +224,7 @@ def run(model_type: str) -> Row:
     except Exception as unknown:
         return Row(model_type, architecture, "error", _told(unknown))
     status = "works" if worst <= TOLERANCE else "wrong"
-    detail = "" if status == "works" else f"by {worst:.2g} ({case})"
+    detail = model.swapped if status == "works" else f"by {worst:.2g} ({case}); {model.swapped}"
     return Row(model_type, architecture, status, detail, worst, time.perf_counter() - start)
 
 

@@ -110,7 +110,7 @@ def test_no_mask_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         masks.append(mask)
         return attention.attend(module, q, k, v, mask, **rest)
 
-    saved(tmp_path, "llama")
+    saved(tmp_path, "gpt_neox")
     model = sweep.adopted(tmp_path)
     monkeypatch.setitem(AttentionInterface._global_mapping, attention.NAME, watching)
     paged = Paged(model)
@@ -201,6 +201,45 @@ def test_a_class_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel) as error:
         sweep.adopted(tmp_path)
     assert "LlamaForCausalLM" in error.value.cause
+
+
+@pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma", "granite", "qwen2", "qwen3", "smollm3"])
+def test_a_decoder_that_is_as_llamas_is_replaced_as_a_whole(model_type: str, tmp_path: Path) -> None:
+    saved(tmp_path, model_type)
+    model = sweep.adopted(tmp_path)
+    assert model._native is not None
+    assert not any(hasattr(module, "layer_idx") for module in model.modules())  # the old layers are gone
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides"),
+    [
+        ("granite", {"residual_multiplier": 0.98}),
+        ("granite", {"embedding_multiplier": 1.01}),
+        ("gemma2", {}),
+        ("mixtral", {}),
+        ("llama", {"hidden_act": "gelu"}),
+    ],
+)
+def test_a_decoder_that_differs_a_little_is_not_replaced(
+    model_type: str, overrides: dict[str, Any], tmp_path: Path
+) -> None:
+    wanted = saved(tmp_path, model_type, **overrides)
+    model = sweep.adopted(tmp_path)
+    assert model._native is None
+    assert sweep.divergence(model, wanted)[0] < 2e-5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "olmo2", "qwen3_moe"])
+def test_bfloat16_is_as_close_to_float32_as_eager_bfloat16_is(model_type: str, tmp_path: Path) -> None:
+    exact = saved(tmp_path, model_type)
+    eager = type(exact).from_pretrained(tmp_path, dtype=torch.bfloat16, attn_implementation="eager")
+    tokens = list(range(4, 44))
+    expected = sweep.oracle(exact, tokens)
+    paged = Paged(sweep.adopted(tmp_path, dtype="bfloat16"))
+    row = paged.start()
+    found = torch.cat([paged.step({row: tokens[:9]})[row], paged.step({row: tokens[9:]})[row]])
+    assert (found - expected).norm() < 1.5 * (sweep.oracle(eager, tokens) - expected).norm()
 
 
 def core(folder: Path, **options: Any) -> EngineCore:

@@ -26,7 +26,7 @@ def load_text_model(config: EngineConfig) -> TextModel:
     """Reads everything but the weights; raises `ModelError`. Imports neither torch nor, ordinarily, transformers."""
     options = config.model
     files = find_files(options, weights=False)
-    model = model_config(files.hf_dict(), generation=files.generation)
+    model = model_config(files.hf_dict(), generation=files.generation, traced=True)  # the worker is strict
     ends = set(model.eos_ids)
     tokenizer = None
     if not options.skip_tokenizer_init:
@@ -34,7 +34,7 @@ def load_text_model(config: EngineConfig) -> TextModel:
             files.tokenizer(),
             mode=options.tokenizer_mode,
             trust_remote_code=options.trust_remote_code,
-            code_revision=options.code_revision,
+            find_repo=files.code_repo,
         )
     if tokenizer is not None and tokenizer.eos_id is not None:
         ends.add(tokenizer.eos_id)

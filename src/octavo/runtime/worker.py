@@ -33,12 +33,14 @@ class Worker:
         self.platform = platforms.select(config.device.device)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
+        hf = files.hf_dict()
         self._model_config = model_config(
-            files.hf_dict(),
+            hf,
             dtype=options.dtype,
             generation=files.generation,
             device=self.platform.device.type,
             fast_bfloat16=self.platform.fast_bfloat16,
+            traced=registry.is_traced(hf, options.model_impl),
         )
         self._max_len, reason = max_model_len(self._model_config, options.max_model_len)
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)

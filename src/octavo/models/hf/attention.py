@@ -29,6 +29,8 @@ class AttentionShape:
     key_dim: int
     value_dim: int
     window: int | None
+    scale: float | None = None
+    plain: bool = True  # neither soft-capping nor sinks
 
     @property
     def head_dim(self) -> int:

@@ -25,6 +25,8 @@ from octavo.models.base import Loaded, SelfLoading, Share, as_tensor
 from octavo.models.hf import trace, weights
 from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
 from octavo.models.hf.build import build, freeze_rope
+from octavo.models.hf.native import NativeDecoder
+from octavo.models.hf.swaps import swap
 
 
 class TransformersModel(SelfLoading):
@@ -32,9 +34,13 @@ class TransformersModel(SelfLoading):
 
     def __init__(self, config: ModelConfig, max_len: int) -> None:
         super().__init__(config, max_len)
+        self._geometry = config
         self.model: Any = build(config, self.dtype)
         freeze_rope(self.model, max_len)
         self._body: nn.Module | None = None
+        self._native: NativeDecoder | None = None
+        self.swapped = ""
+        """What of the model was replaced by our own layers, for the log."""
         try:
             meta = copy.deepcopy(self.model).to("meta")
             self._adopt(meta, torch.device("meta"))
@@ -74,6 +80,9 @@ class TransformersModel(SelfLoading):
         return Loaded(count, nbytes)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        if self._native is not None:
+            found: torch.Tensor = self._native(token_ids, positions)
+            return found
         output = self.body(
             input_ids=token_ids.long().unsqueeze(0), position_ids=positions.long().unsqueeze(0), use_cache=False
         )
@@ -121,8 +130,11 @@ class TransformersModel(SelfLoading):
         for module in self.model.modules():
             if isinstance(module, Layer):
                 module.finish(ops)
+        body = self.model.get_submodule(self._body_name)
+        self._native, self.swapped = swap(self.model, body, self.config, self._geometry, self.max_len)
+        get_logger().info("transformers: %s", self.swapped)
+        self.body = body
         parent, _, name = self._body_name.rpartition(".")
-        self.body = self.model.get_submodule(self._body_name)
         self._head = _Given(self.body)
         setattr(self.model.get_submodule(parent), name, self._head)
         self._no_ids = torch.zeros(1, 1, dtype=torch.long, device=device)

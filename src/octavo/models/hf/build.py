@@ -41,7 +41,7 @@ def build(wanted: ModelConfig, dtype: torch.dtype) -> nn.Module:
             warnings.simplefilter("ignore")
             model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
-        if "attn" in str(error) or "attention implementation" in str(error):
+        if attention.NAME in str(error) or "attn" in str(error):  # a class with a table of attentions of its own
             raise _refused(config, "its attention does not go through Transformers' attention interface") from error
         raise ModelError(
             f"Transformers cannot build a {config.model_type} from this config: {type(error).__name__}: {error}.",
@@ -63,11 +63,18 @@ def _config(hf: Mapping[str, Any]) -> Any:
             "Install a newer Transformers if the model is newer than this one.",
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(dict(hf))
+        return CONFIG_MAPPING[model_type].from_dict(_with_floats(hf))
     except Exception as error:  # each config class validates in its own way
         raise ModelError(
             f"Transformers refuses the config: {type(error).__name__}: {error}.", "Correct config.json.", id="HF002"
         ) from error
+
+
+def _with_floats(value: Any) -> Any:
+    """Infinities as numbers, which Transformers writes as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, Mapping):
+        return float(value["__float__"]) if "__float__" in value else {k: _with_floats(v) for k, v in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def _refuse_other_class(wanted: ModelConfig) -> None:

@@ -87,6 +87,8 @@ class Recorder:
             key_dim=key.shape[3],
             value_dim=value.shape[3],
             window=self._masks[id(attention_mask)][1],
+            scale=keywords.get("scaling"),
+            plain=keywords.get("softcap") is None and keywords.get("s_aux") is None,
         )
         self.calls.append((module, shape))
         return query.new_empty(query.shape[0], TOKENS, shape.heads, shape.value_dim), None

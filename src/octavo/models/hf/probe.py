@@ -1,0 +1,95 @@
+"""Running a loaded model over a few tokens, to see what its modules take and return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from octavo.config import ModelConfig
+from octavo.kernels.metadata import AttentionMetadata
+from octavo.layers import context
+
+TOKENS = 7
+PAGE = 16
+# Greatest norm of a difference, as a share of the norm of what is expected.
+SAME = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@dataclass
+class Call:
+    """The last call of a module: its arguments and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states ``[1, T, C]`` that went in."""
+        found: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return found
+
+    @property
+    def result(self) -> torch.Tensor:
+        """The first of what it returned."""
+        found: torch.Tensor = self.output[0] if isinstance(self.output, (tuple, dict)) else self.output
+        return found
+
+
+def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Whether ``found`` is ``wanted`` but for rounding in its type."""
+    if found.shape != wanted.shape or not bool(wanted.isfinite().all()):
+        return False
+    return bool((found.float() - wanted.float()).norm() <= SAME[wanted.dtype] * wanted.float().norm())
+
+
+def spread(max_len: int, device: torch.device) -> torch.Tensor:
+    """`TOKENS` positions far apart, so that a rotation that is missing or of another kind shows."""
+    return torch.linspace(0, max_len - 1, TOKENS, device=device).round().to(torch.int32)
+
+
+@contextmanager
+def small_context(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """A cache of its own for one sequence of `TOKENS` tokens."""
+    layer = config.layers[0]
+    shape = (len(config.layers), 2, 2, layer.kv_heads, PAGE, layer.head_dim)
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    meta = AttentionMetadata(
+        query_start=ints(0, TOKENS),
+        seq_lens=ints(TOKENS),
+        rows=ints(0),
+        block_table=ints(0).unsqueeze(0),
+        slots=torch.arange(TOKENS, dtype=torch.int32, device=device),
+        num_decodes=0,
+        max_query=TOKENS,
+        max_seq=TOKENS,
+    )
+    with context.use(context.ForwardContext(meta, torch.zeros(shape, dtype=dtype, device=device))):
+        yield
+
+
+def watch(body: nn.Module, config: ModelConfig, dtype: torch.dtype, positions: torch.Tensor) -> dict[nn.Module, Call]:
+    """One forward of the decoder ``body`` over random tokens; what each of its modules was called with."""
+    seen: dict[nn.Module, Call] = {}
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        seen[module] = Call(args, kwargs, output)
+
+    hooks = [module.register_forward_hook(keep, with_kwargs=True) for module in body.modules()]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, TOKENS), generator=generator).to(positions.device)
+    try:
+        with small_context(config, dtype, positions.device):
+            body(input_ids=ids, position_ids=positions.long().unsqueeze(0), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
