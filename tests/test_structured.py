@@ -42,7 +42,8 @@ def test_whitespace_is_bounded_unless_the_request_says_otherwise() -> None:
     assert "{1," in options()["whitespace_pattern"]
     assert options(disable_any_whitespace=True) == {"whitespace_flexible": False}
     assert options(whitespace_pattern=" ?")["whitespace_pattern"] == " ?"
-    assert options(json={"x-guidance": {"lenient": True}})["lenient"] is True
+    assert set(options(json={"x-guidance": {"lenient": True}})) == {"lenient", "whitespace_pattern"}
+    assert options(json={"x-guidance": {"whitespace_flexible": False}}) == {"whitespace_flexible": False}
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True, 
                 given = schema.get("x-guidance", {})  # llguidance's own options
                 if not isinstance(given, Mapping):
                     raise _refusal("x-guidance is no object.", "Leave it out.")
-                schema = {**schema, "x-guidance": {**self._whitespace(), **given}}
+                chosen = given.keys() & {"whitespace_flexible", "whitespace_pattern"}
+                schema = {**schema, "x-guidance": {**({} if chosen else self._whitespace()), **given}}
             return GrammarSpec("json_schema", msgspec.json.encode(schema).decode())
         except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
             raise _refusal(f"the JSON schema is not JSON: {str(error)[:200]}.", "Send one JSON object.") from None
