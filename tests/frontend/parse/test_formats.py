@@ -413,8 +413,9 @@ FORCED = '[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name":"add
 
 def test_forced_calls_are_read_whatever_the_models_format() -> None:
     for tool in (None, "hermes", "gpt_oss"):
-        answer = parse(tool, FORCED, "think", prompt="<think>", forced_calls=True)
-        assert answer == Answer("", "", [PARIS, SUM], ["id0", "id1"])
+        for text in (FORCED, json.dumps(json.loads(FORCED), indent=4)):
+            answer = parse(tool, text, "think", prompt="<think>", forced_calls=True)
+            assert answer == Answer("", "", [PARIS, SUM], ["id0", "id1"])
 
 
 def test_forced_calls_before_the_one_that_is_cut_off_are_kept() -> None:

@@ -48,6 +48,7 @@ def parse(text: Reader) -> Steps[None]:
     """Reads the calls; one that is cut off is content."""
     yield from text.space()
     yield from text.skip("[")
+    yield from text.space()
     while (yield from text.next()) == "{":
         call = call_of((yield from text.json()))
         if call is None or not text.call([call]):
