@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,20 @@ Oracle = Callable[[list[int]], list[int]]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("tiny")
-    return {family: tiny.make(root / family, family) for family in FAMILIES}
+    return cache(lambda family: tiny.make(root / family, family))
 
 
 @pytest.fixture(scope="module")
-def oracles(folders: dict[str, Path]) -> Callable[[str], Oracle]:
+def oracles(folder_of: Callable[[str], Path]) -> Callable[[str], Oracle]:
     from transformers import AutoModelForCausalLM
 
     models: dict[str, Any] = {}
 
     def of(family: str) -> Oracle:
         if family not in models:
-            models[family] = AutoModelForCausalLM.from_pretrained(folders[family], dtype=torch.float32).eval()
+            models[family] = AutoModelForCausalLM.from_pretrained(folder_of(family), dtype=torch.float32).eval()
             models[family].generation_config.eos_token_id = None
 
         def generate(tokens: list[int]) -> list[int]:
@@ -78,14 +79,14 @@ def serve(core: EngineCore, requests: dict[str, list[int]], **sampling: Any) -> 
     ],
 )
 def test_greedy_tokens_equal_transformers(
-    folders: dict[str, Path], oracles: Callable[[str], Oracle], family: str, options: dict[str, Any]
+    folder_of: Callable[[str], Path], oracles: Callable[[str], Oracle], family: str, options: dict[str, Any]
 ) -> None:
     requests, oracle = prompts(), oracles(family)
-    assert serve(engine(folders[family], **options), requests) == {id: oracle(x) for id, x in requests.items()}
+    assert serve(engine(folder_of(family), **options), requests) == {id: oracle(x) for id, x in requests.items()}
 
 
-def test_a_prefix_hit_changes_no_token(folders: dict[str, Path], oracles: Callable[[str], Oracle]) -> None:
-    core, oracle = engine(folders["llama"]), oracles("llama")
+def test_a_prefix_hit_changes_no_token(folder_of: Callable[[str], Path], oracles: Callable[[str], Oracle]) -> None:
+    core, oracle = engine(folder_of("llama")), oracles("llama")
     base = prompts()["r5"]
     serve(core, {"first": base})
     again = {"same": base, "longer": [*base, 9, 8, 7], "fork": [*base[:50], 5, 6]}
@@ -93,26 +94,31 @@ def test_a_prefix_hit_changes_no_token(folders: dict[str, Path], oracles: Callab
     assert core.stats().cached_tokens == 96 + 96 + 48
 
 
-def test_a_preemption_changes_no_token(folders: dict[str, Path], oracles: Callable[[str], Oracle]) -> None:
+def test_a_preemption_changes_no_token(folder_of: Callable[[str], Path], oracles: Callable[[str], Oracle]) -> None:
     page_bytes = 3 * 2 * 2 * 16 * 16 * 4  # layers, K and V, heads, slots, head size, float32
-    core, oracle = engine(folders["llama"], max_model_len=128, kv_cache_memory_bytes=page_bytes * 13), oracles("llama")
+    core, oracle = (
+        engine(folder_of("llama"), max_model_len=128, kv_cache_memory_bytes=page_bytes * 13),
+        oracles("llama"),
+    )
     requests = {id: tokens for id, tokens in prompts().items() if id != "r0"}
     assert serve(core, requests) == {id: oracle(tokens) for id, tokens in requests.items()}
     assert core.stats().preemptions > 0
 
 
-def test_sampling_does_not_depend_on_what_else_runs(folders: dict[str, Path]) -> None:
+def test_sampling_does_not_depend_on_what_else_runs(folder_of: Callable[[str], Path]) -> None:
     requests, wishes = prompts(), {"temperature": 0.9, "top_p": 0.9, "seed": 7}
-    batch = serve(engine(folders["qwen3"]), requests, **wishes)
-    alone = engine(folders["qwen3"], max_num_seqs=1, max_num_batched_tokens=17)
+    batch = serve(engine(folder_of("qwen3")), requests, **wishes)
+    alone = engine(folder_of("qwen3"), max_num_seqs=1, max_num_batched_tokens=17)
     for id in ("r2", "r4"):
         assert serve(alone, {id: requests[id]}, **wishes)[id] == batch[id]
     assert len({tuple(answer[:8]) for answer in batch.values()}) > 1
 
 
-def test_greedy_and_sampled_requests_share_a_batch(folders: dict[str, Path], oracles: Callable[[str], Oracle]) -> None:
+def test_greedy_and_sampled_requests_share_a_batch(
+    folder_of: Callable[[str], Path], oracles: Callable[[str], Oracle]
+) -> None:
     """A sampled row makes the step's own greedy choice void for that row alone."""
-    core, requests, oracle = engine(folders["llama"]), prompts(), oracles("llama")
+    core, requests, oracle = engine(folder_of("llama")), prompts(), oracles("llama")
     for id, tokens in requests.items():
         drawn = {"temperature": 5.0, "seed": 3} if id in ("r1", "r6") else {"temperature": 0.0}
         assert core.add(make_request(core, id, tokens, max_tokens=NEW, **drawn)) is None
@@ -123,8 +129,8 @@ def test_greedy_and_sampled_requests_share_a_batch(folders: dict[str, Path], ora
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_bfloat16_repeats_itself(folders: dict[str, Path], family: str) -> None:
-    core = engine(folders[family], dtype="bfloat16")
+def test_bfloat16_repeats_itself(folder_of: Callable[[str], Path], family: str) -> None:
+    core = engine(folder_of(family), dtype="bfloat16")
     first = serve(core, prompts())
     core.reset_prefix_cache()
     assert serve(core, prompts()) == first
@@ -135,6 +141,12 @@ def compiled() -> Iterator[list[str]]:
     """The kernels that Triton compiles or loads from disk while the test runs."""
     import triton
 
+    from octavo.kernels import attn_triton, linear_triton, triton_ops
+
+    for module in (attn_triton, linear_triton, triton_ops):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()  # other tests ran before
     names: list[str] = []
     runtime = triton.knobs.runtime
     old, runtime.jit_post_compile_hook = runtime.jit_post_compile_hook, lambda **d: names.append(str(d["repr"]))
@@ -145,9 +157,11 @@ def compiled() -> Iterator[list[str]]:
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
 def test_no_request_waits_for_a_compiler(
-    folders: dict[str, Path], family: str, eager: bool, compiled: list[str]
+    folder_of: Callable[[str], Path], family: str, eager: bool, compiled: list[str]
 ) -> None:
-    core = engine(folders[family], dtype="bfloat16", enforce_eager=eager, max_num_batched_tokens=40, max_model_len=200)
+    core = engine(
+        folder_of(family), dtype="bfloat16", enforce_eager=eager, max_num_batched_tokens=40, max_model_len=200
+    )
     assert compiled, "the hook sees nothing"
     compiled.clear()
     requests = prompts()

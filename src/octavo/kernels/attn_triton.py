@@ -49,8 +49,8 @@ DECODE = {
 PREFILL = {
     16: Launch(64, 8, 2, 128),
     32: Launch(64, 8, 2, 128),
-    64: Launch(64, 8, 3, 128, 128),
-    128: Launch(64, 8, 3, 128),
+    64: Launch(64, 4, 2, 64, 128),
+    128: Launch(64, 8, 2, 128, 128),
     256: Launch(32, 4, 2, 64),
 }
 # float32 products take many times the registers and the shared memory.

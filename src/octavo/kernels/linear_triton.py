@@ -14,7 +14,8 @@ import triton.language as tl
 
 from octavo.kernels.pdl import chained, release, wait
 
-ROWS = (1, 2, 4)  # of x: each is a kernel of its own
+_ROWS = (1, 2, 4)  # of x: each is a kernel of its own
+_MAX_WORK = 1 << 24  # multiply-adds of more rows than one: above it the arithmetic, not the memory, is the limit
 _MAX_SIZE = 16384  # of a row of the weight: it must fit into the registers of a program
 _TILE = 16384  # elements of the weight that a program reads
 
@@ -43,9 +44,9 @@ def _few_rows_kernel(
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See `reference.linear`."""
-    size = weight.shape[1]
-    if len(x) not in ROWS or size > _MAX_SIZE or size % 64 or x.dtype == torch.float32 or not x.is_contiguous():
+    if not _fits(x, weight):
         return F.linear(x, weight, bias)
+    size = weight.shape[1]
     pad = triton.next_power_of_2(size)
     outputs, chain = max(1, _TILE // pad), chained(x.device)
     out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
@@ -54,3 +55,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         num_warps=8, launch_pdl=chain,
     )  # fmt: skip
     return out
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    rows, size = x.shape
+    if rows not in _ROWS or (rows > 1 and rows * weight.numel() > _MAX_WORK):
+        return False
+    return size <= _MAX_SIZE and size % 64 == 0 and x.dtype != torch.float32 and x.is_contiguous()
