@@ -147,6 +147,30 @@ def test_a_start_that_fails_ends_with_status_3_and_the_cause(
     assert "Traceback" not in err
 
 
+CODE = """
+from transformers import PreTrainedTokenizerFast
+
+class Tok(PreTrainedTokenizerFast):
+    print("code of the repo, {revision}")
+"""
+
+
+def test_code_of_another_repo_is_fetched_and_run_when_trusted(hub: Hub, shell: Shell, model: Path) -> None:
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    settings = json.loads(files["tokenizer_config.json"])
+    files["tokenizer_config.json"] = json.dumps(
+        {**settings, "auto_map": {"AutoTokenizer": [None, "o/c--tok.Tok"]}}
+    ).encode()
+    hub.push("owner/name", files)
+    for revision in ("dev", "main"):
+        hub.push("o/c", {"tok.py": CODE.format(revision=revision).encode()}, branch=revision)
+    code, text, err = shell.generate("owner/name")  # tokenizer.json does without the code
+    assert code == 0, err
+    assert not any("/o/c/" in request for request in hub.requests)
+    code, trusted, err = shell.generate("owner/name", "--trust-remote-code", "--code-revision", "dev")
+    assert (code, trusted) == (0, "code of the repo, dev\n" + text), err
+
+
 def test_a_plan_reads_headers_alone_and_leaves_nothing_behind(hub: Hub, shell: Shell, tmp_path: Path) -> None:
     large = tiny.make(tmp_path / "large", "llama", hidden_size=512, intermediate_size=2048)
     hub.cdn = True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from octavo.config import EngineConfig, ModelConfig
 from octavo.errors import ConfigError
 from octavo.hub.files import find_files
-from octavo.hub.tokenizer import Tokenizer, load_tokenizer
+from octavo.hub.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
 
@@ -43,12 +43,7 @@ def load_vocabulary(config: EngineConfig, model: ModelConfig) -> Vocabulary:
     options = config.model
     if options.skip_tokenizer_init:
         raise ConfigError("structured output needs a tokenizer.", "Start without skip_tokenizer_init.")
-    tokenizer = load_tokenizer(
-        find_files(options, weights=False).tokenizer(),
-        mode=options.tokenizer_mode,
-        trust_remote_code=options.trust_remote_code,
-        code_revision=options.code_revision,
-    )
+    tokenizer = find_files(options, weights=False).load_tokenizer()
     ends = {*model.eos_ids} if tokenizer.eos_id is None else {*model.eos_ids, tokenizer.eos_id}
     return Vocabulary.of(tokenizer, model.vocab_size, ends)
 

@@ -9,7 +9,7 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.hub.configs import model_config
 from octavo.hub.files import find_files
-from octavo.hub.tokenizer import Tokenizer, load_tokenizer
+from octavo.hub.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,7 @@ def load_text_model(config: EngineConfig) -> TextModel:
     files = find_files(options, weights=False)
     model = model_config(files.hf_dict(), generation=files.generation, traced=True)  # the worker is strict
     ends = set(model.eos_ids)
-    tokenizer = None
-    if not options.skip_tokenizer_init:
-        tokenizer = load_tokenizer(
-            files.tokenizer(),
-            mode=options.tokenizer_mode,
-            trust_remote_code=options.trust_remote_code,
-            find_repo=files.code_repo,
-        )
+    tokenizer = None if options.skip_tokenizer_init else files.load_tokenizer()
     if tokenizer is not None and tokenizer.eos_id is not None:
         ends.add(tokenizer.eos_id)
     return TextModel(tokenizer, frozenset(ends), files.sampling_defaults(), model.architecture)

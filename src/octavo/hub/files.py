@@ -11,6 +11,7 @@ from octavo.hub.configs import generation_config, read_hf_dict, sampling_default
 from octavo.hub.patches import Hf
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
+from octavo.hub.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,16 @@ class ModelFiles:
         if options.tokenizer_revision not in (None, options.revision):
             return _resolve(options, options.model, options.tokenizer_revision)
         return self.weights
+
+    def load_tokenizer(self) -> Tokenizer:
+        """See `hub.tokenizer.load_tokenizer`; its code may be of another repo, at ``--code-revision``."""
+        options = self.options
+        return load_tokenizer(
+            self.tokenizer(),
+            mode=options.tokenizer_mode,
+            trust_remote_code=options.trust_remote_code,
+            find_repo=lambda repo: _resolve(options, repo, options.code_revision),
+        )
 
 
 def find_files(options: ModelOptions, *, weights: bool) -> ModelFiles:

@@ -6,12 +6,14 @@ the source for both. The gate is here and not with the callers, since Transforme
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from octavo.errors import ModelError
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
+
+FindRepo = Callable[[str], Source]
 
 
 def reference(config: Mapping[str, Any], auto_class: str) -> str | None:
@@ -27,10 +29,10 @@ def reference(config: Mapping[str, Any], auto_class: str) -> str | None:
     return str(named) if named else None
 
 
-def load_class(source: Source, reference: str, *, trust_remote_code: bool, code_revision: str | None = None) -> Any:
+def load_class(source: Source, reference: str, *, trust_remote_code: bool, find_repo: FindRepo | None = None) -> Any:
     """The class ``module.Class`` of the repo or folder ``source``; importing it runs its module.
 
-    ``owner/name--module.Class`` is taken from that repo at ``code_revision``. Raises `ModelError`: HF010 without
+    ``owner/name--module.Class`` is of another repo, which ``find_repo`` resolves. Raises `ModelError`: HF010 without
     ``trust_remote_code``, before anything is read; HF011 for code that cannot be found or imported.
     """
     repo, _, inside = reference.rpartition("--")
@@ -44,7 +46,7 @@ def load_class(source: Source, reference: str, *, trust_remote_code: bool, code_
             id="HF010",
         )
     if repo:
-        source = resolve(repo, revision=code_revision, weights=False, code=True)
+        source = find_repo(repo) if find_repo is not None else resolve(repo, weights=False, code=True)
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     try:

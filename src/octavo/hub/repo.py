@@ -163,7 +163,7 @@ class Repo:
                 id="HF004",
             )
         known = {"config.json", *TOKENIZER_FILES}
-        if known.isdisjoint(names) and not any(name.endswith(".gguf") for name in names):
+        if known.isdisjoint(names) and not any(name.endswith((".gguf", ".py")) for name in names):
             several = f"; of its GGUF files, name one: {', '.join(ggufs[:20])}" if ggufs else ""
             raise ModelError(
                 f"{self.label} has neither config.json nor a tokenizer{several}.",

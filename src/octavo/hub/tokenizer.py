@@ -66,9 +66,15 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(
-    source: Source, *, mode: str = "auto", trust_remote_code: bool = False, code_revision: str | None = None
+    source: Source,
+    *,
+    mode: str = "auto",
+    trust_remote_code: bool = False,
+    find_repo: remote_code.FindRepo | None = None,
 ) -> Tokenizer:
     """The tokenizer of ``source`` for ``--tokenizer-mode`` ``auto``, ``hf`` or ``slow``.
+
+    ``find_repo`` resolves a repo that the tokenizer takes its code from.
 
     Raises `ModelError`: HF060 if there is none, HF002 for a broken file, HF010 if only code of the repo could read it,
     HF011 if that code cannot be imported.
@@ -84,7 +90,7 @@ def load_tokenizer(
     if mode == "auto" and json_file is not None and not (code and trust_remote_code):
         return _from_json(source, json_file, config)
     if code and (trust_remote_code or json_file is None):
-        made = remote_code.load_class(source, code, trust_remote_code=trust_remote_code, code_revision=code_revision)
+        made = remote_code.load_class(source, code, trust_remote_code=trust_remote_code, find_repo=find_repo)
         return _from_transformers(source, made, {})
     if code is None and not any(source.file(name) for name in _FILES):
         raise ModelError(f"{source.path} has no tokenizer: none of {', '.join(_FILES)}.", _NAME_IT, id="HF060")
