@@ -21,6 +21,7 @@ from octavo.hub.source import Source
 
 GPU_RESERVE: Final = 3 << 28  # bytes: the context, libraries' workspaces, what measuring would not show
 _SHOWN: Final = 3  # downloads named one by one
+_SHORT: Final = 2048  # tokens of a context that still is of use
 _ASKED_LENGTHS: Final = (1024, 4096, 16_384, 65_536)
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -140,9 +141,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
 def kv_remedy(tokens: int, needed: int) -> str:
     """What to do when ``tokens`` fit into the KV cache and one longest sequence needs ``needed`` bytes."""
     shorter = f"Pass --max-model-len {tokens} or less, or give" if tokens > 0 else "Give"
-    return (
-        f"{shorter} the KV cache {size(needed)} with --kv-cache-memory-bytes; octavo plan MODEL shows the arithmetic."
-    )
+    return f"{shorter} the KV cache {size(needed)} with --kv-cache-memory-bytes."
 
 
 def size(count: float) -> str:
@@ -241,17 +240,27 @@ def _advice(
         return ()
     out = []
     if too_heavy or cache.budget < 0:
-        out.append(f"The weights take {size(weights.loaded)} of the memory, which is {size(machine.memory)}.")
+        share = 1.0 if machine.device == "cpu" else config.memory.gpu_memory_utilization
+        usable = int(machine.memory * share)
+        out.append(f"The weights take {size(weights.loaded)} of {size(usable)}, which leaves too little.")
     else:
-        out.append(
-            f"One sequence of {max_len} tokens needs {size(needed)} of KV cache. {kv_remedy(cache.tokens, needed)}"
-        )
+        remedy = kv_remedy(cache.tokens, needed)
+        out.append(f"One sequence of {max_len} tokens needs {size(needed)} of KV cache. {remedy}")
     if model.dtype == "float32":
         out.append("--dtype bfloat16 halves weights and KV cache.")
     if machine.device == "cuda":
-        gpu = larger_than(int((weights.loaded + needed + GPU_RESERVE) / config.memory.gpu_memory_utilization))
-        out.append(f"It fits on one GPU of another kind: see --gpu {gpu}." if gpu else "No GPU known here holds it.")
+        out.append(_other_gpu(config, model, weights, max_len))
     return tuple(out)
+
+
+def _other_gpu(config: EngineConfig, model: ModelConfig, weights: Weights, max_len: int) -> str:
+    share, fixed = config.memory.gpu_memory_utilization, weights.loaded + _step_bytes(config, model, max_len)
+    for length in (max_len, _SHORT):
+        total = (fixed + GPU_RESERVE + (length + 2 * int(config.memory.block_size)) * model.kv_bytes_per_token) / share
+        gpu = larger_than(int(total))
+        if gpu is not None:
+            return f"One GPU holds it with {length} tokens from {size(total)} on: see --gpu {gpu}."
+    return f"No single GPU that octavo knows has the {size(total)} it needs for {_SHORT} tokens."
 
 
 def _rope(model: ModelConfig) -> tuple[str, ...]:
@@ -318,4 +327,5 @@ def _floor_text(plan: Plan) -> str:
     if plan.floor_ms is None:
         return "unknown: this device's bandwidth is in no table of octavo"
     rate = f"{(plan.machine.bandwidth or 0) / 1e9:.0f} GB/s"
-    return f"{plan.floor_ms:.3g} ms a token for one sequence: {size(plan.weights.read)} of weights at {rate}"
+    time = f"{plan.floor_ms:,.0f}" if plan.floor_ms >= 100 else f"{plan.floor_ms:.3g}"
+    return f"{time} ms a token for one sequence: {size(plan.weights.read)} of weights at {rate}"
