@@ -42,7 +42,7 @@ class Launch:
 DECODE = {
     16: Launch(64, 2, 2),
     32: Launch(64, 2, 2),
-    64: Launch(64, 2, 2),
+    64: Launch(128, 4, 2),
     128: Launch(32, 2, 4),
     256: Launch(32, 4, 2),
 }
