@@ -193,7 +193,10 @@ def _pattern(markers: tuple[str, ...]) -> re.Pattern[str]:
 
 def _held(text: str, at: int, markers: Sequence[str]) -> int:
     """How many characters at the end may be the beginning of a marker."""
-    for size in range(min(max(map(len, markers), default=1) - 1, len(text) - at), 0, -1):
+    longest = min(max(map(len, markers), default=1) - 1, len(text) - at)
+    if not any(text.find(marker[0], len(text) - longest) >= 0 for marker in markers):
+        return 0
+    for size in range(longest, 0, -1):
         tail = text[len(text) - size :]
         if any(marker.startswith(tail) for marker in markers):
             return size
