@@ -159,7 +159,9 @@ def test_serve_fails_when_a_request_does(url: str, tmp_path: Path, monkeypatch: 
 
 def test_serve_without_a_server_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_serve("http://127.0.0.1:9", tmp_path / "rows.json") == 2
-    assert "Is the server up?" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "listed at http://127.0.0.1:9/v1/models" in said
+    assert "Is the server up?" in said
 
 
 def test_no_success_at_all_is_an_error() -> None:

@@ -141,7 +141,7 @@ async def _first_model(client: httpx.AsyncClient) -> str:
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, KeyError, IndexError, ValueError) as error:
         raise ConfigError(
-            f"no model is listed at {client.base_url}v1/models: {error!r}.", "Is the server up?"
+            f"no model is listed at {str(client.base_url).rstrip('/')}/v1/models: {error!r}.", "Is the server up?"
         ) from None
 
 
