@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -20,7 +22,7 @@ PROMPT = "There was a time"
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("serve")
-    model = tiny.make(folder / "tiny-llama")
+    model = tiny.make(folder / "tiny-llama", max_position_embeddings=1024)
     command = ["-m", "octavo", "serve", str(model), "--port", "0", "--dtype", "float32", "--max-num-seqs", "16"]
     command += ["--kv-cache-memory-bytes", "16M", "--device", "cpu"]
     with running(command, folder / "log") as made:
@@ -57,6 +59,30 @@ def test_a_stream_adds_up_to_the_whole_answer(client: openai.OpenAI) -> None:
         whole.usage.completion_tokens,
         whole.usage.total_tokens,
     )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_fits_its_schema_even_if_the_model_knows_nothing(client: openai.OpenAI, stream: bool) -> None:
+    ways = {"type": "object", "properties": {"way": {"enum": ["up", "down"]}}, "required": ["way"]}
+    ask: dict[str, Any] = {
+        "model": "tiny-llama",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": {"name": "go", "parameters": ways}}],
+        "tool_choice": {"type": "function", "function": {"name": "go"}},
+        "temperature": 1.5,
+        "seed": 3,
+        "max_tokens": 200,
+    }
+    answer: Any = client.chat.completions.create(**ask, stream=stream)
+    if stream:
+        choices = [chunk.choices[0] for chunk in answer]
+        pieces = [call.function for choice in choices for call in choice.delta.tool_calls or ()]
+        name, arguments, reason = pieces[0].name, "".join(p.arguments for p in pieces), choices[-1].finish_reason
+    else:
+        (call,) = answer.choices[0].message.tool_calls
+        name, arguments, reason = call.function.name, call.function.arguments, answer.choices[0].finish_reason
+    assert (name, reason) == ("go", "tool_calls")
+    assert json.loads(arguments)["way"] in ("up", "down")
 
 
 def test_a_seed_gives_the_same_text_alone_and_among_others(client: openai.OpenAI) -> None:
@@ -136,7 +162,7 @@ def test_errors_arrive_as_the_clients_own_exceptions_and_the_next_request_works(
     with pytest.raises(openai.BadRequestError, match="token id"):
         ask(prompt=[1_000_000])
     with pytest.raises(openai.BadRequestError, match="not a field"):
-        ask(extra_body={"guided_regex": "a+"})
+        ask(extra_body={"guided_horoscope": "a+"})
     with pytest.raises(openai.NotFoundError):
         ask(model="gpt-4")
     assert ask()

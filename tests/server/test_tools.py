@@ -135,6 +135,16 @@ def test_only_the_first_call_is_answered_without_parallel_calls(stream: bool) ->
     run(work)
 
 
+def test_tokens_of_a_conversation_can_be_counted_with_its_tools() -> None:
+    async def work() -> None:
+        setup = said("x")
+        await setup.ask(tools=[WEATHER])
+        answer = await setup.server.post("/tokenize", {"messages": ASK, "tools": [WEATHER]})
+        assert answer.json()["tokens"] == prompt_of(setup.server.fake.requests[-1])
+
+    run(work)
+
+
 def test_without_tools_or_with_none_a_call_is_content() -> None:
     async def work() -> None:
         for options in ({}, {"tools": [WEATHER], "tool_choice": "none"}):

@@ -77,6 +77,7 @@ async def tokenize(service: Service, request: Request) -> Response:
             body.messages,
             add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
             continue_final_message=bool(body.continue_final_message),
+            tools=body.tools or None,
             template_kwargs=body.chat_template_kwargs,
         )
         ids = await asyncio.to_thread(llm.inputs.encode, text, add_special_tokens=bool(body.add_special_tokens))

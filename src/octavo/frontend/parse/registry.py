@@ -74,6 +74,9 @@ REASONING_ALIASES = {
     ),
 }
 
+# Tokens of their own, with which a model may go from reasoning to calls without a word; others it may think about.
+_BREAKS = {"kimi_k2": (kimi_k2.ALL_OPEN,), "deepseek_v3": (deepseek_v3.ALL_OPEN,)}
+
 # The first of these texts that a template has decides; what is nearer to one family comes first.
 _TOOL_SIGNS = (
     ("<|channel|>", HARMONY),
@@ -148,7 +151,8 @@ class Formats:
             parsers.append(gpt_oss.parse)
         elif self.reasoning is not None and not constrained:
             start, end = REASONING[self.reasoning]
-            parsers.append(between(start, end, opened=prompt.rstrip().endswith(start)))
+            breaks = _BREAKS.get(self.tool or "", ()) if tools else ()
+            parsers.append(between(start, end, opened=prompt.rstrip().endswith(start), breaks=breaks))
         if tools and not forced_calls and self.tool is not None and self.tool != HARMONY:
             parsers.append(TOOLS[self.tool].parse)
         if new_id is None:
