@@ -23,6 +23,9 @@ class Model(nn.Module):
     unused: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     """Patterns (as of `fnmatch`) of checkpoint tensors that the model can do without."""
 
+    capturable = True
+    """Whether a decode step may be captured as a graph: nothing in it looks at a tensor on the host."""
+
     def __init__(self, config: ModelConfig, max_len: int) -> None:
         super().__init__()
         self.config = config

@@ -65,7 +65,7 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         if platform.captures:
             with torch.inference_mode():
-                if graphs:
+                if graphs and model.capturable:
                     self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
                 else:
                     warm_up(model, cache, self._tables, platform, max_rows)

@@ -132,6 +132,7 @@ class TransformersModel(SelfLoading):
                 module.finish(ops)
         body = self.model.get_submodule(self._body_name)
         self._native, self.swapped = swap(self.model, body, self.config, self._geometry, self.max_len)
+        self.capturable = self._native is not None  # of code that is not ours nobody knows
         get_logger().info("transformers: %s", self.swapped)
         self.body = body
         parent, _, name = self._body_name.rpartition(".")

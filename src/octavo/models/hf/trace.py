@@ -138,6 +138,10 @@ def _implementation(model: nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation_internal = before[key]
 
 
+def _not_running(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("no model is being traced")
+
+
 @torch.inference_mode()
 def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Recorder, nn.Module]:
     """One forward of the causal language model ``model``: its attention calls, and the module that makes hidden states.
@@ -165,6 +169,9 @@ def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Record
     finally:
         for hook in hooks:
             hook.remove()
+        # Transformers' registries live as long as the process, and would keep the recorder and the model alive.
+        AttentionInterface.register(NAME, _not_running)
+        AttentionMaskInterface.register(NAME, _not_running)
     if not ran or "position_ids" not in inspect.signature(ran[0].forward).parameters:
         raise refusal(f"{type(model).__name__} takes no position_ids.")
     return recorder, ran[0]
