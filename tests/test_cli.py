@@ -39,9 +39,9 @@ def test_every_option_of_the_config_classes_is_an_option_of_serve() -> None:
     assert [n for n in names if "--" + n.replace("_", "-") not in flags] == []
 
 
-def test_every_sampling_field_is_an_option_or_has_no_effect_in_a_terminal() -> None:
+def test_every_sampling_field_is_an_option_or_left_to_the_api() -> None:
     names = {f.name for f in msgspec.structs.fields(SamplingParams)}
-    assert names - set(options.SAMPLING_HELP) == {"detokenize", "logprobs", "prompt_logprobs"}
+    assert names - set(options.SAMPLING_HELP) == {"detokenize", "logprobs", "prompt_logprobs", "structured_outputs"}
     assert set(options.SAMPLING_HELP) <= names
 
 
