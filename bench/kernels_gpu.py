@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
@@ -49,7 +50,7 @@ def batch(shape: tuple[int, int, int], items: int, length: int, count: int) -> W
     """Attention of ``items`` sequences of ``length`` tokens, the last ``count`` of them queries."""
     heads, kv_heads, dim = shape
     pages = -(-length // PAGE)
-    ints = {"dtype": torch.int32, "device": "cuda"}
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": "cuda"}
     cache = torch.randn(items * pages, 2, kv_heads, PAGE, dim, device="cuda", dtype=torch.bfloat16)
     table = torch.randperm(items * pages, device="cuda").int().view(items, pages)
     meta = AttentionMetadata(
