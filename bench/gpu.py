@@ -272,9 +272,8 @@ def main() -> None:
         args.json.write_text(json.dumps(results, indent=1))
     for result in results:
         for name, row in result["workloads"].items():
-            print(
-                f"{result['model']:14} {name:9} {row['seconds']:8.3f} s   floor {row['floor_s']:7.3f} s   {row['share']:.0%}"
-            )
+            times = f"{row['seconds']:8.3f} s   floor {row['floor_s']:7.3f} s   {row['share']:.0%}"
+            print(f"{result['model']:14} {name:9} {times}")
 
 
 if __name__ == "__main__":
