@@ -1,7 +1,9 @@
 """How much of Transformers runs: every causal language model of the installed version, tiny and random, in float32.
 
-    python tools/sweep.py                  all of them, and the table in docs/transformers-backend.md anew
-    python tools/sweep.py llama gpt2       only these, printed
+    python tools/sweep.py                  all of them
+    python tools/sweep.py llama gpt2       only these
+
+Each result goes into the table of docs/transformers-backend.md as soon as it is there.
 
 Each model is made by shrinking the defaults of its config class, saved as a checkpoint, loaded by the Transformers
 backend, and compared with the unmodified model with eager attention: whole prompts, ragged chunks, a prefix hit and a
@@ -11,7 +13,6 @@ batch of mixed lengths, by logits and greedy tokens. Each runs in a process of i
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import re
 import sys
@@ -20,7 +21,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -277,35 +278,34 @@ def model_types() -> list[str]:
 
 
 def write_report(rows: Sequence[Row]) -> None:
-    """Puts the table of ``rows`` between the marks of the report."""
+    """Puts ``rows`` into the table of the report; rows of other models stay, if they are of this Transformers."""
     import transformers
 
-    counts = Counter(row.status for row in rows)
-    summary = ", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "wrong", "error", "untested"))
-    lines = [f"Transformers {transformers.__version__}, {len(rows)} model types: {summary}.", ""]
-    lines += ["| model_type | class | result | why |", "| --- | --- | --- | --- |"]
+    text = REPORT.read_text()
+    (head, rest), tail = text.split(BEGIN), text.split(END)[1]
+    old = rest.split(END)[0].splitlines() if f"Transformers {transformers.__version__}," in rest else []
+    lines = {line.split(" | ")[0].strip("| "): line for line in old if line.startswith("| ")}
     for row in rows:
         why = row.detail.replace("|", "\\|")
-        lines.append(f"| {row.model_type} | {row.architecture} | {row.status} | {why} |")
-    text = REPORT.read_text()
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    REPORT.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")
+        lines[row.model_type] = f"| {row.model_type} | {row.architecture} | {row.status} | {why} |"
+    table = [lines[model_type] for model_type in model_types() if model_type in lines]
+    counts = Counter(line.split(" | ")[2] for line in table)
+    shown = ", ".join(f"{counts[status]} {status}" for status in ("works", "refused", "wrong", "error", "untested"))
+    summary = f"Transformers {transformers.__version__}, {len(table)} of {len(model_types())} model types: {shown}."
+    header = [summary, "", "| model_type | class | result | why, or what was replaced |", "| --- | --- | --- | --- |"]
+    REPORT.write_text("\n".join([head + BEGIN, *header, *table, END]) + tail)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("model_types", nargs="*", help="default: all, and the report is written anew")
-    parser.add_argument("--json", type=Path, help="also write the rows here")
+    parser.add_argument("model_types", nargs="*", help="default: all")
+    parser.add_argument("--from", dest="first", default="", help="of all, only those from this name on")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
-    for model_type in args.model_types or model_types():
-        rows.append(in_child(model_type))
-        print(f"{rows[-1].status:9} {model_type:28} {rows[-1].error:8.1g}  {rows[-1].detail}", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    if not args.model_types:
-        write_report(rows)
+    for model_type in args.model_types or [name for name in model_types() if name >= args.first]:
+        row = in_child(model_type)
+        print(f"{row.status:9} {row.model_type:28} {row.error:8.1g}  {row.detail}", flush=True)
+        write_report([row])
 
 
 if __name__ == "__main__":
