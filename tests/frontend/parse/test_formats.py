@@ -283,6 +283,31 @@ def test_every_format_has_an_example_with_a_call() -> None:
     assert {tool for tool, _, _, calls in GOOD if calls} == set(TOOLS)
 
 
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        ({"type": "string"}, "12", "12"),
+        ({"type": ["string", "null"]}, "12", "12"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "null", None),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"type": "integer"}, "12", 12),
+        ({"type": "boolean"}, "1", True),
+        ({"type": "array"}, "[1, {}]", [1, {}]),
+        ({"anyOf": 5, "enum": 6, "type": {}}, "1", 1),
+        (True, "1.5", 1.5),
+        (None, "1e999", "1e999"),
+        (None, "[" * 100 + "]" * 100, "[" * 100 + "]" * 100),
+        (None, "two words", "two words"),
+    ],
+)
+def test_bare_values_are_typed_by_their_schema(schema: Any, text: str, value: Any) -> None:
+    tools = {"f": {"properties": {"k": schema}}}
+    call = f"<tool_call>f<arg_key>k</arg_key><arg_value>{text}</arg_value></tool_call>"
+    (read_call,) = parse("glm45", call, tools=tools).calls
+    assert read_call == ("f", {"k": value})
+    assert type(read_call[1]["k"]) is type(value)
+
+
 BROKEN = [
     ("hermes", "<tool_call>no json</tool_call>"),
     ("hermes", '<tool_call>{"name": "add", "arguments": {"a": 1}'),  # cut off

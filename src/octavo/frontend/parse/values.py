@@ -150,16 +150,30 @@ def calls_of(value: Any) -> list[Call]:
 
 def typed(text: str, schema: Any) -> Any:
     """What a bare ``text`` means as a value of ``schema``: formats without quotes leave that to the reader."""
-    kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if kind == "string":
-        return text
+    kinds = _kinds(schema)
+    if "string" in kinds and kinds <= {"string", "null"}:
+        return None if "null" in kinds and text.strip() == "null" else text
     try:
         value = _loads(text)
     except ValueError:
         return {"true": True, "false": False, "none": None}.get(text.strip().lower(), text)
-    if kind == "boolean" and value in (0, 1):
+    if kinds == {"boolean"} and value in (0, 1):
         return bool(value)
     return value
+
+
+def _kinds(schema: Any) -> set[str]:
+    """The types that a schema allows, as far as it says so without references."""
+    if not isinstance(schema, Mapping):
+        return set()
+    kind, choices = schema.get("type"), schema.get("enum")
+    found = {one for one in (kind if isinstance(kind, list) else [kind]) if isinstance(one, str)}
+    for options in (schema.get("anyOf"), schema.get("oneOf")):
+        for one in options if isinstance(options, list) else ():
+            found |= _kinds(one)
+    if not found and isinstance(choices, list) and all(isinstance(one, str) for one in choices):
+        return {"string"}
+    return found
 
 
 def schema_of(tools: Tools, name: str, key: str) -> Any:
