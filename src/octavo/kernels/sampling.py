@@ -12,6 +12,7 @@ else is in the batch, on the row or on the device. See `noise_keys` and `exponen
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -74,22 +75,21 @@ def keep_only_(row: torch.Tensor, ids: torch.Tensor) -> None:
     row[ids] = kept
 
 
-def keep_allowed_(x: torch.Tensor, rows: torch.Tensor, bits: torch.Tensor) -> None:
-    """Masks tokens of ``x[S, V]`` in ``rows[R]``, which ascend: v stays if bit v % 32 of ``bits[:, v // 32]`` is set.
+def allowed_bias(bits: torch.Tensor, vocab: int) -> torch.Tensor:
+    """0 for tokens that ``bits`` allow, -inf for others: float32 ``[R, vocab]``, the caller's own.
 
-    ``bits`` is int32 ``[R, at least ceil(V / 32)]``.
+    ``bits`` is int32 ``[R, at least ceil(vocab / 32)]``: bit v % 32 of word v // 32 is for token v. To be added to
+    logits: on CPU that is ten times faster than filling under a mask.
     """
-    vocab = x.shape[1]
-    if x.is_cuda:
-        shifts = torch.arange(8, dtype=torch.uint8, device=x.device)
-        forbidden = (bits.view(torch.uint8).unsqueeze(-1) >> shifts & 1 == 0).flatten(1)[:, :vocab]
-    else:
-        packed = bits.numpy().view(np.uint8)
-        forbidden = torch.from_numpy(np.unpackbits(~packed, axis=1, count=vocab, bitorder="little").view(np.bool_))
-    if len(rows) == len(x):
-        x.masked_fill_(forbidden, _NEG_INF)
-    else:
-        x[rows] = x[rows].masked_fill_(forbidden, _NEG_INF)
+    octets = bits.view(torch.uint8).int()
+    return torch.nn.functional.embedding(octets, _octet_bias(bits.device)).flatten(1)[:, :vocab]
+
+
+@functools.cache
+def _octet_bias(device: torch.device) -> torch.Tensor:
+    """``[256, 8]``: of each octet, 0 where its bit is set, else -inf."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return torch.zeros(256, 8).masked_fill_(bits == 0, _NEG_INF).to(device)
 
 
 def ban_completions_(row: torch.Tensor, prefixes: torch.Tensor, last: torch.Tensor, tail: torch.Tensor) -> None:

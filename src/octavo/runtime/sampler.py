@@ -26,6 +26,7 @@ from octavo.types import Sampling, TokenLogprobs
 
 _GREEDY_BELOW = 1e-5  # a temperature under it is greedy: logits divided by it may overflow
 _MAX_ELEMENTS = 1 << 24  # logits worked on at once; top_p takes most memory on CUDA, 50 bytes for each: 800 MiB
+_CACHED_ELEMENTS = 1 << 20  # edited at once on CPU: larger copies are memory that the system has to zero first
 _NOT_A_TOKEN = -2  # before a sequence's first token, in the tail that bad words look at
 
 
@@ -124,6 +125,7 @@ class Sampler:
         self._ops = ops
         self._vocab = vocab_size
         self._most = max(1, _MAX_ELEMENTS // vocab_size)  # rows worked on at once
+        self._most_edited = self._most if device.type != "cpu" else max(1, _CACHED_ELEMENTS // vocab_size)
         self._device = device
         self._rows: dict[int, _Row] = {}
         self._demanding: set[int] = set()  # rows that are not plainly greedy
@@ -216,15 +218,15 @@ class Sampler:
         chosen = torch.empty(len(items), dtype=torch.int64, device=logits.device)
         finite = torch.empty(len(items), dtype=torch.bool, device=logits.device)
         for (edited, mode), members in groups.items():
-            for first in range(0, len(members), self._most):
-                part = members[first : first + self._most]
+            most = self._most_edited if edited else self._most
+            for first in range(0, len(members), most):
+                part = members[first : first + most]
                 index = self._ids(part)
-                x = logits if len(part) == len(items) and not edited else logits[index]
+                adjacent = part[-1] - part[0] + 1 == len(part)
+                x = logits[part[0] : part[-1] + 1] if adjacent else logits[index]
                 raw_peak = x.amax(-1)
                 if edited:
-                    x = x.float()
-                    if mask is not None:
-                        self._mask_(x, [(row, masked[i]) for row, i in enumerate(part) if i in masked], mask)
+                    x = self._masked(x, [masked.get(i) for i in part], mask)
                     self._edit_(x, [items[i] for i in part])
                 token, peak = self._choose(x, [items[i] for i in part], mode)
                 chosen[index], finite[index] = token, _is_finite(peak) & _is_finite(raw_peak)
@@ -251,11 +253,16 @@ class Sampler:
             return self._vocab
         return max(1, int(of["top_k"].max()))
 
-    def _mask_(self, x: torch.Tensor, which: list[tuple[int, int]], mask: TokenMask) -> None:
-        """Masks ``x[row]`` by ``mask.bits[at]`` for each (row, at) of ``which``."""
-        if which:
-            rows, places = zip(*which, strict=True)
-            kernels.keep_allowed_(x, self._ids(rows), upload(mask.bits[list(places)], self._device))
+    def _masked(self, x: torch.Tensor, places: list[int | None], mask: TokenMask | None) -> torch.Tensor:
+        """A copy of ``x`` in float32, row i masked by ``mask.bits[places[i]]`` if there is one."""
+        rows = [row for row, place in enumerate(places) if place is not None]
+        if mask is None or not rows:
+            return x.to(torch.float32, copy=True)
+        bits = mask.bits[[place for place in places if place is not None]]
+        bias = kernels.allowed_bias(upload(bits, self._device), x.shape[1])
+        if len(rows) == len(x):
+            return bias.add_(x)
+        return x.to(torch.float32, copy=True).index_add_(0, self._ids(rows), bias)
 
     def _edit_(self, x: torch.Tensor, items: list[SampleItem]) -> None:
         """Edits ``x[len(items), V]``, which is float32 and a copy."""
