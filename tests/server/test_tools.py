@@ -11,6 +11,8 @@ import httpx
 import openai
 import pytest
 
+from octavo.frontend.parse.registry import Formats
+from octavo.server.service import formats_of
 from tests.frontend.fakes import prompt_of
 from tests.server.fake import Server, speak
 
@@ -263,6 +265,14 @@ def test_a_forced_call_is_constrained_to_its_schema_and_read(choice: Any, stream
         assert names == (["add", "get_weather"] if choice == "required" else ["get_weather"])
 
     run(work)
+
+
+def test_the_formats_are_the_models_unless_they_are_named() -> None:
+    llm = Server(template=THINKING).llm
+    assert formats_of(llm) == Formats("hermes", "think")
+    assert formats_of(llm, tool="mistral", reasoning="none") == Formats("mistral", None)
+    llm.renderer.named["tool_use"] = "{{ tools }}[TOOL_CALLS]"
+    assert formats_of(llm).tool == "mistral"
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
