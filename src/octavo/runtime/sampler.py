@@ -210,7 +210,7 @@ class Sampler:
         self, logits: torch.Tensor, items: list[SampleItem], mask: TokenMask | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token (int64) of each item, and whether its logits were finite, before and after edits."""
-        masked = {} if mask is None else {item: at for at, item in enumerate(mask.items)}
+        masked = {} if mask is None else self._binding(logits, items, mask)
         groups: dict[tuple[bool, _Mode], list[int]] = {}
         for i, (row, _) in enumerate(items):
             state = self._rows[row]
@@ -252,6 +252,21 @@ class Sampler:
         if ((of["top_p"] < 1) & (of["top_k"] == 0)).any():
             return self._vocab
         return max(1, int(of["top_k"].max()))
+
+    def _binding(self, logits: torch.Tensor, items: list[SampleItem], mask: TokenMask) -> dict[int, int]:
+        """Place in ``mask`` by item, without greedy items whose best token is allowed anyway, if that is known at once.
+
+        Most are: a model that is asked for JSON writes JSON. (On CUDA the host would have to wait to find out.)
+        """
+        places = {item: at for at, item in enumerate(mask.items)}
+        if logits.is_cuda:
+            return places
+        best = kernels.argmax(logits)[0].tolist()
+        for item, at in list(places.items()):
+            state, token = self._rows[items[item].row], best[item]
+            if state.mode is _Mode.GREEDY and not state.edited and mask.bits[at, token // 32] >> token % 32 & 1:
+                del places[item]
+        return places
 
     def _masked(self, x: torch.Tensor, places: list[int | None], mask: TokenMask | None) -> torch.Tensor:
         """A copy of ``x`` in float32, row i masked by ``mask.bits[places[i]]`` if there is one."""
