@@ -14,6 +14,7 @@ from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import ModelError, UnsupportedModel
 from octavo.models.hf.backend import TransformersModel
+from octavo.models.hf.native import NormFormula, norm_formula
 from octavo.runtime.worker import Worker
 from tests.core.stub_engine import collect, make_request, run
 from tests.models.harness import Paged
@@ -269,3 +270,19 @@ def test_an_engine_falls_back_to_the_backend_and_takes_dummy_weights(tmp_path: P
     first, second = (answers(core(tmp_path, load_format="dummy", seed=seed)) for seed in (1, 2))
     assert first != second
     assert first == answers(core(tmp_path, load_format="dummy", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "formula"),
+    [({}, NormFormula(1e-6, 0.0)), ({"variance_epsilon": 1e-5}, NormFormula(1e-5, 0.0))],
+)
+def test_the_epsilon_of_a_norm_is_found_by_trying(changes: dict[str, float], formula: NormFormula) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    norm = LlamaRMSNorm(32, eps=1e-6)
+    vars(norm).update(changes)
+    assert norm_formula(norm) == formula
+
+
+def test_a_norm_that_also_subtracts_the_mean_is_no_rms_norm() -> None:
+    assert norm_formula(torch.nn.LayerNorm(32, bias=False)) is None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +26,6 @@ from octavo.layers.rotary import shared_rotaries
 from octavo.models.hf.attention import PagedAttention
 from octavo.models.hf.probe import Call, same, small_context
 from octavo.models.llama import LlamaDecoderLayer
-
-Choice = tuple[bool, float]
-"""Whether the layer rotates, and what is added to the weights of its norms (1 in Gemma)."""
-
-CHOICES: tuple[Choice, ...] = ((True, 0.0), (False, 0.0), (True, 1.0))
 
 
 class NativeDecoder(nn.Module):
@@ -59,7 +55,7 @@ class Prover:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._device = positions.device
         self._positions = positions
-        self._proven: dict[tuple[Any, ...], Choice | None] = {}
+        self._proven: dict[tuple[Any, ...], bool | None] = {}
         self._rotaries = shared_rotaries(geometry.layers, max_len)
         for rotary in self._rotaries:
             if rotary is not None:
@@ -76,17 +72,18 @@ class Prover:
         key = (type(layer), attention.shape, id(rotary))
         if key not in self._proven:
             self._proven[key] = self._prove(layer, attention, seen)
-        choice = self._proven[key]
-        if choice is None:
+        rotates = self._proven[key]
+        if rotates is None:
             return None
-        made = self._make(layer, attention, choice, self._dtype)
+        made = self._make(layer, attention, rotates, self._dtype)
         call = seen[layer]
         if made is None or not self._adds_the_same(made, call.hidden, call.result):
             return None
         return made
 
-    def _prove(self, layer: nn.Module, attention: PagedAttention, seen: Mapping[nn.Module, Call]) -> Choice | None:
-        if self._make(layer, attention, CHOICES[0], self._dtype) is None:
+    def _prove(self, layer: nn.Module, attention: PagedAttention, seen: Mapping[nn.Module, Call]) -> bool | None:
+        """Whether the native layer has to rotate to be the same; None if it never is."""
+        if self._make(layer, attention, True, self._dtype) is None:
             return None
         call = seen[layer]
         wide, generator = copy.deepcopy(layer).float(), torch.Generator(self._device).manual_seed(0)
@@ -105,10 +102,10 @@ class Prover:
         with small_context(self._config, torch.float32, self._device):
             wanted = wide(*args, **kwargs)
         wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-        for choice in CHOICES:
-            made = self._make(wide, attention, choice, torch.float32)
+        for rotates in (True, False):
+            made = self._make(wide, attention, rotates, torch.float32)
             if made is not None and self._adds_the_same(made, hidden, wanted):
-                return choice
+                return rotates
         return None
 
     def _adds_the_same(self, made: LlamaDecoderLayer, hidden: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -118,24 +115,26 @@ class Prover:
         return same((residual - hidden[0]) + x, (wanted - hidden)[0])
 
     def _make(
-        self, layer: nn.Module, attention: PagedAttention, choice: Choice, dtype: torch.dtype
+        self, layer: nn.Module, attention: PagedAttention, rotates: bool, dtype: torch.dtype
     ) -> LlamaDecoderLayer | None:
         """A native layer with the weights of ``layer``, or None if it has other parts than Llama's."""
         shape, spec = attention.shape, self._config.layers[attention.index]
         if (shape.kv_heads, shape.head_dim, shape.key_dim) != (spec.kv_heads, spec.head_dim, shape.value_dim):
             return None
         parts = _parts(layer)
-        if parts is None:
+        norm = _norm_formula(parts) if parts is not None else None
+        if parts is None or norm is None:
             return None
-        rotates, add = choice
         rotary = self._rotaries[attention.index] if rotates else None
         try:
-            made = LlamaDecoderLayer(_wired(self._config, self._geometry, parts), attention.index, rotary, dtype)
+            made = LlamaDecoderLayer(
+                _wired(self._config, self._geometry, parts, norm.eps), attention.index, rotary, dtype
+            )
         except OctavoError:  # an activation that the native layer does not have
             return None
         if attention.shape.scale is not None:
             made.self_attn.attn.scale = attention.shape.scale
-        if not _fill(made, parts, add):
+        if not _fill(made, parts, norm.add):
             return None
         chosen: Ops = ops(self._device, dtype)
         for module in made.modules():
@@ -185,19 +184,19 @@ def _parts(layer: nn.Module) -> Parts | None:
     return parts if used == {id(p) for p in layer.parameters()} else None
 
 
-def _wired(config: ModelConfig, geometry: ModelConfig, parts: Parts) -> ModelConfig:
+def _wired(config: ModelConfig, geometry: ModelConfig, parts: Parts, eps: float) -> ModelConfig:
     """A config under which the native layer has the optional parameters that ``parts`` have."""
     qkv_bias, o_bias, mlp_bias = (
         getattr(parts[name][0], "bias", None) is not None
         for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj")
     )
     family = "Qwen3" if parts["self_attn.q_norm"] else "Qwen2" if qkv_bias and not o_bias else "Llama"
-    norm, down = parts["input_layernorm"][0], parts["mlp.down_proj"][0].get_parameter("weight")
+    down = parts["mlp.down_proj"][0].get_parameter("weight")
     return dataclasses.replace(
         config,
         architecture=f"{family}ForCausalLM",
         intermediate_size=down.shape[1],
-        norm_eps=getattr(norm, "variance_epsilon", getattr(norm, "eps", config.norm_eps)),
+        norm_eps=eps,
         hidden_act=geometry.hidden_act,
         hf={"attention_bias": qkv_bias, "mlp_bias": mlp_bias},
     )
@@ -223,29 +222,57 @@ def _fill(made: LlamaDecoderLayer, parts: Parts, add: float) -> bool:
     return True
 
 
-def native_norm(module: nn.Module, call: Call, chosen: Ops) -> RMSNorm | None:
-    """`RMSNorm` with the weight of ``module``, if that computes the same; checked with random weights, then its own."""
-    weight, x = getattr(module, "weight", None), call.args[0] if call.args else None
-    names = [name for name, _ in module.named_parameters()]
-    if names != ["weight"] or not isinstance(weight, torch.Tensor) or weight.dim() != 1 or list(module.children()):
+@dataclass(frozen=True)
+class NormFormula:
+    """``x / sqrt(mean(x * x) + eps) * (weight + add)``; Gemma adds 1."""
+
+    eps: float
+    add: float
+
+
+def norm_formula(module: nn.Module) -> NormFormula | None:
+    """The formula of ``module`` if it is an RMS norm with one weight.
+
+    Found with random weights, on inputs so small that the epsilon counts.
+    """
+    weight = getattr(module, "weight", None)
+    if [name for name, _ in module.named_parameters()] != ["weight"] or not isinstance(weight, torch.Tensor):
         return None
-    if not isinstance(x, torch.Tensor) or x.shape[-1] != weight.shape[0] or not isinstance(call.output, torch.Tensor):
+    if weight.dim() != 1 or list(module.children()):
         return None
-    if not x.dtype == weight.dtype == call.output.dtype:
-        return None
-    for add in (0.0, 1.0):
-        for eps in _epsilons(module):
-            wide = copy.deepcopy(module).float()
-            strong = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.device)
-            wide.weight = nn.Parameter(strong, requires_grad=False)
-            small = torch.linspace(-3e-3, 2e-3, 5 * weight.shape[0], device=weight.device).view(5, -1)
-            exact = ops(weight.device, torch.float32)
-            if same(exact.rms_norm(small, strong + add, eps), wide(small)):
-                made = RMSNorm(weight.shape[0], eps, dtype=weight.dtype)
-                made.weight = nn.Parameter((weight.data + add).clone(), requires_grad=False)
-                made.finish(chosen)
-                return made if same(made(x), call.output) else None
+    wide = copy.deepcopy(module).float()
+    strong = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight.device)
+    wide.weight = nn.Parameter(strong, requires_grad=False)
+    small = torch.linspace(-3e-3, 2e-3, 5 * weight.shape[0], device=weight.device).view(1, 5, -1)
+    wanted = wide(small)
+    exact = ops(weight.device, torch.float32)
+    for formula in (NormFormula(eps, add) for eps in _epsilons(module) for add in (0.0, 1.0)):
+        if same(exact.rms_norm(small, strong + formula.add, formula.eps), wanted):
+            return formula
     return None
+
+
+def _norm_formula(parts: Parts) -> NormFormula | None:
+    """The formula that all norms of a layer have."""
+    found = {norm_formula(module) for name, modules in parts.items() if name.endswith("norm") for module in modules}
+    return found.pop() if len(found) == 1 else None
+
+
+def native_norm(module: nn.Module, call: Call, chosen: Ops) -> RMSNorm | None:
+    """`RMSNorm` with the weight of ``module``, if it computes the same, by formula and for the input of ``call``."""
+    weight: Any = getattr(module, "weight", None)
+    x: Any = call.args[0] if call.args else None
+    if not all(isinstance(tensor, torch.Tensor) for tensor in (weight, x, call.output)):
+        return None
+    if not x.dtype == weight.dtype == call.output.dtype or x.shape[-1:] != weight.shape:
+        return None
+    formula = norm_formula(module)
+    if formula is None:
+        return None
+    made = RMSNorm(weight.shape[0], formula.eps, dtype=weight.dtype)
+    made.weight = nn.Parameter((weight.data + formula.add).clone(), requires_grad=False)
+    made.finish(chosen)
+    return made if same(made(x), call.output) else None
 
 
 def _epsilons(module: nn.Module) -> list[float]:
