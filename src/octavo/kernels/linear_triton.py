@@ -58,6 +58,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if x.dim() != 2:
+        return False
     rows, size = x.shape
     if rows not in _ROWS or (rows > 1 and rows * weight.numel() > _MAX_WORK):
         return False

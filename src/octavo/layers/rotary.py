@@ -20,7 +20,8 @@ from octavo.layers.base import Layer
 
 
 class Rotary(Layer):
-    """Rotates the first ``spec.dim`` dimensions of each head, half-split, for positions below ``max_len``."""
+    """The table ``cos_sin`` by which the first ``spec.dim`` dimensions of each head are rotated, half-split, for
+    positions below ``max_len``; see `reference.rotary`."""
 
     cos_sin: torch.Tensor
 
@@ -30,10 +31,6 @@ class Rotary(Layer):
         self.max_len = max_len
         self._frequencies = frequencies(spec, max_len)  # now, so that a bad spec fails before any weight is read
         self.register_buffer("cos_sin", torch.empty(max_len, spec.dim, device="meta"), persistent=False)
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """``q[T, H, D]`` and ``k[T, KH, D]`` at ``positions[T]``, rotated."""
-        return self.ops.rotary(q, self.cos_sin, positions), self.ops.rotary(k, self.cos_sin, positions)
 
     def materialise(self, device: torch.device) -> None:
         """The table ``[max_len, dim]``, float32: dim / 2 cosines, then as many sines, of each position."""
