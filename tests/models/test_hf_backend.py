@@ -286,3 +286,16 @@ def test_the_epsilon_of_a_norm_is_found_by_trying(changes: dict[str, float], for
 
 def test_a_norm_that_also_subtracts_the_mean_is_no_rms_norm() -> None:
     assert norm_formula(torch.nn.LayerNorm(32, bias=False)) is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "plain"), [("llama", {}, True), ("granite", {"logits_scaling": 1.01}, False)]
+)
+def test_a_head_is_called_by_itself_only_if_nothing_follows_it(
+    model_type: str, overrides: dict[str, Any], plain: bool, tmp_path: Path
+) -> None:
+    wanted = saved(tmp_path, model_type, **overrides)
+    model = sweep.adopted(tmp_path)
+    assert model._native is not None
+    assert (model._plain_head is not None) == plain
+    assert sweep.divergence(model, wanted)[0] < 2e-5

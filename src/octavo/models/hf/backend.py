@@ -39,6 +39,7 @@ class TransformersModel(SelfLoading):
         freeze_rope(self.model, max_len)
         self._body: nn.Module | None = None
         self._native: NativeDecoder | None = None
+        self._plain_head: nn.Module | None = None
         self.swapped = ""
         """What of the model was replaced by our own layers, for the log."""
         try:
@@ -90,11 +91,25 @@ class TransformersModel(SelfLoading):
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The class's own forward around the stand-in for its decoder: head, scaling and soft-capping are what it does.
+        if self._plain_head is not None:
+            found: torch.Tensor = self._plain_head(hidden)
+            return found
+        return self._logits_of_class(hidden)
+
+    def _logits_of_class(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The class's own forward around the stand-in for its decoder: head, scale and cap as it has them."""
         self._head.given = hidden.unsqueeze(0)
         logits: torch.Tensor = self.model(input_ids=self._no_ids, use_cache=False).logits[0]
         self._head.given = None
         return logits
+
+    @torch.inference_mode()
+    def _find_plain_head(self, device: torch.device) -> nn.Module | None:
+        """The head's module if nothing follows it: the same to the last bit for values that a soft cap would bend."""
+        hidden = 30 * torch.randn(3, self.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(device, self.dtype)
+        head: nn.Module = self.model.get_output_embeddings()
+        return head if torch.equal(head(hidden), self._logits_of_class(hidden)) else None
 
     def _adopt(self, model: Any, device: torch.device) -> None:
         """Traces ``model``, this one or a copy of it, and puts our attention into this one."""
@@ -139,6 +154,7 @@ class TransformersModel(SelfLoading):
         self._head = _Given(self.body)
         setattr(self.model.get_submodule(parent), name, self._head)
         self._no_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._plain_head = self._find_plain_head(device) if self._native is not None else None
 
 
 class _Given(nn.Module):
