@@ -189,6 +189,19 @@ def test_a_tokenizer_that_cannot_be_loaded_refuses_grammars_and_nothing_else() -
     core.close()
 
 
+def test_where_no_thread_can_start_grammars_are_refused_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    core = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        assert "can't start" in refusal_of(core, spec(choice=["ok"])).error
+        ask(core, {"plain": None})
+    assert ask(core, {"later": spec(choice=["ok"])}) == {"later": "ok"}
+    core.close()
+
+
 # Chains of references that overflow an ordinary stack: 8 MiB hold about a thousand levels.
 DEPTH = 3000
 CHAINS = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from octavo.runtime.base import TokenMask
 from octavo.runtime.sampler import Sampled, SampleItem, Sampler
 from octavo.types import Sampling
 
@@ -34,12 +36,19 @@ def started(device: str, samplings: list[Sampling]) -> Sampler:
     return sampler
 
 
-def launch(sampler: Sampler, logits: list[torch.Tensor]) -> list[Sampled]:
+def launch(sampler: Sampler, logits: list[torch.Tensor], mask: TokenMask | None = None) -> list[Sampled]:
     """All steps before any is finished."""
     return [
-        sampler.sample(x, [SampleItem(row, len(PROMPT) + step) for row in range(len(x))])
+        sampler.sample(x, [SampleItem(row, len(PROMPT) + step) for row in range(len(x))], mask=mask)
         for step, x in enumerate(logits)
     ]
+
+
+def random_mask(items: list[int]) -> TokenMask:
+    """One token in sixteen or so."""
+    generator = np.random.default_rng(0)
+    words = generator.integers(-(2**31), 2**31, (4, len(items), -(-VOCAB // 32)))
+    return TokenMask(items, np.bitwise_and.reduce(words).astype(np.int32))
 
 
 def test_tokens_are_those_of_the_cpu() -> None:
@@ -57,13 +66,28 @@ def test_tokens_are_those_of_the_cpu() -> None:
         }
 
 
+def test_tokens_under_masks_are_those_of_the_cpu() -> None:
+    samplings = (PLAIN + EDITED[::2]) * 2
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(len(samplings), VOCAB, generator=generator) * 3 for _ in range(4)]
+    for items in (list(range(len(samplings))), [1, 2, 4, 6, 9]):
+        mask = random_mask(items)
+        cpu = [s.finish()[0] for s in launch(started("cpu", samplings), logits, mask)]
+        cuda = [s.finish()[0] for s in launch(started("cuda", samplings), [x.cuda() for x in logits], mask)]
+        assert cpu == cuda
+        for tokens in cuda:
+            for at, item in enumerate(items):
+                assert mask.bits[at, tokens[item] // 32] >> tokens[item] % 32 & 1
+
+
+@pytest.mark.parametrize("mask", [None, random_mask([0, 2])])
 @pytest.mark.parametrize("samplings", [PLAIN, EDITED])
-def test_sampling_does_not_wait_for_the_device(samplings: list[Sampling]) -> None:
+def test_sampling_does_not_wait_for_the_device(samplings: list[Sampling], mask: TokenMask | None) -> None:
     logits = [torch.randn(len(samplings), VOCAB, device="cuda") for _ in range(3)]
     sampler = started("cuda", samplings)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sampled = launch(sampler, logits)
+        sampled = launch(sampler, logits, mask)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(not s.finish()[2] for s in sampled)

@@ -158,8 +158,11 @@ class Grammars:
         elif spec in self._building:
             self._building[spec].append(id)
         else:
+            try:
+                self._compile_lane.put(lambda: self._build(spec))
+            except RuntimeError as error:  # no address space for the threads' stacks
+                return f"Grammars cannot be compiled on this machine: {error}."
             self._building[spec] = [id]
-            self._compile_lane.put(lambda: self._build(spec))
         return None
 
     def opened(self) -> list[tuple[str, str]]:

@@ -88,8 +88,8 @@ def allowed_bias(bits: torch.Tensor, vocab: int) -> torch.Tensor:
 @functools.cache
 def _octet_bias(device: torch.device) -> torch.Tensor:
     """``[256, 8]``: of each octet, 0 where its bit is set, else -inf."""
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
-    return torch.zeros(256, 8).masked_fill_(bits == 0, _NEG_INF).to(device)
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
+    return torch.zeros(256, 8, device=device).masked_fill_(bits == 0, _NEG_INF)
 
 
 def ban_completions_(row: torch.Tensor, prefixes: torch.Tensor, last: torch.Tensor, tail: torch.Tensor) -> None:
