@@ -21,7 +21,6 @@ from octavo.models.hf.attention import AttentionShape
 
 NAME = "octavo-trace"
 TOKENS = 6  # of the run: no size of a model
-PROBE_LIMIT = 4096  # longest window that is checked row by row
 
 # Keywords of attention calls that change nothing here: no dropout in inference, causality and windows are in the masks,
 # and the rest is about caches and outputs that this engine does not ask for.
@@ -121,7 +120,10 @@ def window_of(rule: Callable[..., torch.Tensor], local_size: int | None, max_len
 
 def _row(rule: Callable[..., torch.Tensor], zero: torch.Tensor, query: int, keys: torch.Tensor) -> torch.Tensor:
     at = torch.full_like(keys, query)
-    return torch.as_tensor(rule(zero, zero, at, keys)).expand(keys.shape).bool()
+    try:
+        return torch.as_tensor(rule(zero, zero, at, keys)).expand(keys.shape).bool()
+    except (IndexError, RuntimeError) as error:  # it looks into tensors that are as long as the traced run
+        raise refusal("a mask depends on more than the order of tokens (on images among them, say).") from error
 
 
 @contextmanager
