@@ -87,6 +87,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "longcat_flash": {"head_dim": 8},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "phi3": {"original_max_position_embeddings": 256},
@@ -127,6 +129,8 @@ def _shrunk(defaults: Mapping[str, Any]) -> dict[str, Any]:
     heads, kv = defaults.get("num_attention_heads"), defaults.get("num_key_value_heads")
     if isinstance(heads, int) and heads == kv:
         small["num_key_value_heads"] = small.get("num_attention_heads", heads)
+    if defaults.get("is_decoder") is False and not defaults.get("is_encoder_decoder"):
+        small["is_decoder"] = True  # an encoder's class, which is a language model only so
     return small
 
 

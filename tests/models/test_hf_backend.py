@@ -72,7 +72,7 @@ def test_logits_and_greedy_tokens_equal_eager(name: str, tmp_path: Path) -> None
     [
         ("bloom", "HF031", "attention interface"),
         ("qwen3_next", "HF031", "keep a state"),
-        ("bert", "HF032", "not causal"),
+        ("roberta", "HF032", "positions in its own way"),
     ],
 )
 def test_what_cannot_run_is_refused_with_the_reason(model_type: str, id: str, reason: str, tmp_path: Path) -> None:
@@ -90,6 +90,14 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         sweep.adopted(tmp_path)
     assert error.value.id == "HF031"
     assert "an encoder and a decoder" in error.value.cause
+
+
+def test_an_encoder_is_refused_unless_it_is_a_decoder(tmp_path: Path) -> None:
+    saved(tmp_path, "bert")
+    edit_config(tmp_path, is_decoder=False)
+    with pytest.raises(UnsupportedModel) as error:
+        sweep.adopted(tmp_path)
+    assert "not causal" in error.value.cause
 
 
 def test_windows_are_those_of_the_masks_and_not_of_keywords(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from octavo.models.hf import trace, weights
 from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
 from octavo.models.hf.build import build, freeze_rope
 from octavo.models.hf.native import NativeDecoder
+from octavo.models.hf.probe import counts_from_zero
 from octavo.models.hf.swaps import swap
 
 
@@ -146,6 +147,8 @@ class TransformersModel(SelfLoading):
             if isinstance(module, Layer):
                 module.finish(ops)
         body = self.model.get_submodule(self._body_name)
+        if not counts_from_zero(body, self.config, self.dtype, device):
+            raise trace.refusal(f"{type(body).__name__} numbers positions in its own way, not 0, 1, 2 …")
         self._native, self.swapped = swap(self.model, body, self.config, self._geometry, self.max_len)
         self.capturable = self._native is not None  # of code that is not ours nobody knows
         get_logger().info("transformers: %s", self.swapped)

@@ -93,3 +93,15 @@ def watch(body: nn.Module, config: ModelConfig, dtype: torch.dtype, positions: t
         for hook in hooks:
             hook.remove()
     return seen
+
+
+@torch.inference_mode()
+def counts_from_zero(body: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether positions 0, 1, … are what the decoder ``body`` takes when it is given none (not so in RoBERTa)."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, TOKENS), generator=generator).to(device)
+    outputs = []
+    for positions in (torch.arange(TOKENS, device=device).unsqueeze(0), None):
+        with small_context(config, dtype, device):
+            outputs.append(body(input_ids=ids, position_ids=positions, use_cache=False)[0])
+    return torch.equal(*outputs)
