@@ -99,8 +99,8 @@ def test_with_drain_seconds_running_requests_end_by_themselves_and_new_ones_are_
         time.sleep(0.1)
         late.append(httpx.post(f"{server.url}/v1/completions", json=LONG).status_code)
 
-    answers = asyncio.run(pending(server, 12, stop, n=1))
-    assert [answer.json()["choices"][0]["finish_reason"] for answer in answers] == ["length"] * 12
+    answers = asyncio.run(pending(server, 40, stop, n=1))
+    assert [answer.json()["choices"][0]["finish_reason"] for answer in answers] == ["length"] * 40
     assert late == [503]
     assert server.wait(3) == 0
 
