@@ -56,11 +56,14 @@ struct Dot<bf16> {
 };
 #endif
 
-// acc += x[ROWS, steps] * panels; x rows are x_stride apart, panels panel_stride.
-template <class T, int ROWS, int PANELS>
+// acc += x[ROWS, steps] * panels; x rows are x_stride apart, panels panel_stride. AHEAD: asks for the panels after these.
+template <class T, int ROWS, int PANELS, bool AHEAD = false>
 OCTAVO_INLINE void tile(const T* x, isize x_stride, const T* w, isize panel_stride, isize steps,
                         vf (&acc)[ROWS][PANELS * kPanelVecs]) {
     for (isize k = 0; k < steps; k++) {
+        if constexpr (AHEAD)
+#pragma GCC unroll 8
+            for (int p = PANELS; p < 2 * PANELS; p++) __builtin_prefetch(w + p * panel_stride + k * kLine<T>, 0, 2);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             Dot<T> dot(x + r * x_stride + k * kStep<T>);
@@ -140,7 +143,10 @@ void run_unit(const LinearArgs& a, Unit unit) {
                 if (from)
                     for (int i = 0; i < ROWS * kVecs; i++)
                         acc[i / kVecs][i % kVecs] = load(partial + (r * kVecs + i) * kLanes);
-                tile<bf16, ROWS, PANELS>(x, a.x_stride, weight + from * kLine<bf16>, panel_stride, count, acc);
+                // The weights of the unit that follows arrive while this one computes.
+                const bf16* w = weight + from * kLine<bf16>;
+                if (r == 0) tile<bf16, ROWS, PANELS, true>(x, a.x_stride, w, panel_stride, count, acc);
+                else tile<bf16, ROWS, PANELS>(x, a.x_stride, w, panel_stride, count, acc);
                 for (int i = 0; i < ROWS; i++) {
                     if (last) finish<PANELS>(a, unit.first_row + r + i, unit.first_panel * kPanel, acc[i]);
                     else
