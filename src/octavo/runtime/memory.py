@@ -47,11 +47,9 @@ def plan_cache(
     fitting = max(budget // page_bytes - 1, 0)
     wanted = -(-max_len // page_size)
     num_pages = min(fitting, wanted * max_rows)
-    arithmetic = (
-        f"{budget / 2**20:.0f} MiB ({why}) / {page_bytes / 1024:.0f} KiB a page of {page_size} tokens = {fitting} pages"
-    )
+    arithmetic = f"{_size(budget)} ({why}) / {page_bytes / 1024:.0f} KiB a page of {page_size} tokens = {fitting} pages"
     if num_pages < wanted:
-        needed = f"{(wanted + 1) * page_bytes / 2**20:.0f} MiB"
+        needed = _size((wanted + 1) * page_bytes)
         if fixed_len or num_pages < 1:
             raise OutOfMemory(
                 f"The KV cache gets {arithmetic}; one sequence of {max_len} tokens needs {wanted}, {needed}.",
@@ -62,3 +60,8 @@ def plan_cache(
     elif num_pages < fitting:
         arithmetic += f"; {num_pages} are enough for {max_rows} sequences of {max_len} tokens"
     return CachePlan(num_pages, page_size, page_bytes, max_len, arithmetic)
+
+
+def _size(count: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 2**20:.0f} MiB" if count >= 10 * 2**20 else f"{count / 2**10:.0f} KiB"
