@@ -90,6 +90,11 @@ def test_two_different_models_are_refused() -> None:
         options.engine_config(parse("serve", "a", "--model", "b"))
 
 
+def test_a_text_in_the_place_of_the_model_is_answered_with_where_it_goes() -> None:
+    with pytest.raises(ConfigError, match=r"'Once upon a time' is no model's name.*--prompt"):
+        options.engine_config(parse("generate", "Once upon a time"))
+
+
 def test_without_a_model_the_installed_default_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(options, "default_model", lambda: "/x/smol.gguf")
     assert options.engine_config(parse("chat")).model.model == "/x/smol.gguf"

