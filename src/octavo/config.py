@@ -233,21 +233,19 @@ def parse_option(f: dataclasses.Field[Any], text: str) -> Any:
     return text
 
 
+_HINTS: dict[str, Any] = {  # annotations are strings here: their evaluation is postponed
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str | None": str | None,
+    "int | None": int | None,
+    "dict[str, Any]": dict[str, Any],
+}
+
+
 def _hint(f: dataclasses.Field[Any]) -> Any:
-    return eval_hint(f.type) if isinstance(f.type, str) else f.type
-
-
-def eval_hint(text: str) -> Any:
-    """The type behind an annotation of this module (they are strings under postponed evaluation)."""
-    return {
-        "str": str,
-        "int": int,
-        "float": float,
-        "bool": bool,
-        "str | None": str | None,
-        "int | None": int | None,
-        "dict[str, Any]": dict[str, Any],
-    }[text]
+    return _HINTS[f.type] if isinstance(f.type, str) else f.type
 
 
 def default_model() -> str | None:

@@ -264,10 +264,14 @@ MAX_MESSAGE_BYTES = 256 * 2**20  # a longer message is not sent, and a peer that
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """New requests; each gets outputs, the last of them terminal."""
+
     requests: list[Request]
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """Ends requests early; ids that are not known are ignored."""
+
     ids: list[str]
 
 
@@ -278,6 +282,8 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class ResetPrefixCache(msgspec.Struct, frozen=True, tag="reset"):
+    """Forgets every reusable page; answered by a `Pong` of the same nonce."""
+
     nonce: int
 
 
@@ -320,15 +326,21 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The first message of a core that has loaded its model."""
+
     info: EngineInfo
 
 
 class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
+    """What one turn of the core's loop produced, over all requests."""
+
     outputs: list[TokenOutput]
     stats: Stats | None = None
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """The answer to a `Ping` or a `ResetPrefixCache`; ``ok`` says whether the latter was done."""
+
     nonce: int
     stats: Stats
     ok: bool = True
@@ -359,6 +371,9 @@ class Logprob(msgspec.Struct, frozen=True):
 
 
 class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One answer to a prompt. ``finish_reason`` is None while it grows; ``stop_reason`` is the stop string or the token
+    of ``stop_token_ids`` that ended it, None for the model's own end."""
+
     index: int
     text: str = ""
     token_ids: list[int] = []

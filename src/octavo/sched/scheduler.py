@@ -431,5 +431,5 @@ class Scheduler:
 def _nothing_left(seq: SequenceState) -> str:
     """Why no token of ``seq`` could be sampled."""
     if seq.sampling.grammar is None:
-        return "The model produced logits that are not finite for this request."
+        return "The model produced logits that are not finite for this request. Try another prompt, or --dtype float32."
     return "No token is left that the grammar and the request's other restrictions allow, or logits are not finite."

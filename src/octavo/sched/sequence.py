@@ -19,6 +19,8 @@ from octavo.types import FinishReason, Request
 
 
 class Status(Enum):
+    """Where a request is. It may go from RUNNING back to WAITING, when it is preempted; DONE is for good."""
+
     WAITING = 0
     RUNNING = 1
     DONE = 2
