@@ -14,8 +14,8 @@ from starlette.responses import Response
 import octavo
 from octavo.errors import EngineDead, RequestError
 from octavo.server import errors
+from octavo.server.answers import now
 from octavo.server.protocol import DetokenizeRequest, TokenizeRequest, decode
-from octavo.server.responses import now
 from octavo.server.service import Service
 
 METRICS_SECONDS = 1.0  # how long a scrape waits for fresh statistics before it takes the last ones

@@ -16,8 +16,8 @@ from octavo.server.service import Service
 Handler = Callable[[Service, Request], Awaitable[ASGIApp]]
 
 ROUTES: list[tuple[str, str, Handler]] = [
-    ("POST", "/v1/completions", completions.create),
-    ("POST", "/v1/chat/completions", chat.create),
+    ("POST", "/v1/completions", completions.ENDPOINT.handle),
+    ("POST", "/v1/chat/completions", chat.ENDPOINT.handle),
     ("GET", "/v1/models", admin.models),
     ("GET", "/v1/models/{name:path}", admin.model),
     ("POST", "/tokenize", admin.tokenize),

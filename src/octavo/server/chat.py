@@ -1,21 +1,14 @@
-"""``POST /v1/chat/completions``."""
+"""``POST /v1/chat/completions``: answers a conversation, ``n`` times."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-from collections.abc import AsyncGenerator
+from collections.abc import Iterable
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp
 
-from octavo.frontend.inputs import Prepared
+from octavo.errors import OctavoError
 from octavo.frontend.outputs import Delta
-from octavo.server.message import ChoiceReader
-from octavo.server.protocol import ChatRequest, decode
-from octavo.server.responses import (
+from octavo.server.answers import (
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -25,63 +18,45 @@ from octavo.server.responses import (
     MessageDelta,
     Usage,
     chat_logprobs,
-    now,
 )
-from octavo.server.runs import Runs
+from octavo.server.ask import Ask, Conversation, Origin, readers
+from octavo.server.endpoint import Endpoint, Job
+from octavo.server.protocol import ChatRequest
 from octavo.server.service import Service
-from octavo.server.sse import EventStream, event, while_connected
+from octavo.server.sse import DONE, broken_openai, event
 from octavo.server.tools import ToolUse
+from octavo.types import RequestOutput
 
 
-async def create(service: Service, request: Request) -> ASGIApp:
-    """Answers a conversation, ``n`` times."""
-    body = decode(await request.body(), ChatRequest)
+def read(service: Service, body: ChatRequest, origin: Origin) -> Ask:
+    """Checks the body and translates it."""
     body.check()
-    model = service.model(body.model)
-    id = f"chatcmpl-{request.scope['request_id']}"
-    use = ToolUse.of(body)
-    params = use.constrained(body.chat_params(service.llm.default_params()))
-    prepared = await service.llm.prepare_chat(
-        body.messages,
-        params,
-        id,
-        priority=body.priority or 0,
-        add_generation_prompt=body.add_generation_prompt is not False and not body.continue_final_message,
+    conversation = Conversation(
+        messages=body.messages,
+        use=ToolUse.of(body.tools, body.tool_choice, parallel=body.parallel_tool_calls),
+        include_reasoning=body.include_reasoning is not False,
         continue_final_message=bool(body.continue_final_message),
-        tools=use.shown or None,
+        add_generation_prompt=body.add_generation_prompt is not False,
         template_kwargs=body.template_kwargs(),
     )
-    prepared = dataclasses.replace(prepared, kept_ids=service.kept_ids(tools=bool(use.schemas)))
-    answer = _Answer(service, body, model, id, prepared, use)
-    if body.stream:
-        return EventStream(answer.events())
-    whole = await while_connected(request.receive, answer.whole())
-    return Response(msgspec.json.encode(whole), media_type="application/json")
+    return Ask(
+        model=service.model(body.model),
+        params=body.chat_params(service.llm.default_params()),
+        conversation=conversation,
+        priority=body.priority or 0,
+        stream=bool(body.stream),
+    )
 
 
 class _Answer:
-    def __init__(
-        self, service: Service, body: ChatRequest, model: str, id: str, prepared: Prepared, use: ToolUse
-    ) -> None:
-        self._body, self._model, self._id = body, model, id
-        self._runs = Runs(service, [prepared])
-        self._created = now()
-        self._readers = [
-            ChoiceReader(
-                service.formats.parser(
-                    prepared.prompt or "",
-                    use.schemas,
-                    forced_calls=use.forced,
-                    constrained=prepared.params.structured_outputs is not None,
-                ),
-                parallel_calls=use.parallel,
-                include_reasoning=body.include_reasoning is not False,
-            )
-            for _ in prepared.requests
-        ]
+    def __init__(self, job: Job[ChatRequest]) -> None:
+        self._job, self._body = job, job.body
+        assert job.ask.conversation is not None
+        self._readers = readers(job.service, job.ask.conversation, job.prepared[0])
+        self._greeted: set[int] = set()
 
-    async def whole(self) -> ChatCompletion:
-        (result,) = await self._runs.finish()
+    def whole(self, results: list[RequestOutput]) -> ChatCompletion:
+        (result,) = results
         choices = [
             ChatChoice(
                 index=output.index,
@@ -93,28 +68,32 @@ class _Answer:
             for output, reader in zip(result.outputs, self._readers, strict=True)
         ]
         return ChatCompletion(
-            id=self._id,
-            created=self._created,
-            model=self._model,
+            id=self._job.id,
+            created=self._job.created,
+            model=self._job.ask.model,
             choices=choices,
             usage=Usage.of([result]),
             prompt_logprobs=msgspec.UNSET if self._body.prompt_logprobs is None else result.prompt_logprobs,
         )
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        greeted: set[int] = set()
-        async with contextlib.aclosing(self._runs.deltas()) as deltas:
-            async for _, delta in deltas:
-                if delta.index not in greeted:
-                    greeted.add(delta.index)
-                    yield event(self._chunk([ChatDelta(index=delta.index, delta=MessageDelta("assistant", ""))]))
-                for choice in self._pieces(delta):
-                    yield event(self._chunk([choice]))
+    def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
+        if delta.index not in self._greeted:
+            self._greeted.add(delta.index)
+            yield event(self._chunk([ChatDelta(index=delta.index, delta=MessageDelta("assistant", ""))]))
+        for choice in self._pieces(delta):
+            yield event(self._chunk([choice]))
+
+    def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         if self._body.include_usage:
-            yield event(self._chunk([], Usage.of(self._runs.results)))
+            yield event(self._chunk([], Usage.of(results)))
+        yield DONE
+
+    def broken(self, error: OctavoError) -> Iterable[bytes]:
+        return broken_openai(error)
 
     def _chunk(self, choices: list[ChatDelta], usage: Usage | None = None) -> ChatChunk:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+        job = self._job
+        return ChatChunk(id=job.id, created=job.created, model=job.ask.model, choices=choices, usage=usage)
 
     def _pieces(self, delta: Delta) -> list[ChatDelta]:
         """None while a reader waits for more, unless there are log-probabilities to send."""
@@ -134,3 +113,6 @@ class _Answer:
         if not self._body.logprobs:
             return None
         return chat_logprobs(token_ids, entries or [], self._body.top_logprobs or 0)
+
+
+ENDPOINT = Endpoint(ChatRequest, "chatcmpl-", read, _Answer)

@@ -1,55 +1,44 @@
-"""``POST /v1/completions``."""
+"""``POST /v1/completions``: continues one or more prompts, each ``n`` times.
+
+Choice ``i * n + k`` is the k-th answer to prompt i.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import Iterable
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.types import ASGIApp
 
-from octavo.frontend.inputs import Prepared, Prompt
+from octavo.errors import OctavoError
+from octavo.frontend.inputs import Prompt
 from octavo.frontend.outputs import Delta
-from octavo.server.protocol import CompletionRequest, decode
-from octavo.server.responses import (
+from octavo.server.answers import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     Usage,
     completion_logprobs,
     name_of,
-    now,
 )
-from octavo.server.runs import Runs
+from octavo.server.ask import Ask, Origin
+from octavo.server.endpoint import Endpoint, Job
+from octavo.server.protocol import CompletionRequest
 from octavo.server.service import Service
-from octavo.server.sse import EventStream, event, while_connected
+from octavo.server.sse import DONE, broken_openai, event
 from octavo.types import CompletionOutput, RequestOutput, SamplingParams
 
 
-async def create(service: Service, request: Request) -> ASGIApp:
-    """Continues one or more prompts, each ``n`` times; choice ``i * n + k`` is the k-th answer to prompt i."""
-    body = decode(await request.body(), CompletionRequest)
+def read(service: Service, body: CompletionRequest, origin: Origin) -> Ask:
+    """Checks the body and translates it."""
     body.check()
-    model = service.model(body.model)
-    id = f"cmpl-{request.scope['request_id']}"
-    params = _params(body, service.llm.default_params())
-    prepared = [
-        await service.llm.prepare(
-            _prompt(service, body, prompt),
-            params,
-            f"{id}-{i}",
-            priority=body.priority or 0,
-            clamp_max_tokens=body.max_tokens is None,  # a default is no demand
-        )
-        for i, prompt in enumerate(body.prompts())
-    ]
-    answer = _Answer(service, body, model, id, prepared)
-    if body.stream:
-        return EventStream(answer.events())
-    whole = await while_connected(request.receive, answer.whole())
-    return Response(msgspec.json.encode(whole), media_type="application/json")
+    return Ask(
+        model=service.model(body.model),
+        params=_params(body, service.llm.default_params()),
+        prompts=[_prompt(service, body, prompt) for prompt in body.prompts()],
+        priority=body.priority or 0,
+        clamp_max_tokens=body.max_tokens is None,  # a default is no demand
+        stream=bool(body.stream),
+    )
 
 
 def _params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
@@ -73,16 +62,11 @@ def _only_echo(body: CompletionRequest) -> bool:
 
 
 class _Answer:
-    def __init__(
-        self, service: Service, body: CompletionRequest, model: str, id: str, prepared: list[Prepared]
-    ) -> None:
-        self._llm, self._body, self._model, self._id = service.llm, body, model, id
-        self._prepared = prepared
-        self._runs = Runs(service, prepared)
-        self._created = now()
+    def __init__(self, job: Job[CompletionRequest]) -> None:
+        self._job, self._body = job, job.body
+        self._echoed: set[int] = set()
 
-    async def whole(self) -> Completion:
-        results = await self._runs.finish()
+    def whole(self, results: list[RequestOutput]) -> Completion:
         choices = [
             self._choice(i * len(result.outputs) + output.index, result, output)
             for i, result in enumerate(results)
@@ -90,22 +74,25 @@ class _Answer:
         ]
         return self._piece(choices, self._usage(results))
 
-    async def events(self) -> AsyncGenerator[bytes, None]:
-        count = self._body.n or 1
-        echoed: set[int] = set()
-        async with contextlib.aclosing(self._runs.deltas()) as deltas:
-            async for number, delta in deltas:
-                choice = number * count + delta.index
-                text = "" if _only_echo(self._body) else delta.text
-                if self._body.echo and choice not in echoed:
-                    echoed.add(choice)
-                    text = self._prompt_text(number) + text
-                yield event(self._piece([self._delta(choice, text, delta)]))
+    def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
+        choice = number * (self._body.n or 1) + delta.index
+        text = "" if _only_echo(self._body) else delta.text
+        if self._body.echo and choice not in self._echoed:
+            self._echoed.add(choice)
+            text = self._prompt_text(number) + text
+        yield event(self._piece([self._delta(choice, text, delta)]))
+
+    def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         if self._body.include_usage:
-            yield event(self._piece([], self._usage(self._runs.results)))
+            yield event(self._piece([], self._usage(results)))
+        yield DONE
+
+    def broken(self, error: OctavoError) -> Iterable[bytes]:
+        return broken_openai(error)
 
     def _piece(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+        job = self._job
+        return Completion(id=job.id, created=job.created, model=job.ask.model, choices=choices, usage=usage)
 
     def _usage(self, results: list[RequestOutput]) -> Usage:
         usage = Usage.of(results)
@@ -114,11 +101,11 @@ class _Answer:
         return usage
 
     def _prompt_text(self, number: int) -> str:
-        prepared = self._prepared[number]
+        prepared = self._job.prepared[number]
         return prepared.prompt if prepared.prompt is not None else self._decode(prepared.prompt_token_ids)
 
     def _decode(self, ids: list[int]) -> str:
-        tokenizer = self._llm.tokenizer
+        tokenizer = self._job.service.llm.tokenizer
         return tokenizer.decode(ids, skip_special_tokens=False) if tokenizer is not None else ""
 
     def _delta(self, choice: int, text: str, delta: Delta) -> CompletionChoice:
@@ -154,3 +141,6 @@ class _Answer:
             for token, entry in zip(output.token_ids, output.logprobs or [], strict=True):
                 made.add(token, entry, name_of(token, entry[token]))
         return made
+
+
+ENDPOINT = Endpoint(CompletionRequest, "cmpl-", read, _Answer)

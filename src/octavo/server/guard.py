@@ -59,6 +59,7 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
+        scope["owner"] = self._key or b""
         if self._key is not None and scope["path"] not in PUBLIC:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             same = hmac.compare_digest(sha256(given.strip()).digest(), self._key)

@@ -8,7 +8,7 @@ import msgspec
 
 from octavo.frontend.parse.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from octavo.frontend.parse.message import MessageParser
-from octavo.server.responses import FunctionCall, Message, MessageDelta, ToolCall, ToolCallDelta
+from octavo.server.answers import FunctionCall, Message, MessageDelta, ToolCall, ToolCallDelta
 
 
 class ChoiceReader:
@@ -22,16 +22,22 @@ class ChoiceReader:
         self._include_reasoning = include_reasoning
         self._called = False
 
-    def feed(self, text: str, *, final: bool) -> list[MessageDelta]:
-        """What ``text`` adds to the message; a piece has text, or the start or arguments of a call."""
+    def events(self, text: str, *, final: bool) -> list[Event]:
+        """What ``text`` adds to the answer, without what was not asked for."""
         if self._parser is None:
-            return [MessageDelta(content=text)]
+            return [Content(text)] if text else []
         events = self._parser.feed(text)
         if final:
             events = events + self._parser.finish()
+        return [event for event in events if self._wanted(event)]
+
+    def feed(self, text: str, *, final: bool) -> list[MessageDelta]:
+        """The same as pieces of a chat message; a piece has text, or the start or arguments of a call."""
+        if self._parser is None:
+            return [MessageDelta(content=text)]
         deltas: list[MessageDelta] = []
-        for event in events:
-            delta = self._delta(event)
+        for event in self.events(text, final=final):
+            delta = _delta(event)
             if delta is None:
                 continue
             if deltas and delta.tool_calls is None and deltas[-1].tool_calls is None:
@@ -48,22 +54,30 @@ class ChoiceReader:
         """OpenAI's, from the engine's."""
         return "tool_calls" if self._called and reason == "stop" else reason
 
-    def _delta(self, event: Event) -> MessageDelta | None:
-        match event:
-            case Content(text):
-                return MessageDelta(content=text)
-            case Reasoning(text):
-                return MessageDelta(reasoning_content=text, reasoning=text) if self._include_reasoning else None
-            case CallEnd():
-                return None
-            case CallStart(index, id, name):
-                call = ToolCallDelta(index=index, id=id, type="function", function=FunctionCall(name=name))
-            case CallArguments(index, text):
-                call = ToolCallDelta(index=index, function=FunctionCall(arguments=text))
-        if self._last_call is not None and call.index > self._last_call:
-            return None
+    def _wanted(self, event: Event) -> bool:
+        if isinstance(event, Reasoning):
+            return self._include_reasoning
+        if isinstance(event, Content):
+            return True
+        if self._last_call is not None and event.index > self._last_call:
+            return False
         self._called = True
-        return MessageDelta(tool_calls=[call])
+        return True
+
+
+def _delta(event: Event) -> MessageDelta | None:
+    match event:
+        case Content(text):
+            return MessageDelta(content=text)
+        case Reasoning(text):
+            return MessageDelta(reasoning_content=text, reasoning=text)
+        case CallEnd():
+            return None
+        case CallStart(index, id, name):
+            call = ToolCallDelta(index=index, id=id, type="function", function=FunctionCall(name=name))
+        case CallArguments(index, text):
+            call = ToolCallDelta(index=index, function=FunctionCall(arguments=text))
+    return MessageDelta(tool_calls=[call])
 
 
 def _joined(left: MessageDelta, right: MessageDelta) -> MessageDelta:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -56,18 +56,20 @@ async def _disconnect(receive: Receive) -> None:
 class EventStream:
     """An ASGI response from an iterator of events.
 
-    The status is sent with the first event: an error before it is an ordinary error response. A later one is the
-    stream's last event, as OpenAI's clients expect it.
+    The status is sent with the first event: an error before it is an ordinary error response. A later one becomes the
+    stream's last events, which ``broken`` makes.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], broken: Callable[[OctavoError], Iterable[bytes]]) -> None:
         self._events = events
+        self._broken = broken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._write(scope["request_id"], send))
 
     async def _write(self, request_id: str, send: Send) -> None:
         started = False
+        last = b""
         try:
             async with contextlib.aclosing(self._events) as events:
                 async for chunk in events:
@@ -78,11 +80,15 @@ class EventStream:
         except OctavoError as error:
             if not started:
                 raise
-            await send({"type": "http.response.body", "body": event(errors.body_of(error)), "more_body": True})
+            last = b"".join(self._broken(error))
         except Exception:
             if not started:
                 raise
             get_logger().exception("stream %s failed", request_id)
-            last = event(errors.body_of(errors.unexpected(request_id)))
-            await send({"type": "http.response.body", "body": last, "more_body": True})
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+            last = b"".join(self._broken(errors.unexpected(request_id)))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def broken_openai(error: OctavoError) -> Iterable[bytes]:
+    """The end of a stream of completions that failed, as OpenAI's clients expect it."""
+    return event(errors.body_of(error)), DONE

@@ -1,9 +1,9 @@
-"""The tools of a chat request: what the model is shown of them, and what it may or must call."""
+"""The tools of a request: what the model is shown of them, and what it may or must call."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ import msgspec
 
 from octavo.errors import RequestError
 from octavo.frontend.parse import forced
-from octavo.server.protocol import ChatRequest
 from octavo.structured import StructuredOutputsParams
 from octavo.types import SamplingParams
 
@@ -32,21 +31,24 @@ class ToolUse:
     parallel: bool = True
 
     @classmethod
-    def of(cls, body: ChatRequest) -> ToolUse:
-        """Checked; raises `RequestError`. With the choice ``none`` the model is not shown any tool."""
-        tools = {_name(tool, i): tool for i, tool in enumerate(body.tools or ())}
-        if len(body.tools or ()) > MAX_TOOLS:
-            raise RequestError(f"tools has {len(body.tools or ())} entries, more than {MAX_TOOLS}.", param="tools")
-        if len(tools) < len(body.tools or ()):
+    def of(cls, given: Sequence[Tool] | None, tool_choice: Any = None, *, parallel: bool | None = None) -> ToolUse:
+        """Tools and a choice in the form of chat completions, checked; raises `RequestError`.
+
+        With the choice ``none`` the model is not shown any tool.
+        """
+        given = given or ()
+        if len(given) > MAX_TOOLS:
+            raise RequestError(f"tools has {len(given)} entries, more than {MAX_TOOLS}.", param="tools")
+        tools = {_name(tool, i): tool for i, tool in enumerate(given)}
+        if len(tools) < len(given):
             raise RequestError("two tools have the same name.", "Rename one of them.", param="tools")
-        choice, named = _choice(body.tool_choice, tools)
+        choice, named = _choice(tool_choice, tools)
         if choice == "none":
             return cls()
         schemas = {name: tool["function"].get("parameters") or {} for name, tool in tools.items()}
         if named is not None:
             schemas = {named: schemas[named]}
-        parallel = body.parallel_tool_calls is not False and named is None
-        return cls(tuple(tools.values()), schemas, choice, parallel)
+        return cls(tuple(tools.values()), schemas, choice, parallel is not False and named is None)
 
     @property
     def forced(self) -> bool:
