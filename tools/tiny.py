@@ -156,11 +156,11 @@ def _write_weights(model: PreTrainedModel, folder: Path, shards: int) -> None:
     model.save_pretrained(folder, max_shard_size=-(-size // shards))
 
 
-def tokenizer(folder: str | Path) -> Tokenizer:
-    """Writes a byte-level BPE tokenizer of `VOCAB_SIZE` tokens with a ChatML template; returns it."""
+def tokenizer(folder: str | Path, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """Writes a byte-level BPE tokenizer of ``vocab_size`` tokens with a ChatML template; returns it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    made = _train()
+    made = _train(vocab_size)
     made.save(str(folder / "tokenizer.json"))
     added = {
         str(i): {
@@ -190,7 +190,7 @@ def tokenizer(folder: str | Path) -> Tokenizer:
     return made
 
 
-def _train() -> Tokenizer:
+def _train(vocab_size: int) -> Tokenizer:
     """Merges learnt from a fixed text: the same vocabulary on every machine."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -199,15 +199,15 @@ def _train() -> Tokenizer:
     made.decoder = decoders.ByteLevel()
     made.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
         min_frequency=1,
         special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     made.train_from_iterator([_TEXT], trainer)
-    if made.get_vocab_size() != VOCAB_SIZE:
-        raise RuntimeError(f"the text gives {made.get_vocab_size()} tokens, not {VOCAB_SIZE}")
+    if made.get_vocab_size() != vocab_size:
+        raise RuntimeError(f"the text gives {made.get_vocab_size()} tokens, not {vocab_size}")
     return made
 
 

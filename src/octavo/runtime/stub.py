@@ -34,7 +34,10 @@ class _Done:
 
 
 class StubWorker:
-    """``num_pages`` is what `plan_memory` reports; ``pages[p, i]`` holds the token in slot i of page p."""
+    """``num_pages`` is what `plan_memory` reports, unless the config gives bytes for them, of which a token takes four.
+
+    ``pages[p, i]`` holds the token in slot i of page p.
+    """
 
     overlaps = False
     device = "stub"
@@ -47,6 +50,8 @@ class StubWorker:
     def init(self, config: EngineConfig) -> ModelConfig:
         """A model of one layer over bytes."""
         self.page_size = int(config.memory.block_size)
+        if config.memory.kv_cache_memory_bytes:
+            self.num_pages = int(config.memory.kv_cache_memory_bytes) // (4 * self.page_size)
         rows = config.limits.max_num_seqs
         self.max_len = min(self.max_len, config.model.max_model_len or self.max_len)
         self.pages = np.full((self.num_pages, self.page_size), -1, np.int32)
