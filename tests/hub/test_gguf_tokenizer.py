@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 
 from octavo.config import default_model
 from octavo.errors import ModelError
+from octavo.hub.bpe import merges_from_scores
 from octavo.hub.gguf import GgufReader
-from octavo.hub.gguf_tokenizer import PRE_TOKENIZERS, GgufTokenizer, gguf_tokenizer, merges_from_scores
+from octavo.hub.gguf_tokenizer import PRE_TOKENIZERS, GgufTokenizer, gguf_tokenizer
 from tests.gguf_files import write_gguf
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)

@@ -9,22 +9,19 @@ before merges for Llama 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer
 
 from octavo.errors import ModelError
+from octavo.hub import bpe
 from octavo.hub.gguf import GgufReader
 from octavo.hub.gguf_config import end_ids
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 _MAX_TOKENS = 1 << 21
-# Limits of deriving merges from scores, whose work is the characters of all tokens times the length of the longest.
-_MAX_TOKEN_CHARS = 1 << 8  # a longer token gets no merges
-_MAX_CHARS = 1 << 23
 
 _SPECIAL_KEYS = {
     "bos_token": "bos_token_id",
@@ -69,11 +66,6 @@ _LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _GPT2 = PreTokenizer()
 _DIGITS = PreTokenizer(digits=True)
 _LLAMA3 = PreTokenizer(_LLAMA3_SPLIT, whole_words=True, add_bos=True)
@@ -93,7 +85,7 @@ PRE_TOKENIZERS = {
     "smaug-bpe": PreTokenizer(_LLAMA3_SPLIT, whole_words=True),
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
-    "tekken": PreTokenizer(_TEKKEN_SPLIT, whole_words=True, add_bos=True),
+    "tekken": PreTokenizer(bpe.TEKKEN_SPLIT, whole_words=True, add_bos=True),
 }
 
 
@@ -114,7 +106,7 @@ def gguf_tokenizer(reader: GgufReader) -> GgufTokenizer:
     add_bos = (default_bos if flag is None else flag) and "bos_token" in ids
     add_eos = bool(reader.flag("tokenizer.ggml.add_eos_token")) and "eos_token" in ids
     special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    _add_template(
+    bpe.add_template(
         tokenizer, tokens, ids.get("bos_token") if add_bos else None, ids.get("eos_token") if add_eos else None
     )
     return GgufTokenizer(
@@ -138,33 +130,16 @@ def _tokens(reader: GgufReader) -> list[str]:
     return tokens
 
 
-def _vocabulary(tokens: list[str]) -> dict[str, int]:
-    """Token -> id; of equal tokens (padding, in some files) the first counts."""
-    vocabulary: dict[str, int] = {}
-    for i, token in enumerate(tokens):
-        vocabulary.setdefault(token, i)
-    return vocabulary
-
-
 def _byte_level(reader: GgufReader, tokens: list[str]) -> tuple[Tokenizer, bool]:
     name = reader.text("tokenizer.ggml.pre") or "default"
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         _refuse(reader, f"its pre-tokenizer {name!r} is not known; known are {', '.join(PRE_TOKENIZERS)}")
-    vocabulary = _vocabulary(tokens)
+    vocabulary = bpe.first_ids(tokens)
     merges = [_merge(reader, text, vocabulary) for text in reader.strings("tokenizer.ggml.merges") or []]
-    model = models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=pre.whole_words)
-    tokenizer = Tokenizer(model)
-    if pre.nfc:
-        tokenizer.normalizer = normalizers.NFC()
-    steps: list[pre_tokenizers.PreTokenizer] = []
-    if pre.digits:
-        steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if pre.split:
-        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = bpe.byte_level(
+        vocabulary, merges, split=pre.split, digits=pre.digits, nfc=pre.nfc, whole_words=pre.whole_words
+    )
     return tokenizer, pre.add_bos
 
 
@@ -182,47 +157,12 @@ def _sentencepiece(reader: GgufReader, tokens: list[str]) -> Tokenizer:
     scores = reader.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(tokens) or not np.all(np.isfinite(scores)):
         _refuse(reader, "its tokenizer.ggml.scores are missing, not finite or not as many as its tokens")
-    vocabulary = _vocabulary(tokens)
-    if sum(map(len, vocabulary)) > _MAX_CHARS:
-        _refuse(reader, f"its tokens have more than {_MAX_CHARS} characters")
+    if sum(map(len, tokens)) > bpe.MAX_CHARS:
+        _refuse(reader, f"its tokens have more than {bpe.MAX_CHARS} characters")
     unknown = reader.integer("tokenizer.ggml.unknown_token_id")
     unknown = 0 if unknown is None or not 0 <= unknown < len(tokens) else unknown
-    model = models.BPE(
-        vocab=vocabulary,
-        merges=merges_from_scores(vocabulary, scores.tolist()),
-        unk_token=tokens[unknown],
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = Tokenizer(model)
     prefix = reader.flag("tokenizer.ggml.add_space_prefix")
-    prefix = True if prefix is None else prefix
-    scheme = "first" if prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
-    steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if prefix:
-        steps.append(decoders.Strip(content=" ", left=1))
-    tokenizer.decoder = decoders.Sequence(steps)
-    return tokenizer
-
-
-def merges_from_scores(vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """Every pair of tokens that makes a token, best score of the result first.
-
-    SentencePiece merges, of all neighbours that make a token, those whose token scores best: the order of these pairs.
-    Ties are settled by the longer left part and then by the ids, as Transformers does.
-    """
-    found: list[tuple[float, int, int, int, int, str, str]] = []
-    for token, i in vocabulary.items():
-        if len(token) > _MAX_TOKEN_CHARS:
-            continue
-        for at in range(1, len(token)):
-            left, right = token[:at], token[at:]
-            a, b = vocabulary.get(left), vocabulary.get(right)
-            if a is not None and b is not None:
-                found.append((-scores[i], -len(left), -len(right), a, b, left, right))
-    found.sort()
-    return [(left, right) for *_, left, right in found]
+    return bpe.sentencepiece(tokens, scores.tolist(), unknown=unknown, prefix=prefix is not False)
 
 
 def _add_tokens(reader: GgufReader, tokenizer: Tokenizer, tokens: list[str]) -> None:
@@ -234,32 +174,8 @@ def _add_tokens(reader: GgufReader, tokenizer: Tokenizer, tokens: list[str]) -> 
         _refuse(reader, "its tokenizer.ggml.token_type is not one integer for each token")
     kinds = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
     added = [(tokens[i], kinds[int(types[i])]) for i in np.flatnonzero(np.isin(types, list(kinds))) if tokens[i]]
-    _add(tokenizer, (text for text, special in added if special), special=True)
-    _add(tokenizer, (text for text, special in added if not special), special=False)
-
-
-def _add(tokenizer: Tokenizer, texts: Iterable[str], *, special: bool) -> None:
-    wrapped = [AddedToken(text, normalized=False, special=special) for text in texts]
-    if special:
-        tokenizer.add_special_tokens(wrapped)
-    else:
-        tokenizer.add_tokens(wrapped)
-
-
-def _add_template(tokenizer: Tokenizer, tokens: list[str], bos: int | None, eos: int | None) -> None:
-    """Puts ``bos`` before and ``eos`` behind each sequence, under names of ours: a token's text could be ``$A``."""
-    named = {name: i for name, i in (("bos", bos), ("eos", eos)) if i is not None}
-    if not named:
-        return
-
-    def around(sequence: str) -> list[str]:
-        return [part for part in ("bos", sequence, "eos") if part == sequence or part in named]
-
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=around("$A"),
-        pair=[*around("$A"), *(f"{part}:1" for part in around("$B"))],
-        special_tokens=[{"id": name, "ids": [i], "tokens": [tokens[i]]} for name, i in named.items()],
-    )
+    bpe.add_tokens(tokenizer, (text for text, special in added if special), special=True)
+    bpe.add_tokens(tokenizer, (text for text, special in added if not special), special=False)
 
 
 def _refuse(reader: GgufReader, cause: str) -> NoReturn:
