@@ -29,21 +29,21 @@ INLINE_SIZE = 4096  # characters or ids of a prompt that is encoded in the event
 
 
 class Generation:
-    """A request in flight: an async iterator of `Delta`s, and in ``state`` all that has come so far.
+    """A request in flight: an async iterator of what came since the turn before, and in ``state`` all so far.
 
-    Made by `AsyncLLM.run`. It starts when it is first iterated, and only one may iterate it.
+    Made by `AsyncLLM.run`. It starts when it is first iterated, and only one may iterate it. No turn is empty.
     """
 
-    def __init__(self, state: RequestState, deltas: AsyncGenerator[Delta, None]) -> None:
+    def __init__(self, state: RequestState, batches: AsyncGenerator[list[Delta], None]) -> None:
         self.state = state
-        self._deltas = deltas
+        self._batches = batches
 
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self._deltas
+    def __aiter__(self) -> AsyncIterator[list[Delta]]:
+        return self._batches
 
     async def aclose(self) -> None:
         """Aborts what has not ended."""
-        await self._deltas.aclose()
+        await self._batches.aclose()
 
 
 class AsyncLLM:
@@ -158,7 +158,7 @@ class AsyncLLM:
     def run(self, prepared: Prepared) -> Generation:
         """Sends a prepared request when iterated. Raises, then, what ended it: `Overloaded`, `EngineDead`, …"""
         state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
-        return Generation(state, self._deltas(state))
+        return Generation(state, self._batches(state))
 
     async def collect(self, prepared: Prepared) -> RequestOutput:
         """Runs a prepared request to its end."""
@@ -178,8 +178,9 @@ class AsyncLLM:
         """What each step adds."""
         generation = self.run(await self.prepare(prompt, sampling_params, request_id, priority=priority))
         async with aclosing(generation):
-            async for delta in generation:
-                yield delta
+            async for batch in generation:
+                for delta in batch:
+                    yield delta
 
     async def generate(
         self,
@@ -242,20 +243,29 @@ class AsyncLLM:
             async for _ in generation:
                 yield generation.state.snapshot()
 
-    async def _deltas(self, state: RequestState) -> AsyncGenerator[Delta, None]:
+    async def _batches(self, state: RequestState) -> AsyncGenerator[list[Delta], None]:
         id = state.prepared.id
         if id in self._running:
             raise RequestError(f"a request with id {id!r} is running.", "Use another id.", param="request_id")
         self._running[id] = state
         try:
             async with aclosing(self._outputs(state.prepared.requests)) as outputs:
-                async for output in outputs:
-                    delta = state.process(output)
-                    if delta is None:
-                        continue
-                    if delta.finish_reason is not None and output.finish_reason is None:
-                        await self.client.abort([output.id])  # a stop string
-                    yield delta
+                async for batch in outputs:
+                    deltas: list[Delta] = []
+                    try:
+                        for output in batch:
+                            delta = state.process(output)
+                            if delta is None:
+                                continue
+                            deltas.append(delta)
+                            if delta.finish_reason is not None and output.finish_reason is None:
+                                await self.client.abort([output.id])  # a stop string
+                    except OctavoError:
+                        if deltas:
+                            yield deltas
+                        raise
+                    if deltas:
+                        yield deltas
                     if state.finished:
                         return
         finally:
@@ -263,13 +273,13 @@ class AsyncLLM:
             if unfinished := state.unfinished_ids():
                 await self.client.abort(unfinished)
 
-    async def _outputs(self, requests: Sequence[Request]) -> AsyncGenerator[TokenOutput, None]:
+    async def _outputs(self, requests: Sequence[Request]) -> AsyncGenerator[list[TokenOutput], None]:
         """The outputs of several requests as they come."""
         if len(requests) == 1:
-            async for output in await self.client.submit(requests[0]):
-                yield output
+            async for batch in await self.client.submit(requests[0]):
+                yield batch
             return
-        merged: asyncio.Queue[TokenOutput | Exception | None] = asyncio.Queue()
+        merged: asyncio.Queue[list[TokenOutput] | Exception | None] = asyncio.Queue()
         tasks = [asyncio.create_task(self._pump(request, merged)) for request in requests]
         try:
             for _ in requests:
@@ -281,10 +291,10 @@ class AsyncLLM:
             for task in tasks:
                 task.cancel()
 
-    async def _pump(self, request: Request, into: asyncio.Queue[TokenOutput | Exception | None]) -> None:
+    async def _pump(self, request: Request, into: asyncio.Queue[list[TokenOutput] | Exception | None]) -> None:
         try:
-            async for output in await self.client.submit(request):
-                into.put_nowait(output)
+            async for batch in await self.client.submit(request):
+                into.put_nowait(batch)
             into.put_nowait(None)
         except Exception as error:
             into.put_nowait(error)

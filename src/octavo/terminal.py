@@ -120,9 +120,8 @@ class _Session:
     async def _stream(self, prepared: Prepared) -> RequestOutput:
         generation = self._llm.run(prepared)
         try:
-            async for delta in generation:
-                if delta.text:
-                    print(_answer(delta.text), end="", flush=True)
+            async for deltas in generation:
+                print(_answer("".join(delta.text for delta in deltas)), end="", flush=True)
         finally:
             await generation.aclose()
             print(flush=True)

@@ -138,14 +138,14 @@ class FakeClient:
         self._script = script
         self._ends: dict[str, asyncio.Event] = {}
 
-    async def submit(self, request: Request) -> AsyncIterator[TokenOutput]:
+    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         if self.dead is not None:
             raise self.dead
         self.requests.append(request)
         self._ends[request.id] = asyncio.Event()
         return self._answer(request)
 
-    async def _answer(self, request: Request) -> AsyncIterator[TokenOutput]:
+    async def _answer(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         end = self._ends[request.id]
         for output in self._script(request):
             await asyncio.sleep(0)
@@ -153,11 +153,11 @@ class FakeClient:
                 raise self.dead
             if end.is_set():
                 break
-            yield output
+            yield [output]
             if output.finish_reason is not None:
                 return
         await end.wait()
-        yield TokenOutput(id=request.id, finish_reason="abort")
+        yield [TokenOutput(id=request.id, finish_reason="abort")]
 
     async def abort(self, ids: Sequence[str]) -> None:
         self.aborted += ids

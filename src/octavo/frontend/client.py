@@ -28,8 +28,10 @@ class EngineClient(Protocol):
         """The latest statistics that came, with a step's outputs or from `health`."""
         ...
 
-    async def submit(self, request: Request) -> AsyncIterator[TokenOutput]:
+    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         """Sends ``request``; the iterator ends after the terminal output. The id must not be in use.
+
+        Each turn gives all that came since the one before, at least one output: more than one where the loop is busy.
 
         Raises `EngineDead`, here or while iterating. Dropping the iterator does not abort: call `abort`.
         """

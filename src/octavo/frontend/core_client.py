@@ -1,4 +1,4 @@
-"""`EngineClient` over ZeroMQ: a table of pending requests and one task that reads what the engine core sends."""
+"""`EngineClient` over ZeroMQ: a table of pending requests, and one callback that reads what the engine core sends."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from octavo.errors import EngineDead, OctavoError, RequestError
-from octavo.frontend.core_process import LAST_WORDS_MS, CoreProcess, decode_output, error_of
+from octavo.frontend.core_process import LAST_WORDS_MS, Core, decode_output, error_of
 from octavo.types import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -31,52 +30,83 @@ from octavo.types import (
 )
 
 HEARTBEAT_SECONDS = 30.0  # a loop that has not turned for so long is dead; a step on a CPU can take seconds
-RETRY_SECONDS = 0.01
-_Queue = asyncio.Queue[TokenOutput | None]  # None: the engine died
+MAX_BURST = 16  # messages that are taken in before others in the loop get their turn
+
+
+class _Inbox:
+    """What came for one request and was not taken yet. ``dead``: nothing more will come."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.dead = False
+        self._loop = loop
+        self._outputs: list[TokenOutput] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, output: TokenOutput) -> None:
+        self._outputs.append(output)
+        self._wake()
+
+    def die(self) -> None:
+        self.dead = True
+        self._wake()
+
+    async def take(self) -> list[TokenOutput]:
+        """All of it, as soon as there is something; empty only if dead."""
+        if not self._outputs and not self.dead:
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        taken, self._outputs = self._outputs, []
+        return taken
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class CoreClient:
-    """See `EngineClient`. Make it inside a running event loop, from a `CoreProcess` that is ready.
+    """See `EngineClient`. Make it inside a running event loop, from a `Core` that is ready.
 
     ``on_death`` is called once, in the loop, when the engine ends without having been told to.
     """
 
-    def __init__(
-        self, process: CoreProcess, info: EngineInfo, *, on_death: Callable[[OctavoError], None] | None = None
-    ) -> None:
+    def __init__(self, core: Core, info: EngineInfo, *, on_death: Callable[[OctavoError], None] | None = None) -> None:
         self.info = info
         self.stats = Stats(pages_total=info.num_pages)
-        self._process = process
+        self._core = core
         self._on_death = on_death
-        self._pending: dict[str, _Queue] = {}
+        self._pending: dict[str, _Inbox] = {}
         self._pongs: dict[int, asyncio.Future[Pong]] = {}
         self._nonces = itertools.count(1)
         self._death: OctavoError | None = None
         self._closing = False
         self._loop = asyncio.get_running_loop()
-        self._outputs = zmq.asyncio.Socket.shadow(process.outputs)
-        self._reader = self._loop.create_task(self._read())
-        process.watch(self._process_ended)
+        self._socket = core.socket
+        self._reading = False
+        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._wake)
+        self._wake()
+        core.watch(self._core_ended)
 
-    async def submit(self, request: Request) -> AsyncIterator[TokenOutput]:
+    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         """See `EngineClient.submit`."""
         if request.id in self._pending:
             raise RequestError(f"a request with id {request.id!r} is running.", "Use another id.", param="request_id")
-        waiting: _Queue = asyncio.Queue()
-        self._pending[request.id] = waiting
+        inbox = self._pending[request.id] = _Inbox(self._loop)
         try:
-            await self._send(Submit([request]))
-        except BaseException:
-            self._pending.pop(request.id, None)
+            self._send(Submit([request]))
+        except OctavoError:
+            del self._pending[request.id]
             raise
-        return self._tokens(waiting)
+        return self._batches(inbox)
 
     async def abort(self, ids: Sequence[str]) -> None:
         """See `EngineClient.abort`."""
         known = [id for id in ids if id in self._pending]
         if known:
             with contextlib.suppress(EngineDead):  # then they have ended already
-                await self._send(Abort(known))
+                self._send(Abort(known))
 
     async def health(self) -> Stats:
         """See `EngineClient.health`."""
@@ -95,36 +125,30 @@ class CoreClient:
         self._closing = True
         for id in list(self._pending):
             self._deliver(TokenOutput(id=id, finish_reason="abort"))
-        self._reader.cancel()
-        await asyncio.to_thread(self._process.stop)
+        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._core.unwatch()
+        await asyncio.to_thread(self._core.stop)
 
-    async def _tokens(self, waiting: _Queue) -> AsyncIterator[TokenOutput]:
-        while True:
-            output = await waiting.get()
-            if output is None:
-                raise self._error()
-            yield output
-            if output.finish_reason is not None:
+    async def _batches(self, inbox: _Inbox) -> AsyncIterator[list[TokenOutput]]:
+        while batch := await inbox.take():
+            yield batch
+            if batch[-1].finish_reason is not None:
                 return
+        raise self._error()
 
-    async def _send(self, message: CoreInput) -> None:
-        """Never waits for room, only for the first connection of a core that has just become ready."""
+    def _send(self, message: CoreInput) -> None:
+        if self._death is not None or self._closing:
+            raise self._error()
         data = msgspec.msgpack.encode(message)
         if len(data) > MAX_MESSAGE_BYTES:
             raise RequestError(f"the request takes {len(data)} bytes, over {MAX_MESSAGE_BYTES}.", "Send less at once.")
-        while True:
-            if self._death is not None or self._closing:
-                raise self._error()
-            try:
-                self._process.inputs.send(data, zmq.NOBLOCK)
-                return
-            except zmq.Again:
-                await asyncio.sleep(RETRY_SECONDS)
+        self._socket.send(data, zmq.NOBLOCK)
+        self._wake()  # sending can use up the notice that something has come
 
     async def _ask(self, message: Ping | ResetPrefixCache, nonce: int) -> Pong:
         answer = self._pongs[nonce] = self._loop.create_future()
         try:
-            await self._send(message)
+            self._send(message)
             return await asyncio.wait_for(answer, HEARTBEAT_SECONDS)
         except TimeoutError:
             raise EngineDead(
@@ -133,10 +157,23 @@ class CoreClient:
         finally:
             del self._pongs[nonce]
 
-    async def _read(self) -> None:
-        while True:
-            self._take(decode_output(await self._outputs.recv()))
-            await asyncio.sleep(0)  # `recv` does not suspend while messages are waiting: others must get their turn
+    def _wake(self) -> None:
+        """Reads in the next turn of the loop. The descriptor tells of changes only, so all must be read each time."""
+        if not self._reading:
+            self._reading = True
+            self._loop.call_soon(self._read)
+
+    def _read(self) -> None:
+        """One message a turn: others must get theirs."""
+        self._reading = False
+        if self._closing:
+            return
+        try:
+            frame = self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return
+        self._wake()
+        self._take(decode_output(frame))
 
     def _take(self, message: CoreOutput) -> None:
         if isinstance(message, Outputs):
@@ -152,18 +189,18 @@ class CoreClient:
             self._die(error_of(message))
 
     def _deliver(self, output: TokenOutput) -> None:
-        waiting = self._pending.get(output.id)
-        if waiting is None:
+        inbox = self._pending.get(output.id)
+        if inbox is None:
             return
         if output.finish_reason is not None:
             del self._pending[output.id]
-        waiting.put_nowait(output)
+        inbox.put(output)
 
-    def _process_ended(self) -> None:
-        """In the watching thread; the delay lets a last `Dead` message, which knows more, come first."""
+    def _core_ended(self) -> None:
+        """Perhaps in another thread; the delay lets a last `Dead` message, which knows more, come first."""
 
         def later() -> None:
-            self._loop.call_later(LAST_WORDS_MS / 1000, lambda: self._die(self._process.death()))
+            self._loop.call_later(LAST_WORDS_MS / 1000, lambda: self._die(self._core.death()))
 
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is left to tell
             self._loop.call_soon_threadsafe(later)
@@ -173,8 +210,8 @@ class CoreClient:
             return
         self._death = error
         pending, self._pending = self._pending, {}
-        for waiting in pending.values():
-            waiting.put_nowait(None)
+        for inbox in pending.values():
+            inbox.die()
         for answer in self._pongs.values():
             if not answer.done():
                 answer.set_exception(self._error())

@@ -101,9 +101,9 @@ async def _whole(job: Job[Any], answer: Answer) -> msgspec.Struct:
 
 async def _events(job: Job[Any], answer: Answer) -> AsyncGenerator[bytes, None]:
     runs = Runs(job.service, job.prepared)
-    async with contextlib.aclosing(runs.deltas()) as deltas:
-        async for number, delta in deltas:
-            for event in answer.piece(number, delta):
-                yield event
-    for event in answer.end(runs.results):
-        yield event
+    async with contextlib.aclosing(runs.batches()) as batches:
+        async for number, deltas in batches:
+            events = b"".join([event for delta in deltas for event in answer.piece(number, delta)])
+            if events:
+                yield events
+    yield b"".join(answer.end(runs.results))

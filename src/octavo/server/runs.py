@@ -14,7 +14,7 @@ from octavo.types import RequestOutput
 
 
 class Runs:
-    """Answers to several prompts with the same parameters. `deltas` may be called once.
+    """Answers to several prompts with the same parameters. `batches` may be called once.
 
     Whatever ends it, a failure of one prompt or the client's leaving, the others are aborted with it.
     """
@@ -28,8 +28,8 @@ class Runs:
         """One a prompt: everything so far."""
         return [generation.state.snapshot() for generation in self._generations]
 
-    async def deltas(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(number of the prompt, what was added to one of its outputs), as they come."""
+    async def batches(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
+        """(number of the prompt, what was added to its outputs since the turn before), as they come."""
         with self._service.admitted():
             otherwise = "abort"  # the client left
             try:
@@ -46,24 +46,24 @@ class Runs:
 
     async def finish(self) -> list[RequestOutput]:
         """Waits for the end of all."""
-        async with contextlib.aclosing(self.deltas()) as items:
+        async with contextlib.aclosing(self.batches()) as items:
             async for _ in items:
                 pass
         return self.results
 
-    async def _one(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        async with contextlib.aclosing(self._generations[0]) as deltas:
-            async for delta in deltas:
-                yield 0, delta
+    async def _one(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
+        async with contextlib.aclosing(self._generations[0]) as batches:
+            async for batch in batches:
+                yield 0, batch
 
-    async def _merged(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        queue: asyncio.Queue[tuple[int, Delta] | None] = asyncio.Queue()
+    async def _merged(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
+        queue: asyncio.Queue[tuple[int, list[Delta]] | None] = asyncio.Queue()
 
         async def feed(number: int) -> None:
             try:
-                async with contextlib.aclosing(self._generations[number]) as deltas:
-                    async for delta in deltas:
-                        queue.put_nowait((number, delta))
+                async with contextlib.aclosing(self._generations[number]) as batches:
+                    async for batch in batches:
+                        queue.put_nowait((number, batch))
             finally:
                 queue.put_nowait(None)
 
