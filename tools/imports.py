@@ -2,10 +2,10 @@
 
     server -> frontend -> [types, config]  <-  core -> sched -> cache
                                                  |
-                                                 +-> runtime -> models -> layers -> kernels -> platforms
+                                                 +-> runtime -> models -> layers -> dist -> kernels -> platforms
                                                         +---------+-> hub
 
-The frontend knows of the rest only `cache.prefix` and three modules of `hub`. An import inside a function counts too.
+The frontend knows of the rest only `cache.prefix` and four modules of `hub`. An import inside a function counts too.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ JOINS = {"", "__main__", "llm", "async_llm", "cli", "options", "plan_command", "
 BELOW: dict[str, set[str]] = {
     "platforms": set(),
     "kernels": {"platforms", "_cpu"},
-    "layers": {"kernels", "platforms"},
+    "dist": {"kernels", "platforms"},
+    "layers": {"dist", "kernels", "platforms"},
     "hub": set(),
-    "models": {"layers", "kernels", "platforms", "hub"},
-    "runtime": {"models", "layers", "kernels", "platforms", "hub"},
+    "models": {"layers", "dist", "kernels", "platforms", "hub"},
+    "runtime": {"models", "layers", "dist", "kernels", "platforms", "hub"},
     "cache": set(),
     "sched": {"cache"},
-    "core": {"sched", "cache", "runtime", "models", "layers", "kernels", "platforms", "hub"},
-    "frontend": {"cache.prefix", "hub.tokenizer", "hub.configs", "hub.files"},
+    "core": {"sched", "cache", "runtime", "models", "layers", "dist", "kernels", "platforms", "hub"},
+    "frontend": {"cache.prefix", "hub.tokenizer", "hub.configs", "hub.files", "hub.live"},
     "server": {"frontend", "async_llm"},
 }
 NO_TORCH = {"cache", "sched", "frontend", "server", "hub", "async_llm", "options", "terminal", *LEAVES}

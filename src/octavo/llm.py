@@ -20,9 +20,12 @@ from octavo.frontend.detokenize import TextDecoder
 from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
 from octavo.frontend.loading import TextModel, load_text_model
 from octavo.frontend.outputs import OutputProcessor, RequestState, error_of
+from octavo.hub.live import LiveModel, device_of, is_loaded
 from octavo.types import Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from octavo.core.process import Engine
     from octavo.hub.tokenizer import Tokenizer
 
@@ -41,7 +44,6 @@ NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "enable_chunked_prefill": (None, True),
     "enable_expert_parallel": (False,),
     "enable_lora": (False,),
-    "kv_cache_dtype": ("auto",),
     "max_seq_len_to_capture": None,
     "pipeline_parallel_size": (1,),
     "quantization": (None,),
@@ -58,12 +60,21 @@ class LLM:
     ``model`` is a repo id, a folder or a ``.gguf`` file; options are the fields of `EngineConfig`, flat, such as
     ``dtype``, ``max_model_len``, ``max_num_seqs``, ``kv_cache_memory_bytes``, ``device``. Raises `ConfigError`,
     `ModelError` or `OutOfMemory`.
+
+    ``model`` may also be a loaded ``transformers.PreTrainedModel``, whose parameters are then shared: each call of
+    `generate` or `chat` uses the values that they have at that time. ``tokenizer`` is Transformers' object or a name,
+    by default that of the name the model was loaded by.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        config = engine_config(model, options)
-        text = load_text_model(config)
-        self._setup(config, text, _start_core(config))
+    def __init__(self, model: str | os.PathLike[str] | PreTrainedModel, **options: Any) -> None:
+        live = None
+        if is_loaded(model):
+            config, live = _live_model(model, options)
+        else:
+            config = engine_config(model, options)
+        text = load_text_model(config, live)
+        self._setup(config, text, _start_core(config, text, live))
+        self._is_live = live is not None
 
     @classmethod
     def over(cls, core: Engine, text: TextModel, config: EngineConfig) -> LLM:
@@ -71,6 +82,8 @@ class LLM:
         llm = cls.__new__(cls)
         llm._setup(config, text, core)
         return llm
+
+    _is_live = False  # whether weights may change between two calls
 
     def _setup(self, config: EngineConfig, text: TextModel, core: Engine) -> None:
         self.config = config
@@ -173,6 +186,8 @@ class LLM:
 
     def _run(self, prepared: list[Prepared], use_tqdm: UseTqdm) -> list[RequestOutput]:
         core = self._engine()
+        if self._is_live:
+            core.reset_prefix_cache()  # what is in it was computed with weights that may have changed since
         outputs = OutputProcessor(self._decoder, self._inputs.eos_ids)
         states = [outputs.add(one) for one in prepared]
         waiting = deque(request for one in prepared for request in one.requests)
@@ -223,11 +238,28 @@ def engine_config(model: str | os.PathLike[str], options: Mapping[str, Any]) -> 
     return EngineConfig.of(model=os.fspath(model), **known)
 
 
-def _start_core(config: EngineConfig) -> Engine:
+def _live_model(model: PreTrainedModel, options: dict[str, Any]) -> tuple[EngineConfig, LiveModel]:
+    """The config for a loaded model: device and type are the model's, and options must not say otherwise."""
+    tokenizer, device = options.pop("tokenizer", None), device_of(model)
+    if options.get("device", "auto") not in ("auto", device):
+        raise ConfigError(f"device is {options['device']}, but the model is on {device}.", "Move the model first.")
+    given = {"dtype": str(model.dtype), **options, "device": device}
+    config = engine_config(model.name_or_path or type(model).__name__, given)
+    live = LiveModel(config.model, model, tokenizer)
+    live.check()
+    return config, live
+
+
+def _start_core(config: EngineConfig, text: TextModel, live: LiveModel | None) -> Engine:
     from octavo.core.engine import EngineCore
+    from octavo.core.vocabulary import Vocabulary
     from octavo.runtime.worker import Worker
 
-    return EngineCore(config, Worker())
+    tokenizer = text.tokenizer
+    if live is None or tokenizer is None:
+        return EngineCore(config, Worker(live))
+    size = live.vocab_size
+    return EngineCore(config, Worker(live), vocabulary=lambda: Vocabulary.of(tokenizer, size, text.eos_ids))
 
 
 def _prompts(prompts: object) -> list[Prompt]:

@@ -9,6 +9,7 @@ from typing import Any
 from octavo.config import EngineConfig
 from octavo.hub.configs import model_config
 from octavo.hub.files import find_files
+from octavo.hub.live import LiveModel
 from octavo.hub.tokenizer import Tokenizer
 
 
@@ -22,10 +23,13 @@ class TextModel:
     architecture: str = ""
 
 
-def load_text_model(config: EngineConfig) -> TextModel:
-    """Reads everything but the weights; raises `ModelError`. Imports neither torch nor, ordinarily, transformers."""
+def load_text_model(config: EngineConfig, live: LiveModel | None = None) -> TextModel:
+    """Reads everything but the weights; raises `ModelError`. Imports neither torch nor, ordinarily, transformers.
+
+    With a ``live`` model nothing is read.
+    """
     options = config.model
-    files = find_files(options, weights=False)
+    files = live or find_files(options, weights=False)
     model = model_config(files.hf_dict(), generation=files.generation, traced=True)  # the worker is strict
     ends = set(model.eos_ids)
     tokenizer = None if options.skip_tokenizer_init else files.load_tokenizer()

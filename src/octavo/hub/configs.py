@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from octavo.config import LayerSpec, ModelConfig
-from octavo.errors import ModelError, RequestError
+from octavo.errors import ConfigError, ModelError, RequestError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
 from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
 from octavo.hub.source import Source
@@ -31,7 +31,7 @@ _ROPE_DICTS: Final = ("rope_scaling", "rope_parameters")
 _ROPE_SCALARS: Final = ("rope_theta", "partial_rotary_factor")
 
 _NO_FLOAT16: Final = frozenset(("gemma2", "gemma3", "gemma3_text", "glm4"))  # their activations overflow it
-_DTYPES: Final = {
+DTYPES: Final = {
     "bfloat16": "bfloat16",
     "float16": "float16",
     "half": "float16",
@@ -151,15 +151,19 @@ def model_config(
     generation: Mapping[str, Any] | None = None,
     device: str = "cpu",
     fast_bfloat16: bool = False,
+    kv_cache_dtype: str = "auto",
+    converts_float8: bool = False,
     traced: bool = False,
 ) -> ModelConfig:
     """What the engine needs of ``hf`` (normalised), for ``device`` "cpu" or "cuda".
 
-    ``fast_bfloat16``: a CPU has instructions for it. ``traced``: the layers are found out by running the model, so
-    settings of theirs that cannot be read here are left out.
+    ``fast_bfloat16``: a CPU has instructions for it. ``converts_float8``: the device has some for 8-bit floats.
+    ``traced``: the layers are found out by running the model, so settings of theirs that cannot be read here are left
+    out.
 
     Raises `ModelError`: HF012 if nothing says which architecture it is, HF002 for a size that is missing or wrong,
-    HF020 for RoPE settings that cannot be applied, HF022 for a dtype that the model cannot run in.
+    HF020 for RoPE settings that cannot be applied, HF022 for a dtype that the model cannot run in; `ConfigError` for a
+    type of the KV cache that the device does not have.
     """
     text = text_config(hf)
     architectures = hf.get("architectures")
@@ -190,7 +194,20 @@ def model_config(
         # Transformers 4 looked at the text config, 5 looks at the top level.
         tie_embeddings=bool(hf.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
         hf=hf,
+        cache_dtype=_cache_dtype(kv_cache_dtype, converts_float8),
     )
+
+
+def _cache_dtype(wanted: str, converts_float8: bool) -> str | None:
+    """See `ModelConfig.cache_dtype`."""
+    if wanted == "auto":
+        return None
+    if not converts_float8:
+        raise ConfigError(
+            "kv_cache_dtype is fp8, but this device has no instructions for 8-bit floats.",
+            "Leave it at auto; fp8 needs an NVIDIA GPU of compute capability 8.9 or later (Ada, Hopper).",
+        )
+    return "float8_e4m3fn"
 
 
 def _layers(text: Hf, optional: bool) -> tuple[tuple[LayerSpec, ...], int]:
@@ -212,15 +229,15 @@ def choose_dtype(hf: Mapping[str, Any], wanted: str, device: str, *, fast_bfloat
     written = hf.get("dtype") or (inner.get("dtype") if isinstance(inner, dict) else None)
     refuses_float16 = model_type in _NO_FLOAT16
     if wanted != "auto":
-        if wanted not in _DTYPES:
-            raise ModelError(f"dtype is {wanted!r}.", f"Give auto or one of {', '.join(_DTYPES)}.", id="HF022")
-        if refuses_float16 and _DTYPES[wanted] == "float16":
+        if wanted not in DTYPES:
+            raise ModelError(f"dtype is {wanted!r}.", f"Give auto or one of {', '.join(DTYPES)}.", id="HF022")
+        if refuses_float16 and DTYPES[wanted] == "float16":
             raise ModelError(
                 f"{model_type} cannot run in float16: its activations overflow it.",
                 "Use --dtype bfloat16 or float32.",
                 id="HF022",
             )
-        return _DTYPES[wanted], f"asked for; the checkpoint says {written}"
+        return DTYPES[wanted], f"asked for; the checkpoint says {written}"
     if refuses_float16 and written == "float16":
         return "bfloat16", f"the checkpoint says float16, in which {model_type} overflows"
     if written in ("bfloat16", "float16"):

@@ -8,12 +8,13 @@ from octavo import platforms
 from octavo.config import EngineConfig, ModelConfig
 from octavo.hub.checkpoint import open_checkpoint
 from octavo.hub.configs import max_model_len, model_config
-from octavo.hub.files import find_files
+from octavo.hub.files import ModelFiles, find_files
+from octavo.hub.live import LiveModel
 from octavo.kernels import select
 from octavo.log import get_logger
 from octavo.models import registry
 from octavo.runtime.base import Pending, Progress, TokenMask
-from octavo.runtime.loader import fill_dummy, load
+from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache
 from octavo.runtime.runner import Runner, largest_step
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
@@ -21,15 +22,19 @@ from octavo.types import StepPlan
 
 
 class Worker:
-    """Owns the model, the cache and the device. Decisions are logged, one line each."""
+    """Owns the model, the cache and the device. Decisions are logged, one line each.
+
+    ``live`` is a model that is loaded already; what the config names is read from files otherwise.
+    """
+
+    def __init__(self, live: LiveModel | None = None) -> None:
+        self._live = live
 
     def init(self, config: EngineConfig) -> ModelConfig:
         """See `runtime.base.WorkerBase.init`."""
         log, options = get_logger(), config.model
         self._config = config
-        files = find_files(options, weights=options.load_format != "dummy")
-        self._source = files.weights
-        log.info("model: %s", self._source.reason)
+        files: ModelFiles | LiveModel = self._live or self._find_files()
         self.platform = platforms.select(config.device.device)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
@@ -40,28 +45,44 @@ class Worker:
             generation=files.generation,
             device=self.platform.device.type,
             fast_bfloat16=self.platform.fast_bfloat16,
+            kv_cache_dtype=config.memory.kv_cache_dtype,
+            converts_float8=self.platform.converts_float8,
             traced=registry.is_traced(hf, options.model_impl),
         )
         self._max_len, reason = max_model_len(self._model_config, options.max_model_len)
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
         log.info("max length: %d (%s)", self._max_len, reason)
-        self._class, reason = registry.choose(self._model_config, options.model_impl)
-        log.info("implementation: %s", reason)
+        if self._live is None:
+            self._class, reason = registry.choose(self._model_config, options.model_impl)
+            log.info("implementation: %s", reason)
         return self._model_config
+
+    def _find_files(self) -> ModelFiles:
+        options = self._config.model
+        files = find_files(options, weights=options.load_format != "dummy")
+        self._source = files.weights
+        get_logger().info("model: %s", self._source.reason)
+        return files
 
     def load(self, progress: Progress) -> None:
         """See `runtime.base.WorkerBase.load`."""
-        options = self._config.model
-        self._model = self._class(self._model_config, self._max_len)
-        if options.load_format == "dummy":
-            report = fill_dummy(self._model, options.seed, self.platform.device)
+        if self._live is None:
+            self._model = self._class(self._model_config, self._max_len)
+            get_logger().info("weights: %s", self._fill(progress))
         else:
-            checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
-            report = load(self._model, checkpoint, self.platform.device, progress)
+            from octavo.models.hf.live import share
+
+            self._model = share(self._live.model, self._model_config, self._max_len, self.platform.device)
         self._model_config = self._model.config  # the Transformers backend finds out the layers itself
-        get_logger().info("weights: %s", report)
         for line in select.report():
             get_logger().info("kernels: %s", line)
+
+    def _fill(self, progress: Progress) -> LoadReport:
+        options = self._config.model
+        if options.load_format == "dummy":
+            return fill_dummy(self._model, options.seed, self.platform.device)
+        checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
+        return load(self._model, checkpoint, self.platform.device, progress)
 
     def plan_memory(self) -> tuple[int, int]:
         """See `runtime.base.WorkerBase.plan_memory`."""

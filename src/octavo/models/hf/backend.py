@@ -33,16 +33,21 @@ from octavo.models.hf.swaps import swap
 class TransformersModel(SelfLoading):
     """``config.layers`` become those that the model was seen to have; all have the K/V shape of the largest."""
 
-    def __init__(self, config: ModelConfig, max_len: int) -> None:
+    def __init__(self, config: ModelConfig, max_len: int, model: nn.Module | None = None) -> None:
+        """``model``: one that is built already, for a class that the config does not lead to."""
         super().__init__(config, max_len)
         self._geometry = config
-        self.model: Any = build(config, self.dtype)
+        self.model: Any = build(config, self.dtype) if model is None else model
         freeze_rope(self.model, max_len)
         self._body: nn.Module | None = None
         self._native: NativeDecoder | None = None
         self._plain_head: nn.Module | None = None
         self.swapped = ""
         """What of the model was replaced by our own layers, for the log."""
+        self._adopt_early()
+
+    def _adopt_early(self) -> None:
+        """Traces a copy without memory, so that a model that cannot run is refused before its weights are read."""
         try:
             meta = copy.deepcopy(self.model).to("meta")
             self._adopt(meta, torch.device("meta"))
@@ -149,7 +154,7 @@ class TransformersModel(SelfLoading):
         body = self.model.get_submodule(self._body_name)
         if not counts_from_zero(body, self.config, self.dtype, device):
             raise trace.refusal(f"{type(body).__name__} numbers positions in its own way, not 0, 1, 2 …")
-        self._native, self.swapped = swap(self.model, body, self.config, self._geometry, self.max_len)
+        self._native = self._replace(body)
         self.capturable = self._native is not None  # of code that is not ours nobody knows
         get_logger().info("transformers: %s", self.swapped)
         self.body = body
@@ -158,6 +163,11 @@ class TransformersModel(SelfLoading):
         setattr(self.model.get_submodule(parent), name, self._head)
         self._no_ids = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._plain_head = self._find_plain_head(device) if self._native is not None else None
+
+    def _replace(self, body: nn.Module) -> NativeDecoder | None:
+        """Puts our own layers where they compute the same; the decoder that they make up, if they are all of it."""
+        native, self.swapped = swap(self.model, body, self.config, self._geometry, self.max_len)
+        return native
 
 
 class _Given(nn.Module):

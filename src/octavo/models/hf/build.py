@@ -48,7 +48,7 @@ def build(wanted: ModelConfig, dtype: torch.dtype) -> nn.Module:
             "Correct config.json, or install the version of Transformers that the model was made for.",
             id="HF002",
         ) from error
-    _refuse_parts(model)
+    refuse_parts(model)
     _keep_in_float32(model, dtype)
     return model.eval().requires_grad_(False)
 
@@ -112,7 +112,7 @@ def _refuse_kind(config: Any) -> None:
         raise _refused(config, f"it has layers that keep a state ({', '.join(sorted(recurrent))})")
 
 
-def _refuse_parts(model: Any) -> None:
+def refuse_parts(model: Any) -> None:
     """What shows in the modules: all that carries something from one token to the next, other than attention."""
     if getattr(model, "_is_stateful", False):
         raise _refused(model.config, "it is recurrent")

@@ -259,7 +259,10 @@ def _norm_formula(parts: Parts) -> NormFormula | None:
 
 
 def native_norm(module: nn.Module, call: Call, chosen: Ops) -> RMSNorm | None:
-    """`RMSNorm` with the weight of ``module``, if it computes the same, by formula and for the input of ``call``."""
+    """`RMSNorm` with the weight of ``module``, if it computes the same, by formula and for the input of ``call``.
+
+    The weight is the same memory, unless the formula adds something to it.
+    """
     weight: Any = getattr(module, "weight", None)
     x: Any = call.args[0] if call.args else None
     if not all(isinstance(tensor, torch.Tensor) for tensor in (weight, x, call.output)):
@@ -270,7 +273,8 @@ def native_norm(module: nn.Module, call: Call, chosen: Ops) -> RMSNorm | None:
     if formula is None:
         return None
     made = RMSNorm(weight.shape[0], formula.eps, dtype=weight.dtype)
-    made.weight = nn.Parameter((weight.data + formula.add).clone(), requires_grad=False)
+    value = weight.data + formula.add if formula.add else weight.data
+    made.weight = nn.Parameter(value, requires_grad=False)
     made.finish(chosen)
     return made if same(made(x), call.output) else None
 

@@ -84,6 +84,17 @@ def swap(
     return None, _told(done)
 
 
+def swap_norms(body: nn.Module, config: ModelConfig, max_len: int) -> str:
+    """Replaces the norms of ``body`` that can share their weight with ours; returns a line for the log."""
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    device = next(body.parameters()).device
+    done: Counter[str] = Counter()
+    with torch.inference_mode():
+        seen = watch(body, config, dtype, spread(max_len, device))
+        _swap_norms(body, seen, device, dtype, done, shared=True)
+    return _told(done)
+
+
 def _told(done: Counter[str]) -> str:
     return "replaced by our own: " + (", ".join(f"{count} {what}" for what, count in done.items()) or "nothing")
 
@@ -127,12 +138,18 @@ def _children(root: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 
 def _swap_norms(
-    body: nn.Module, seen: dict[nn.Module, Call], device: torch.device, dtype: torch.dtype, done: Counter[str]
+    body: nn.Module,
+    seen: dict[nn.Module, Call],
+    device: torch.device,
+    dtype: torch.dtype,
+    done: Counter[str],
+    *,
+    shared: bool = False,
 ) -> None:
     for parent, name, module in _children(body):
         if module in seen and not isinstance(module, Layer):
             norm = native_norm(module, seen[module], ops(device, dtype))
-            if norm is not None:
+            if norm is not None and (not shared or norm.weight.data_ptr() == module.get_parameter("weight").data_ptr()):
                 setattr(parent, name, norm)
                 done["norms"] += 1
 
