@@ -164,16 +164,14 @@ class CoreClient:
             self._loop.call_soon(self._read)
 
     def _read(self) -> None:
-        """One message a turn: others must get theirs."""
+        """All that has come, so that a busy loop hands over several steps at once; but others must get their turn."""
         self._reading = False
         if self._closing:
             return
-        try:
-            frame = self._socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            return
-        self._wake()
-        self._take(decode_output(frame))
+        with contextlib.suppress(zmq.Again):
+            for _ in range(MAX_BURST):
+                self._take(decode_output(self._socket.recv(zmq.NOBLOCK)))
+            self._wake()
 
     def _take(self, message: CoreOutput) -> None:
         if isinstance(message, Outputs):
