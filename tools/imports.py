@@ -2,7 +2,7 @@
 
     server -> frontend -> [types, config]  <-  core -> sched -> cache
                                                  |
-                                                 +-> runtime -> models -> layers -> dist -> kernels -> platforms
+                                                 +-> runtime -> models -> layers -> parallel -> kernels -> platforms
                                                         +---------+-> hub
 
 The frontend knows of the rest only `cache.prefix` and four modules of `hub`. An import inside a function counts too.
@@ -22,14 +22,14 @@ JOINS = {"", "__main__", "llm", "async_llm", "cli", "options", "plan_command", "
 BELOW: dict[str, set[str]] = {
     "platforms": set(),
     "kernels": {"platforms", "_cpu"},
-    "dist": {"kernels", "platforms"},
-    "layers": {"dist", "kernels", "platforms"},
+    "parallel": {"kernels", "platforms"},
+    "layers": {"parallel", "kernels", "platforms"},
     "hub": set(),
-    "models": {"layers", "dist", "kernels", "platforms", "hub"},
-    "runtime": {"models", "layers", "dist", "kernels", "platforms", "hub"},
+    "models": {"layers", "parallel", "kernels", "platforms", "hub"},
+    "runtime": {"models", "layers", "parallel", "kernels", "platforms", "hub"},
     "cache": set(),
     "sched": {"cache"},
-    "core": {"sched", "cache", "runtime", "models", "layers", "dist", "kernels", "platforms", "hub"},
+    "core": {"sched", "cache", "runtime", "models", "layers", "parallel", "kernels", "platforms", "hub"},
     "frontend": {"cache.prefix", "hub.tokenizer", "hub.configs", "hub.files", "hub.live"},
     "server": {"frontend", "async_llm"},
 }

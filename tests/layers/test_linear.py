@@ -44,18 +44,18 @@ def test_a_layer_is_built_without_memory() -> None:
 
 def test_rules_place_siblings_of_the_layer_one_below_the_other() -> None:
     assert qkv().load_rules("model.layers.0.self_attn.qkv_proj") == [
-        LoadRule("model.layers.0.self_attn.q_proj.weight", "weight", 0, 6, "out"),
-        LoadRule("model.layers.0.self_attn.q_proj.bias", "bias", 0, 6, "out"),
-        LoadRule("model.layers.0.self_attn.k_proj.weight", "weight", 6, 2, "out"),
-        LoadRule("model.layers.0.self_attn.k_proj.bias", "bias", 6, 2, "out"),
-        LoadRule("model.layers.0.self_attn.v_proj.weight", "weight", 8, 4, "out"),
-        LoadRule("model.layers.0.self_attn.v_proj.bias", "bias", 8, 4, "out"),
+        LoadRule("model.layers.0.self_attn.q_proj.weight", "weight", 0, 6),
+        LoadRule("model.layers.0.self_attn.q_proj.bias", "bias", 0, 6),
+        LoadRule("model.layers.0.self_attn.k_proj.weight", "weight", 6, 2),
+        LoadRule("model.layers.0.self_attn.k_proj.bias", "bias", 6, 2),
+        LoadRule("model.layers.0.self_attn.v_proj.weight", "weight", 8, 4),
+        LoadRule("model.layers.0.self_attn.v_proj.bias", "bias", 8, 4),
     ]
 
 
 def test_the_bias_of_a_layer_cut_along_its_input_is_not_cut() -> None:
     linear = Linear(8, {"o_proj": 4}, bias=True, shard="in", dtype=torch.float32)
-    assert [rule.shard for rule in linear.load_rules("o_proj")] == ["in", None]
+    assert [rule.cut for rule in linear.load_rules("o_proj")] == [None, None]
     assert linear.load_rules("o_proj")[0].source == "o_proj.weight"
 
 

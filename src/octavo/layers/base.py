@@ -14,22 +14,23 @@ import torch
 from torch import nn
 
 from octavo.kernels.select import REFERENCE, Ops
+from octavo.parallel.shards import Cut
 
 Shard = Literal["out", "in"]
+"""How a product is divided among ranks: by its outputs, each rank a part of the result, or by its inputs, each rank a
+summand of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRule:
-    """Tensor ``source`` of the checkpoint is rows ``start : start + rows`` of the layer's ``parameter``.
-
-    ``shard`` is how tensor parallelism would cut the source: "out" along its rows, "in" along its columns, None not.
-    """
+    """Tensor ``source`` of the checkpoint, or the ``cut`` of it that this rank holds, is rows ``start : start + rows``
+    of the layer's ``parameter``."""
 
     source: str
     parameter: str
     start: int
     rows: int
-    shard: Shard | None = None
+    cut: Cut | None = None
 
 
 class Layer(nn.Module):

@@ -1,4 +1,4 @@
-"""Token embeddings, and the head that shares their weight."""
+"""Token embeddings, the head that may share their weight, and how ranks divide the vocabulary between them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,34 @@ import torch.nn.functional as F
 
 from octavo.kernels.select import Ops, PackedLinear
 from octavo.layers.base import Layer, LoadRule, parameter
+from octavo.parallel.group import Group, current
+from octavo.parallel.shards import Cut, cut
 
 
 class Embedding(Layer):
-    """``weight[ids]`` for ``ids[T]``. With ``tied``, `logits` multiplies by the same, single copy of the weight."""
+    """``weight[ids]`` for ``ids[T]``. With ``tied``, `logits` multiplies by the same, single copy of the weight.
+
+    Each rank holds a range of the vocabulary.
+    """
 
     def __init__(self, vocab_size: int, size: int, *, tied: bool = False, dtype: torch.dtype) -> None:
         super().__init__()
         self.tied = tied
-        self.weight = parameter(vocab_size, size, dtype=dtype)
+        self.vocab_size = vocab_size
+        self.group = current()
+        self.cut = vocab_cut(vocab_size, self.group)
+        self.weight = parameter(vocab_size if self.cut is None else self.cut.size, size, dtype=dtype)
         self._packed: PackedLinear | None = None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.cut is None:
+            return self._rows(ids)
+        local = ids - self.cut.first
+        own = (local >= 0) & (local < self.cut.size)
+        rows = self._rows(local.clamp(0, self.cut.size - 1))
+        return self.group.all_reduce(rows.masked_fill_(~own.unsqueeze(-1), 0))
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         if self._packed is not None:
             return self._packed.rows(ids)
         return F.embedding(ids, self.weight)
@@ -27,15 +43,29 @@ class Embedding(Layer):
         """``hidden[S, C]`` to ``[S, vocab]``, when tied."""
         if not self.tied:
             raise RuntimeError("this embedding is not the model's head")
-        if self._packed is not None:
-            return self._packed(hidden)
-        return self.ops.linear(hidden, self.weight)
+        own = self._packed(hidden) if self._packed is not None else self.ops.linear(hidden, self.weight)
+        return gather_vocab(own, self.vocab_size, self.group)
 
     def load_rules(self, name: str) -> list[LoadRule]:
-        return [LoadRule(f"{name}.weight", "weight", 0, self.weight.shape[0], "out")]
+        return [LoadRule(f"{name}.weight", "weight", 0, self.weight.shape[0], self.cut)]
 
     def finish(self, ops: Ops) -> None:
         super().finish(ops)
         self._packed = ops.pack_linear(self.weight, None) if self.tied else None
         if self._packed is not None:
             del self.weight
+
+
+def vocab_cut(vocab_size: int, group: Group) -> Cut | None:
+    """The range of tokens that this rank holds, None alone. The last rank's may be shorter."""
+    return cut(0, vocab_size, group.rank, group.size) if group.size > 1 else None
+
+
+def gather_vocab(own: torch.Tensor, vocab_size: int, group: Group) -> torch.Tensor:
+    """Logits ``[S, vocab_size]`` from each rank's, which are those of its `vocab_cut`."""
+    if group.size == 1:
+        return own
+    share = -(-vocab_size // group.size)
+    if own.shape[-1] < share:
+        own = F.pad(own, (0, share - own.shape[-1]))
+    return group.all_gather(own)[..., :vocab_size]

@@ -8,6 +8,8 @@ import torch
 
 from octavo.kernels.select import Ops, PackedLinear
 from octavo.layers.base import Layer, LoadRule, Shard, parameter
+from octavo.parallel.group import current
+from octavo.parallel.shards import Cut, cut
 
 
 class Linear(Layer):
@@ -15,6 +17,9 @@ class Linear(Layer):
 
     ``parts`` maps checkpoint names to output sizes, in order: ``{"q_proj": 576, "k_proj": 192, "v_proj": 192}``. They
     are siblings of the layer in the checkpoint: ``….qkv_proj`` is read from ``….q_proj.weight`` and so on.
+
+    Among several ranks, ``shard`` "out" gives each its share of every part, "in" its share of the inputs; the results
+    of the latter are summed. All sizes are those of the whole layer. A part of ``units`` is cut between them only.
     """
 
     def __init__(
@@ -24,35 +29,44 @@ class Linear(Layer):
         *,
         bias: bool = False,
         shard: Shard | None = None,
+        units: Mapping[str, int] | None = None,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        out_size = sum(parts.values())
+        self.group, units = current(), units or {}
+        rank, ranks = self.group.rank, self.group.size
         self.parts = dict(parts)
-        self.shard = shard
+        self.cuts: dict[str, Cut] = {}
+        if shard == "out" and ranks > 1:
+            self.cuts = {part: cut(0, rows, rank, ranks, units.get(part)) for part, rows in parts.items()}
+            self.parts = {part: own.size for part, own in self.cuts.items()}
+        self.in_cut = cut(1, in_size, rank, ranks) if shard == "in" and ranks > 1 else None
+        out_size = sum(self.parts.values())
+        in_size = in_size if self.in_cut is None else self.in_cut.size
         self.weight = parameter(out_size, in_size, dtype=dtype)
         self.bias = parameter(out_size, dtype=dtype) if bias else None
         self.packed: PackedLinear | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None:
-            return self.packed(x)
-        return self.ops.linear(x, self.weight, self.bias)
+        out = self.ops.linear(x, self.weight, self.bias) if self.packed is None else self.packed(x)
+        return out if self.in_cut is None else self.group.all_reduce(out)
 
     def load_rules(self, name: str) -> list[LoadRule]:
         parent = name.rpartition(".")[0]
         prefix = f"{parent}." if parent else ""
         rules, start = [], 0
         for part, rows in self.parts.items():
-            rules.append(LoadRule(f"{prefix}{part}.weight", "weight", start, rows, self.shard))
+            own = self.cuts.get(part)
+            rules.append(LoadRule(f"{prefix}{part}.weight", "weight", start, rows, own or self.in_cut))
             if self.bias is not None:  # a bias has no columns to cut
-                shard: Shard | None = "out" if self.shard == "out" else None
-                rules.append(LoadRule(f"{prefix}{part}.bias", "bias", start, rows, shard))
+                rules.append(LoadRule(f"{prefix}{part}.bias", "bias", start, rows, own))
             start += rows
         return rules
 
     def finish(self, ops: Ops) -> None:
         super().finish(ops)
+        if self.in_cut is not None and self.group.rank > 0:
+            self.bias = None  # a sum over ranks has it once
         self.packed = ops.pack_linear(self.weight, self.bias)
         if self.packed is not None:  # which is now the only copy
             del self.weight, self.bias

@@ -9,7 +9,7 @@ are per layer, in its `LayerSpec`; biases and the norm of heads are in `Wiring`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,11 +21,13 @@ from octavo.kernels.select import FusedLayer, LayerParts
 from octavo.layers import context
 from octavo.layers.activation import GatedActivation
 from octavo.layers.attention import Attention
-from octavo.layers.embedding import Embedding
+from octavo.layers.embedding import Embedding, gather_vocab
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import Rotary, shared_rotaries
 from octavo.models.base import Model
+from octavo.parallel.group import current
+from octavo.parallel.shards import check, heads_of_rank
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class LlamaAttention(nn.Module):
         has = wiring(config)
         q_size, kv_size = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         self.head_dim = spec.head_dim
-        self.sizes = [q_size, kv_size, kv_size]
         parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.qkv_proj = Linear(config.hidden_size, parts, bias=has.qkv_bias, shard="out", dtype=dtype)
+        units = {"k_proj": spec.kv_heads, "v_proj": spec.kv_heads}
+        self.qkv_proj = Linear(config.hidden_size, parts, bias=has.qkv_bias, shard="out", units=units, dtype=dtype)
+        self.sizes = list(self.qkv_proj.parts.values())
         self.q_norm = RMSNorm(spec.head_dim, config.norm_eps, dtype=dtype) if has.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, config.norm_eps, dtype=dtype) if has.qk_norm else None
         self.rotary_emb = rotary
@@ -103,9 +106,10 @@ class LlamaMLP(nn.Module):
 class LlamaDecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.spec = config.layers[layer]
+        whole = config.layers[layer]
+        self.spec = heads_of_rank(whole, current().size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.self_attn = LlamaAttention(config, self.spec, layer, rotary, dtype)
+        self.self_attn = LlamaAttention(config, whole, layer, rotary, dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = LlamaMLP(config, dtype)
 
@@ -124,6 +128,8 @@ class LlamaDecoderLayer(nn.Module):
     def fused(self) -> FusedLayer | None:
         """This layer in one call, where the operators have that; asked for once the weights are loaded."""
         attention, mlp = self.self_attn, self.mlp
+        if mlp.down_proj.in_cut is not None:
+            return None  # between its products the ranks meet
         parts = LayerParts(
             qkv=attention.qkv_proj.packed,
             o=attention.o_proj.packed,
@@ -165,11 +171,14 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(Model):
-    """``max_len`` is the longest sequence that the engine will run."""
+    """``max_len`` is the longest sequence that the engine will run; ``config.layers`` become those of this rank."""
 
     def __init__(self, config: ModelConfig, max_len: int) -> None:
         super().__init__(config, max_len)
+        self.group = current()
+        check(self.group.size, {"intermediate_size": config.intermediate_size}, config.layers)
         self.model = LlamaModel(config, max_len, self.dtype)
+        self.config = replace(config, layers=tuple(heads_of_rank(spec, self.group.size) for spec in config.layers))
         self.lm_head: Linear | None = None
         if config.tie_embeddings:
             self.tied = ("lm_head.weight", "model.embed_tokens.weight")
@@ -189,5 +198,4 @@ class LlamaForCausalLM(Model):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self.lm_head is None:
             return self.model.embed_tokens.logits(hidden)
-        logits: torch.Tensor = self.lm_head(hidden)
-        return logits
+        return gather_vocab(self.lm_head(hidden), self.config.vocab_size, self.group)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -69,16 +70,16 @@ def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: P
     _check_shapes(plan, tensors)
 
     ops = select.ops(device, model.dtype)
-    total = sum(tensors[rule.source].nbytes for _, rules in plan for rule in rules)
+    total = sum(_nbytes(rule, tensors) for _, rules in plan for rule in rules)
     arrays = _read_ahead(checkpoint, [piece for _, rules in plan for rule in rules for piece in _pieces(rule, tensors)])
     done = 0
     for layer, rules in plan:
         layer.materialise(device)
         for rule in rules:
             target = _target(layer, rule)
-            for _, rows in _pieces(rule, tensors):
-                target[rows].copy_(as_tensor(next(arrays)))
-            done += tensors[rule.source].nbytes
+            for piece in _pieces(rule, tensors):
+                target[piece.target].copy_(as_tensor(next(arrays)))
+            done += _nbytes(rule, tensors)
             progress("load", done / total)
         layer.finish(ops)
     count = sum(len(rules) for _, rules in plan)
@@ -88,7 +89,7 @@ def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: P
 def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> LoadReport:
     """Random weights on ``device`` (the CPU by default): normal with std 0.02, norm weights 1.
 
-    A tensor's values depend on the seed, its name, its type and the kind of device.
+    A tensor's values depend on the seed, its name, its type and the kind of device, and not on the number of ranks.
     """
     start = time.perf_counter()
     device = torch.device("cpu") if device is None else device
@@ -103,7 +104,11 @@ def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> L
         generator, sizes = torch.Generator(device), []
         for parameter, tensor in layer.named_parameters(recurse=False):
             generator.manual_seed(seed ^ zlib.crc32(f"{name}.{parameter}".encode()))
-            layer.fill_dummy(parameter, generator)
+            cut = [rule for rule in layer.load_rules(name) if rule.parameter == parameter and rule.cut is not None]
+            if cut:
+                _fill_cut(tensor, cut, generator)
+            else:
+                layer.fill_dummy(parameter, generator)
             sizes.append(tensor.nbytes)
         layer.finish(ops)
         return sizes
@@ -130,8 +135,42 @@ def _untie_if_distinct(model: Model, checkpoint: Checkpoint, tensors: Mapping[st
     model.untie()
 
 
-def _pieces(rule: LoadRule, tensors: Mapping[str, TensorInfo]) -> list[tuple[str, slice]]:
-    return [(rule.source, rows) for rows in _runs(tensors[rule.source])]
+class _Piece(NamedTuple):
+    source: str
+    slices: tuple[slice, ...]  # of the source
+    target: slice  # rows of the rule's part of the parameter
+
+
+def _pieces(rule: LoadRule, tensors: Mapping[str, TensorInfo]) -> list[_Piece]:
+    """What a rule reads, in pieces of whole rows, or of the rank's part of each row."""
+    runs = _runs(tensors[rule.source])
+    if rule.cut is None:
+        return [_Piece(rule.source, (rows,), rows) for rows in runs]
+    if rule.cut.dim == 1:
+        return [_Piece(rule.source, (rows, *rule.cut.slices()[1:]), rows) for rows in runs]
+    first, last = rule.cut.first, rule.cut.first + rule.cut.size
+    own = [slice(max(rows.start, first), min(rows.stop, last)) for rows in runs]
+    return [
+        _Piece(rule.source, (rows,), slice(rows.start - first, rows.stop - first))
+        for rows in own
+        if rows.start < rows.stop
+    ]
+
+
+def _nbytes(rule: LoadRule, tensors: Mapping[str, TensorInfo]) -> int:
+    whole = tensors[rule.source].nbytes
+    return whole if rule.cut is None else whole * rule.cut.size // rule.cut.whole
+
+
+def _fill_cut(tensor: torch.Tensor, rules: Sequence[LoadRule], generator: torch.Generator) -> None:
+    """This rank's parts of what `Layer.fill_dummy` gives to the whole parameter, its sources one below the other."""
+    cuts = [rule.cut for rule in rules if rule.cut is not None]
+    sizes = [cut.whole if cut.dim == 0 else rule.rows for rule, cut in zip(rules, cuts, strict=True)]
+    columns = cuts[0].whole if cuts[0].dim == 1 else tensor.shape[-1]
+    shape = (sum(sizes), columns) if tensor.dim() == 2 else (sum(sizes),)
+    whole = torch.empty(shape, dtype=tensor.dtype, device=tensor.device).normal_(0.0, 0.02, generator=generator)
+    for rule, cut, part in zip(rules, cuts, torch.split(whole, sizes), strict=True):
+        tensor.data.narrow(0, rule.start, rule.rows).copy_(part[cut.slices()])
 
 
 def _runs(info: TensorInfo) -> list[slice]:
@@ -141,12 +180,12 @@ def _runs(info: TensorInfo) -> list[slice]:
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
-def _read_ahead(checkpoint: Checkpoint, pieces: Iterable[tuple[str, slice]]) -> Iterator[Array]:
+def _read_ahead(checkpoint: Checkpoint, pieces: Iterable[_Piece]) -> Iterator[Array]:
     """The arrays of ``pieces`` in order, each of `READERS` threads reading one while the caller copies another."""
     pending: deque[Future[Array]] = deque()
     with ThreadPoolExecutor(READERS, "octavo-load") as pool:
-        for source, rows in pieces:
-            pending.append(pool.submit(checkpoint.read, source, (rows,)))
+        for piece in pieces:
+            pending.append(pool.submit(checkpoint.read, piece.source, piece.slices))
             if len(pending) > READERS:
                 yield pending.popleft().result()
         while pending:
@@ -156,6 +195,13 @@ def _read_ahead(checkpoint: Checkpoint, pieces: Iterable[tuple[str, slice]]) -> 
 def _layers(model: Model) -> list[tuple[str, Layer]]:
     """In the order of the model, each once even if several modules share it."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, Layer)]
+
+
+def _whole_shape(target: torch.Tensor, rule: LoadRule) -> tuple[int, ...]:
+    shape = list(target.shape)
+    if rule.cut is not None:
+        shape[rule.cut.dim] = rule.cut.whole
+    return tuple(shape)
 
 
 def _target(layer: Layer, rule: LoadRule) -> torch.Tensor:
@@ -209,7 +255,7 @@ def _check_shapes(plan: Sequence[tuple[Layer, list[LoadRule]]], tensors: Mapping
     wrong = []
     for layer, rules in plan:
         for rule in rules:
-            wanted, found = tuple(_target(layer, rule).shape), tuple(tensors[rule.source].shape)
+            wanted, found = _whole_shape(_target(layer, rule), rule), tuple(tensors[rule.source].shape)
             if wanted != found:
                 wrong.append(f"{rule.source} is {list(found)} where the model needs {list(wanted)}")
     if wrong:

@@ -1,0 +1,141 @@
+"""The processes that hold parts of one model, a device each, and the collectives between them.
+
+A layer takes `current` when it is built and calls it in its forward. Alone (`SINGLE`) every collective is the identity,
+and torch.distributed is not imported. Ranks meet in a file in a private folder, so that no port is fixed and nothing
+listens outside of the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class LostPeer(RuntimeError):
+    """A collective failed: another rank ended, or did not come in time."""
+
+
+class Group:
+    """One process alone. Tensors are on the rank's device; every rank makes the same calls in the same order."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of the ranks' ``x``; may be ``x`` itself, overwritten."""
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """``x[..., N]`` of all ranks side by side: ``[..., size * N]``."""
+        return x
+
+    def broadcast_(self, x: torch.Tensor) -> None:
+        """Overwrites ``x`` with that of rank 0."""
+
+    def least(self, value: int) -> int:
+        """The smallest ``value`` of all ranks."""
+        return value
+
+    def abort(self) -> None:
+        """Lets go of collectives that wait on the device for a rank that is gone; may be called from any thread."""
+
+    def close(self) -> None:
+        """Ends the connections."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
+        return self
+
+
+SINGLE = Group()
+
+_current: Group = SINGLE
+
+
+def current() -> Group:
+    """The group that layers built now belong to."""
+    return _current
+
+
+@contextmanager
+def use(group: Group) -> Iterator[None]:
+    """Makes ``group`` the current one while a model is built."""
+    global _current
+    before, _current = _current, group
+    try:
+        yield
+    finally:
+        _current = before
+
+
+class TorchGroup(Group):
+    """Ranks joined by a process group of torch.distributed: gloo on CPUs, NCCL on NVIDIA GPUs."""
+
+    def __init__(self, backend: Any, rank: int, size: int, device: torch.device) -> None:
+        from torch.distributed import distributed_c10d as c10d
+
+        self.rank, self.size, self._device = rank, size, device
+        self._backend = backend
+        self._sum, self._min = c10d.AllreduceOptions(), c10d.AllreduceOptions()
+        self._min.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
+        self._from_first = c10d.BroadcastOptions()
+        self._from_first.rootRank = 0
+        self._gather = c10d.AllgatherOptions()
+        for options in (self._sum, self._min, self._from_first, self._gather):
+            options.asyncOp = False  # on the current stream, so that a graph captures it like any kernel
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        self._wait(lambda: self._backend.allreduce([x], self._sum))
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.new_empty((self.size, *x.shape))
+        self._wait(lambda: self._backend._allgather_base(parts, x.contiguous(), self._gather))
+        return parts.movedim(0, -2).flatten(-2)
+
+    def broadcast_(self, x: torch.Tensor) -> None:
+        self._wait(lambda: self._backend.broadcast([x], self._from_first))
+
+    def least(self, value: int) -> int:
+        x = torch.tensor([value], dtype=torch.int64, device=self._device)
+        self._wait(lambda: self._backend.allreduce([x], self._min))
+        return int(x.item())
+
+    def abort(self) -> None:
+        if self._device.type == "cuda":
+            self._backend.abort()
+
+    def close(self) -> None:
+        self._backend.shutdown()
+
+    def _wait(self, start: Callable[[], Any]) -> None:
+        """On a GPU the stream waits, on a CPU this process."""
+        try:
+            start().wait()
+        except RuntimeError as error:
+            raise LostPeer(str(error)) from error
+
+
+def connect(rank: int, size: int, device: torch.device, folder: Path, seconds: float) -> Group:
+    """Joins the ranks that meet in ``folder``; blocks until all are there. Collectives fail after ``seconds``."""
+    from torch import distributed
+
+    made: Any = distributed  # whose stubs lack these classes
+    limit = timedelta(seconds=seconds)
+    store = made.FileStore(str(folder / "ranks"), size)
+    store.set_timeout(limit)
+    if device.type == "cuda":
+        backend = made.ProcessGroupNCCL(store, rank, size, limit)
+    else:
+        options = made.ProcessGroupGloo._Options()
+        options._devices = [made.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = limit
+        backend = made.ProcessGroupGloo(store, rank, size, options)
+    group = TorchGroup(backend, rank, size, device)
+    group.least(0)  # connects now, not in the first step
+    return group
