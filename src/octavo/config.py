@@ -94,6 +94,9 @@ class MemoryOptions:
         0.9, "share of the GPU's memory to use", alias=("device_memory_utilization",)
     )
     kv_cache_memory_bytes: int | None = option(None, "memory of the KV cache (2G, 512M); overrides the share")
+    kv_cache_dtype: str = option(
+        "auto", "type of the KV cache: the model's, or 8 bits (e4m3, unscaled; CUDA only)", choices=("auto", "fp8")
+    )
     block_size: int = option(16, "tokens in a page of the KV cache", choices=("16", "32", "64", "128"))
     enable_prefix_caching: bool = option(True, "reuse pages of equal prompt prefixes")
 
@@ -308,9 +311,10 @@ class ModelConfig:
     hidden_act: str
     tie_embeddings: bool
     hf: Mapping[str, Any]
+    cache_dtype: str | None = None  # of the KV cache: "float8_e4m3fn", or None for ``dtype``
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of K and V for one token over all layers."""
-        size = 4 if self.dtype == "float32" else 2
+        size = {"float32": 4, "float8_e4m3fn": 1}.get(self.cache_dtype or self.dtype, 2)
         return sum(2 * layer.kv_heads * layer.head_dim * size for layer in self.layers)

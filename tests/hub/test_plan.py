@@ -91,6 +91,14 @@ def test_gpu_keeps_a_reserve_and_computes_in_bfloat16(folder: Path) -> None:
     assert 0.8 * GPU.memory < made.cache.budget < 0.9 * GPU.memory - made.weights.loaded
 
 
+def test_a_cache_of_8_bits_holds_twice_the_tokens_on_a_gpu_and_is_refused_on_a_cpu(folder: Path) -> None:
+    wide, narrow = (plan(folder, GPU, kv_cache_dtype=dtype, kv_cache_memory_bytes=1 << 20) for dtype in ("auto", "fp8"))
+    assert narrow.cache.bytes_per_token * 2 == wide.cache.bytes_per_token
+    assert narrow.cache.tokens // 2 in range(wide.cache.tokens, wide.cache.tokens + 17)
+    with pytest.raises(ConfigError, match="Leave it at auto"):
+        plan(folder, CPU, kv_cache_dtype="fp8")
+
+
 def test_unsupported_architecture_is_planned_with_the_reason(folder: Path) -> None:
     made = plan(folder, hf_overrides={"architectures": ["FooForCausalLM"]})
     assert (made.implementation, made.exit_code) == (None, 3)

@@ -106,6 +106,13 @@ class Batch:
         case = self.case
         return self.query, self.cache, self.meta, self.scale, case.window, case.softcap, self.sinks
 
+    def round_to_float8(self) -> None:
+        """Makes the cache one of 8-bit floats; what is `expected` is then computed from the rounded keys and values."""
+        self.cache = self.cache.to(torch.float8_e4m3fn)
+        kept, dtype = torch.float8_e4m3fn, self.query.dtype
+        self.keys = [key.to(kept).to(dtype) for key in self.keys]
+        self.values = [value.to(kept).to(dtype) for value in self.values]
+
     def new_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the step's tokens, ``[T, KH, D]``: those that `meta.slots` places."""
         keys = [key[-count:] for key, count in zip(self.keys, self.counts, strict=True)]

@@ -98,6 +98,8 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         generation=files.generation,
         device=machine.device,
         fast_bfloat16=machine.fast_bfloat16,
+        kv_cache_dtype=config.memory.kv_cache_dtype,
+        converts_float8=machine.device == "cuda",
         traced=models.is_traced(hf, options.model_impl),
     )
     max_len, max_len_reason = max_model_len(model, options.max_model_len)

@@ -92,6 +92,7 @@ def _attend(
         else:
             k = tl.load(at, (d < DIM)[None, :], 0.0)
             v = tl.load(at + kv_stride, (d < DIM)[None, :], 0.0)
+        k, v = k.to(q.dtype), v.to(q.dtype)  # of 8 bits in the cache, if it is told so
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_CAP:
             s = softcap * (2.0 * tl.sigmoid(2.0 * (s * scale) / softcap) - 1.0)  # tanh

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from octavo.kernels.metadata import AttentionMetadata, HeadChange, PlaceHeads
 
+FLOAT8, FLOAT8_MAX = torch.float8_e4m3fn, 448.0
+
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``x[T, in] @ weight[out, in].T + bias[out]``."""
@@ -58,9 +60,15 @@ def rotary(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> t
 
 
 def store_kv_(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """Writes ``key`` and ``value [T, KH, D]`` to ``slots[T]`` of one layer's cache ``[pages, 2, KH, page_size, D]``."""
+    """Writes ``key`` and ``value [T, KH, D]`` to ``slots[T]`` of one layer's cache ``[pages, 2, KH, page_size, D]``.
+
+    A cache of 8-bit floats takes them unscaled; what it cannot hold becomes its greatest number, NaN stays.
+    """
     page_size = cache.shape[3]
     page, offset = torch.div(slots, page_size, rounding_mode="floor").long(), (slots % page_size).long()
+    if cache.dtype is FLOAT8:
+        key, value = (x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8).view(torch.uint8) for x in (key, value))
+        cache = cache.view(torch.uint8)  # torch has no indexing of 8-bit floats on every device
     cache[page, 0, :, offset] = key
     cache[page, 1, :, offset] = value
 
@@ -114,10 +122,15 @@ def attention(
     for b, (row, length) in enumerate(zip(rows, lens, strict=True)):
         pages = meta.block_table[row, : -(-length // page_size)].long()
         # [P, 2, KH, ps, D] -> [2, KH, P*ps, D]
-        kv = cache[pages].permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
+        kv = _taken(cache, pages).to(query.dtype).permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]
         q = query[starts[b] : starts[b + 1]]
         out[starts[b] : starts[b + 1]] = _attend(q, kv[0], kv[1], scale, window, softcap, sinks)
     return out
+
+
+def _taken(cache: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """``cache[pages]``, of 8-bit floats too."""
+    return cache.view(torch.uint8)[pages].view(FLOAT8) if cache.dtype is FLOAT8 else cache[pages]
 
 
 def _attend(

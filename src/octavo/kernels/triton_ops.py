@@ -97,6 +97,15 @@ def _rotary_kernel(
         tl.store(target + 2 * HALF + j, tl.load(source + 2 * HALF + j, keep, 0.0), keep)
 
 
+@triton.jit
+def _fit(x, to: tl.constexpr):
+    """``x`` as the cache holds it; see `reference.store_kv_`."""
+    if to == tl.float8e4nv:
+        x = x.to(tl.float32)
+        x = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    return x.to(to)
+
+
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _place_heads_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, cache_ptr, q_weight_ptr, k_weight_ptr, table_ptr, positions_ptr, slots_ptr,
@@ -125,7 +134,7 @@ def _place_heads_kernel(
     d = tl.arange(0, DIM_PAD)[None, :]
     held = (head < KV_HEADS) & (d < DIM)
     v = tl.load(v_ptr + token * stride_token + head * DIM + d, held, 0.0)
-    tl.store(target + KV_HEADS * PAGE * DIM + d, v, held)
+    tl.store(target + KV_HEADS * PAGE * DIM + d, _fit(v, cache_ptr.dtype.element_ty), held)
 
 
 @triton.jit
@@ -141,7 +150,8 @@ def _place_head(
     if REST_PAD > 0:
         j = 2 * HALF + tl.arange(0, REST_PAD)[None, :]
         rest = tl.load(source + j, live & (j < DIM), 0.0).to(tl.float32)
-    dtype = target.dtype.element_ty
+    dtype = source.dtype.element_ty
+    kept: tl.constexpr = target.dtype.element_ty
     if HAS_NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         if REST_PAD > 0:
@@ -154,10 +164,10 @@ def _place_head(
         first = (weight * (first * scale).to(dtype)).to(tl.float32)
         weight = tl.load(weight_ptr + HALF + i, i < HALF, 0.0)
         second = (weight * (second * scale).to(dtype)).to(tl.float32)
-    tl.store(target + i, (first * cos[None, :] - second * sin[None, :]).to(dtype), mask)
-    tl.store(target + HALF + i, (second * cos[None, :] + first * sin[None, :]).to(dtype), mask)
+    tl.store(target + i, _fit((first * cos[None, :] - second * sin[None, :]).to(dtype), kept), mask)
+    tl.store(target + HALF + i, _fit((second * cos[None, :] + first * sin[None, :]).to(dtype), kept), mask)
     if REST_PAD > 0:
-        tl.store(target + j, rest.to(dtype), live & (j < DIM))
+        tl.store(target + j, _fit(rest.to(dtype), kept), live & (j < DIM))
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
@@ -173,8 +183,8 @@ def _store_kv_kernel(
     value = tl.load(value_ptr + token * value_stride + head * value_head + d, mask, 0.0)
     page = cache_ptr + (slot // PAGE).to(tl.int64) * page_stride
     target = page + head * PAGE * DIM + (slot % PAGE) * DIM + d
-    tl.store(target, key, mask)
-    tl.store(target + HEADS * PAGE * DIM, value, mask)
+    tl.store(target, _fit(key, cache_ptr.dtype.element_ty), mask)
+    tl.store(target + HEADS * PAGE * DIM, _fit(value, cache_ptr.dtype.element_ty), mask)
 
 
 @triton.jit

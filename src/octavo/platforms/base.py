@@ -26,6 +26,7 @@ class Platform(Protocol):
     device: torch.device
     overlaps: bool
     captures: bool  # `capture` is worth calling
+    converts_float8: bool  # it has instructions for 8-bit floats, so that the KV cache may be of them
     fast_bfloat16: bool  # it has instructions for bfloat16, so that halving the weights' bytes costs no time
 
     def describe(self) -> str:

@@ -32,6 +32,7 @@ class CpuPlatform:
 
     overlaps = False
     captures = False
+    converts_float8 = False
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

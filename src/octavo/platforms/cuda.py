@@ -34,6 +34,7 @@ class CudaPlatform:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
+        self.converts_float8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
         self._graph_memory: Any = None  # shared by all graphs: one runs at a time
 
     def describe(self) -> str:

@@ -26,7 +26,13 @@ class CachePlan:
         """The cache, laid out as `kernels.metadata` says; zeros, since masked slots are still multiplied by 0."""
         layer = config.layers[0]
         shape = (len(config.layers), self.num_pages + 1, 2, layer.kv_heads, self.page_size, layer.head_dim)
-        return platform.zeros(shape, getattr(torch, config.dtype))
+        return platform.zeros(shape, cache_dtype(config))
+
+
+def cache_dtype(config: ModelConfig) -> torch.dtype:
+    """The type of K and V in the cache."""
+    dtype: torch.dtype = getattr(torch, config.cache_dtype or config.dtype)
+    return dtype
 
 
 def plan_cache(

@@ -14,6 +14,7 @@ from octavo.platforms.base import Platform
 from octavo.runtime.base import TokenMask
 from octavo.runtime.graphs import DecodeGraphs, warm_up
 from octavo.runtime.inputs import pack
+from octavo.runtime.memory import cache_dtype
 from octavo.runtime.sampler import Sampled, SampleItem, Sampler
 from octavo.runtime.tables import Tables
 from octavo.types import StepPlan, StepResult, TokenLogprobs
@@ -144,7 +145,7 @@ def largest_step(model: Model, num_tokens: int, max_rows: int, page_size: int, p
     layer = config.layers[0]
     shape = (len(config.layers), pages, 2, layer.kv_heads, page_size, layer.head_dim)
     with torch.inference_mode():
-        cache = torch.zeros(shape, dtype=model.dtype, device=device)
+        cache = torch.zeros(shape, dtype=cache_dtype(config), device=device)
         positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
         meta = AttentionMetadata(
             query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),

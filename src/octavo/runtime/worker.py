@@ -52,8 +52,8 @@ class Worker:
         self._max_len, reason = max_model_len(self._model_config, options.max_model_len)
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
         log.info("max length: %d (%s)", self._max_len, reason)
-        if self._live is None:
-            self._class, reason = registry.choose(self._model_config, options.model_impl)
+        if isinstance(files, ModelFiles):
+            self._make, reason = registry.choose(self._model_config, options.model_impl, files.code())
             log.info("implementation: %s", reason)
         return self._model_config
 
@@ -67,7 +67,7 @@ class Worker:
     def load(self, progress: Progress) -> None:
         """See `runtime.base.WorkerBase.load`."""
         if self._live is None:
-            self._model = self._class(self._model_config, self._max_len)
+            self._model = self._make(self._model_config, self._max_len)
             get_logger().info("weights: %s", self._fill(progress))
         else:
             from octavo.models.hf.live import share
