@@ -181,7 +181,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     salt: bytes = b""  # keeps prefix pages of different tenants apart
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Log-probabilities at one position: of the token itself, then of the best ones, best first."""
 
     token: int
@@ -191,7 +191,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, gc=False):
     """Core to frontend: what one step added to one request. ``finish_reason`` makes it the terminal message."""
 
     id: str
@@ -291,7 +291,15 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Stop at once; pending requests are finished with ``abort``."""
 
 
-CoreInput = Submit | Abort | Ping | ResetPrefixCache | Shutdown
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """The first message of a frontend; answered by `Ready` once the engine is, or by `Dead`."""
+
+
+class Bye(msgspec.Struct, frozen=True, tag="bye"):
+    """A frontend's last message; its requests are aborted and its outputs dropped."""
+
+
+CoreInput = Hello | Submit | Abort | Ping | ResetPrefixCache | Bye | Shutdown
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -326,7 +334,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """The first message of a core that has loaded its model."""
+    """The answer to `Hello` of a core that has loaded its model."""
 
     info: EngineInfo
 

@@ -22,6 +22,7 @@ from octavo.frontend.core_process import CoreProcess, error_of, spawn
 from octavo.types import (
     Abort,
     Dead,
+    Hello,
     Outputs,
     Ping,
     Pong,
@@ -72,19 +73,20 @@ def test_loop_answers_requests_aborts_pings_and_resets_and_ends_on_shutdown() ->
     engine, channel = make_engine(), MemoryChannel()
     prompt = list(range(40, 60))
     for message in (
+        Hello(),
         Submit([make_request(engine, "a", prompt), make_request(engine, "b", prompt, max_tokens=100)]),
         Ping(5),
         Abort(["b"]),
         ResetPrefixCache(6),
         Submit([make_request(engine, "", [])]),
     ):
-        channel.inbox.put(message)
+        channel.put(message)
     original, steps = engine.step, []
 
     def step() -> list[TokenOutput]:
         steps.append(1)
         if len(steps) == 20:
-            channel.inbox.put(Shutdown())
+            channel.put(Shutdown())
         return original() if engine.scheduler.has_work() else []
 
     engine.step = step  # type: ignore[method-assign]
@@ -108,7 +110,8 @@ def test_an_exception_in_the_loop_becomes_one_dead_message_and_exit_code_1(capfd
         raise ZeroDivisionError("seven by zero")
 
     engine.step = step  # type: ignore[method-assign]
-    channel.inbox.put(Submit([make_request(engine, "a", [1, 2, 3])]))
+    channel.put(Hello())
+    channel.put(Submit([make_request(engine, "a", [1, 2, 3])]))
     assert run(lambda: engine, channel) == 1
     assert isinstance(channel.outbox.get_nowait(), Ready)
     dead = channel.outbox.get_nowait()

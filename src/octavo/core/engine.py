@@ -48,6 +48,7 @@ class EngineCore:
         overlap: bool | None = None,
         progress: Progress = _silent,
         vocabulary: Callable[[], Vocabulary] | None = None,
+        hash_key: bytes | None = None,
     ) -> None:
         self._worker = worker
         self._max_waiting = config.limits.max_waiting
@@ -77,7 +78,7 @@ class EngineCore:
             num_pages=num_pages,
             page_size=limits.page_size,
             vocab_size=model.vocab_size,
-            hash_key=secrets.token_bytes(32),
+            hash_key=hash_key or secrets.token_bytes(32),
             dtype=model.dtype,
             device=worker.device,
             max_num_seqs=limits.max_rows,

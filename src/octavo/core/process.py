@@ -1,9 +1,9 @@
 """The engine-core process: ``python -m octavo.core.process``, started by `frontend.core_process.spawn`.
 
-Life: one line of JSON on standard input says what to run (`Start`); the engine is built and `Ready` sent, or `Dead`
-with the reason; then the loop turns until `Shutdown`. Standard input stays open and is the tie to the parent: its end,
-however the parent ended, ends this process at once. Signals that a terminal or a supervisor sends to all are
-the parent's to handle; they are ignored here.
+Life: one line of JSON on standard input says what to run (`Start`); the engine is built and every `Hello` answered with
+`Ready`, or with `Dead` and the reason; then the loop turns until `Shutdown`. Standard input stays open and is the tie
+to the parent: its end, however the parent ended, ends this process at once. Signals that a terminal or a supervisor
+sends to all are the parent's to handle; they are ignored here.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ import msgspec
 
 from octavo import log
 from octavo.config import EngineConfig
-from octavo.core.transport import Channel, ZmqChannel
+from octavo.core.transport import Channel, Peer, ZmqChannel
 from octavo.errors import OctavoError
 from octavo.types import (
     Abort,
+    Bye,
     CoreInput,
     Dead,
     EngineInfo,
+    Hello,
     Outputs,
     Ping,
     Pong,
@@ -49,8 +51,12 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     config: EngineConfig
     worker: Literal["real", "stub"]
-    folder: str  # where the sockets lie: ``in`` carries `CoreInput`, ``out`` carries `CoreOutput`
+    address: str  # of the socket that listens already …
+    listener: int  # … as this file descriptor
     log_level: str
+    hash_key: str = ""  # of prefix pages, in hex; equal in engines that share frontends. Default: drawn here
+    secret_key: str = ""  # see `ZmqChannel`
+    folder: str = ""  # to remove when the parent is gone
 
 
 class Engine(Protocol):
@@ -81,14 +87,13 @@ def run(build: Callable[[], Engine], channel: Channel) -> int:
     """
     try:
         engine = build()
-        channel.send(Ready(engine.info))
         serve(engine, channel)
         engine.close()
     except Exception as error:
         if not isinstance(error, OctavoError):
             traceback.print_exc()
         dead = _dead(error)
-        channel.send(dead)
+        channel.send_all(dead)
         return dead.exit_code
     finally:
         channel.close()
@@ -97,28 +102,63 @@ def run(build: Callable[[], Engine], channel: Channel) -> int:
 
 def serve(engine: Engine, channel: Channel) -> None:
     """The loop: take what has arrived, make one step, send what it produced. Sleeps while there is nothing to do."""
+    desk = _Desk(engine, channel)
     while True:
         outputs: list[TokenOutput] = []
-        for message in channel.receive(wait=not engine.has_work()):
+        for peer, message in channel.receive(wait=not engine.has_work()):
             if isinstance(message, Shutdown):
                 return
-            outputs += _handle(engine, channel, message)
+            outputs += desk.handle(peer, message)
         if engine.has_work():
             outputs += engine.step()
         if outputs:
-            channel.send(Outputs(outputs, engine.stats()))
+            desk.send(outputs)
 
 
-def _handle(engine: Engine, channel: Channel, message: CoreInput) -> list[TokenOutput]:
-    if isinstance(message, Submit):
-        return [refusal for r in message.requests if (refusal := engine.add(r)) is not None]
-    if isinstance(message, Abort):
-        return engine.abort(message.ids)
-    if isinstance(message, Ping):
-        channel.send(Pong(message.nonce, engine.stats()))
-    elif isinstance(message, ResetPrefixCache):
-        channel.send(Pong(message.nonce, engine.stats(), ok=engine.reset_prefix_cache()))
-    return []
+class _Desk:
+    """Knows which peer each running request is of."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self._engine = engine
+        self._channel = channel
+        self._owners: dict[str, Peer] = {}
+
+    def handle(self, peer: Peer, message: CoreInput) -> list[TokenOutput]:
+        """Acts on a message; returns what ended by it."""
+        engine = self._engine
+        if isinstance(message, Submit):
+            return [refusal for request in message.requests if (refusal := self._add(peer, request)) is not None]
+        if isinstance(message, Abort):
+            return engine.abort([id for id in message.ids if self._owners.get(id) == peer])
+        if isinstance(message, Bye):
+            return engine.abort([id for id, owner in self._owners.items() if owner == peer])
+        if isinstance(message, Hello):
+            self._channel.send(peer, Ready(engine.info))
+        elif isinstance(message, Ping):
+            self._channel.send(peer, Pong(message.nonce, engine.stats()))
+        elif isinstance(message, ResetPrefixCache):
+            self._channel.send(peer, Pong(message.nonce, engine.stats(), ok=engine.reset_prefix_cache()))
+        return []
+
+    def send(self, outputs: list[TokenOutput]) -> None:
+        """One message to each peer that ``outputs`` are for."""
+        stats = self._engine.stats()
+        shares: dict[Peer, list[TokenOutput]] = {}
+        for output in outputs:
+            ended = output.finish_reason is not None
+            owner = self._owners.pop(output.id, None) if ended else self._owners.get(output.id)
+            if owner is not None:
+                shares.setdefault(owner, []).append(output)
+        for peer, share in shares.items():
+            self._channel.send(peer, Outputs(share, stats))
+
+    def _add(self, peer: Peer, request: Request) -> TokenOutput | None:
+        refusal = self._engine.add(request)
+        if refusal is None or request.id not in self._owners:
+            self._owners[request.id] = peer
+            return refusal
+        self._channel.send(peer, Outputs([refusal], self._engine.stats()))  # the id is that of a running request
+        return None
 
 
 def _dead(error: Exception) -> Dead:
@@ -143,13 +183,14 @@ def _build(start: Start) -> Engine:
         from octavo.runtime.worker import Worker
 
         worker = Worker()
-    return EngineCore(start.config, worker)
+    return EngineCore(start.config, worker, hash_key=bytes.fromhex(start.hash_key) or None)
 
 
 def _end_with_parent(folder: str) -> None:
     while os.read(0, 4096):
         pass
-    shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot
     os._exit(1)
 
 
@@ -163,7 +204,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(start.folder,), name="octavo-parent-watch", daemon=True).start()
     os.dup2(2, 1)  # what libraries print is log, not output
     log.configure(start.log_level)
-    return run(lambda: _build(start), ZmqChannel(f"ipc://{start.folder}/in", f"ipc://{start.folder}/out"))
+    return run(lambda: _build(start), ZmqChannel(start.address, start.listener, secret_key=start.secret_key))
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class CoreClient:
         self._loop = asyncio.get_running_loop()
         self._socket = core.socket
         self._reading = False
-        self._loop.add_reader(self._socket.getsockopt(zmq.FD), self._wake)
+        self._loop.add_reader(self._socket.fileno(), self._wake)
         self._wake()
         core.watch(self._core_ended)
 
@@ -125,7 +125,7 @@ class CoreClient:
         self._closing = True
         for id in list(self._pending):
             self._deliver(TokenOutput(id=id, finish_reason="abort"))
-        self._loop.remove_reader(self._socket.getsockopt(zmq.FD))
+        self._loop.remove_reader(self._socket.fileno())
         self._core.unwatch()
         await asyncio.to_thread(self._core.stop)
 

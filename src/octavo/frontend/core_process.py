@@ -1,18 +1,21 @@
-"""Starts the engine-core process and knows how it ended. The parent's half of `core.process`, which it never imports.
+"""Connects to engine cores, starts them as child processes and knows how they ended.
 
-Both processes end together: the child reads end-of-file from its standard input when the parent is gone, and the parent
-has a thread that waits for the child.
+The parent's half of `core.process`, which it never imports. Both processes end together: the child reads end-of-file
+from its standard input when the parent is gone, and the parent has a thread that waits for the child.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +26,7 @@ from octavo import errors
 from octavo.config import EngineConfig
 from octavo.errors import EngineDead, OctavoError
 from octavo.log import get_logger
-from octavo.types import MAX_MESSAGE_BYTES, CoreOutput, Dead, EngineInfo, Ready, Shutdown
+from octavo.types import MAX_MESSAGE_BYTES, Bye, CoreInput, CoreOutput, Dead, EngineInfo, Hello, Ready, Shutdown
 
 GRACE_SECONDS = 0.5  # how long `stop` waits before it becomes less polite
 LAST_WORDS_MS = 200  # after the child's end, how long its last message may still be on its way
@@ -32,28 +35,85 @@ _ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls,
 decode_output = msgspec.msgpack.Decoder(CoreOutput).decode
 
 
-class CoreProcess:
-    """A running engine core and the two sockets to it. Made by `spawn`; `stop` must be called."""
+class Core:
+    """A connection to an engine core that somebody else started. `stop` must be called.
 
-    def __init__(self, process: subprocess.Popen[bytes], folder: Path, context: zmq.Context[Any]) -> None:
-        self.process = process
-        self.context = context
-        self.inputs: zmq.Socket[bytes]
-        self.outputs: zmq.Socket[bytes]
-        self._folder = folder
+    ``public_key`` (of CURVE, in Z85) is the public half of the core's ``secret_key``, if it has one.
+    """
+
+    def __init__(self, address: str, *, public_key: str = "") -> None:
+        self.address = address
+        self._context: zmq.Context[Any] = zmq.Context()
+        self.socket = _dealer(self._context, public_key)
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self.socket.connect(address)
+        self.send(Hello())
+
+    def send(self, message: CoreInput) -> None:
+        """Queues a message; never blocks."""
+        self.socket.send(msgspec.msgpack.encode(message), zmq.NOBLOCK)
 
     def wait_ready(self) -> EngineInfo:
         """Blocks until the engine is ready; raises the error that kept it from that, as the class it was there."""
         while True:
-            alive = self.process.poll() is None
-            if self.outputs.poll(100 if alive else LAST_WORDS_MS):
-                message = decode_output(self.outputs.recv())
+            alive = self.alive()
+            if self.socket.poll(100 if alive else LAST_WORDS_MS):
+                message = decode_output(self.socket.recv())
                 if isinstance(message, Ready):
                     return message.info
                 if isinstance(message, Dead):
                     raise error_of(message)
             elif not alive:
                 raise self.death()
+
+    def alive(self) -> bool:
+        """False once the engine is known to be gone."""
+        return not self._monitor.poll(0)
+
+    def death(self) -> OctavoError:
+        """The error for an engine that ended without a word."""
+        return EngineDead("the connection to the engine was lost.", "The server's log says how the engine ended.")
+
+    def watch(self, ended: Callable[[], None]) -> None:
+        """Calls ``ended`` once, in any thread, when the engine is gone. To be called in the running event loop."""
+        loop = asyncio.get_running_loop()
+
+        def look() -> None:
+            if not self.alive():
+                self.unwatch()
+                ended()
+
+        loop.add_reader(self._monitor.fileno(), look)
+        loop.call_soon(look)  # the descriptor tells of changes only
+
+    def unwatch(self) -> None:
+        """Ends `watch`; to be called in the same event loop."""
+        asyncio.get_running_loop().remove_reader(self._monitor.fileno())
+
+    def stop(self) -> None:
+        """Leaves. The engine goes on, and aborts what was asked for here."""
+        if not self.socket.closed:
+            self.send(Bye())
+            self._close(linger=LAST_WORDS_MS)
+
+    def _close(self, linger: int) -> None:
+        self.socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self.socket.close(linger=linger)
+        self._context.term()
+
+
+class CoreProcess(Core):
+    """An engine core in a child process. Made by `spawn`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], address: str, folder: Path | None) -> None:
+        super().__init__(address)
+        self.process = process
+        self._folder = folder
+
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self.process.poll() is None
 
     def death(self) -> OctavoError:
         """The error for a child that ended without a word."""
@@ -71,13 +131,15 @@ class CoreProcess:
 
         threading.Thread(target=wait, name="octavo-core-watch", daemon=True).start()
 
+    def unwatch(self) -> None:
+        """Nothing: the thread ends with the process."""
+
     def stop(self) -> None:
         """Ends the process within a second, by three means ever less polite, and removes the sockets."""
-        if self.inputs.closed:
+        if self.socket.closed:
             return
-        with contextlib.suppress(zmq.Again):  # nobody is connected
-            self.inputs.send(msgspec.msgpack.encode(Shutdown()), zmq.NOBLOCK)
-            self._ended_within(GRACE_SECONDS)
+        self.send(Shutdown())
+        self._ended_within(GRACE_SECONDS)
         if self.process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self.process.stdin.close()
@@ -85,10 +147,9 @@ class CoreProcess:
             get_logger().warning("the engine process does not end by itself: killing it")
             self.process.kill()
             self.process.wait()
-        self.inputs.close(linger=0)
-        self.outputs.close(linger=0)
-        self.context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._close(linger=0)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _ended_within(self, seconds: float) -> bool:
         try:
@@ -98,25 +159,49 @@ class CoreProcess:
         return True
 
 
-def spawn(config: EngineConfig, worker: Literal["real", "stub"] = "real", *, log_level: str = "info") -> CoreProcess:
-    """Starts an engine core in a process of its own and returns at once; see `CoreProcess.wait_ready`."""
-    folder = _private_folder()
-    context: zmq.Context[Any] = zmq.Context()
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "octavo.core.process"],  # -P: no module is taken from the current folder
-        stdin=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C in the terminal is for the parent alone
+def spawn(
+    config: EngineConfig,
+    worker: Literal["real", "stub"] = "real",
+    *,
+    log_level: str = "info",
+    address: str = "",
+    hash_key: str = "",
+    env: Mapping[str, str] | None = None,
+) -> CoreProcess:
+    """Starts an engine core in a process of its own and returns at once; see `Core.wait_ready`.
+
+    It listens at ``address``, by default in a private folder of its own. ``hash_key``: see `core.process.Start`;
+    ``env`` is added to this process's environment.
+    """
+    folder = None if address else private_folder()
+    address = address or f"ipc://{folder}/core"
+    process = launch(
+        {"config": config, "worker": worker, "address": address, "log_level": log_level, "hash_key": hash_key}, env=env
     )
-    core = CoreProcess(process, folder, context)
-    core.inputs = _bound(context, zmq.PUSH, folder / "in")
-    core.outputs = _bound(context, zmq.PULL, folder / "out")
-    start = {"config": config, "worker": worker, "folder": str(folder), "log_level": log_level}
+    return CoreProcess(process, address, folder)
+
+
+def launch(start: dict[str, Any], *, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Starts an engine core, told ``start`` (fields of `core.process.Start`), listening at its ``ipc://`` address.
+
+    Its standard input stays open and ties it to this process.
+    """
+    path = Path(start["address"].removeprefix("ipc://"))
+    with _listening(path) as listener:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "octavo.core.process"],  # -P: no module is taken from the current folder
+            stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C in the terminal is for the parent alone
+            pass_fds=(listener.fileno(),),
+            env={**os.environ, **env} if env else None,
+        )
+        start = {"folder": str(path.parent), **start, "listener": listener.fileno()}
     if process.stdin is None:
         raise EngineDead("the engine process has no standard input.", "Start it again.")
     with contextlib.suppress(BrokenPipeError):  # `wait_ready` reports how the process ended
         process.stdin.write(msgspec.json.encode(start) + b"\n")
         process.stdin.flush()
-    return core
+    return process
 
 
 def error_of(dead: Dead) -> OctavoError:
@@ -127,18 +212,31 @@ def error_of(dead: Dead) -> OctavoError:
     return error
 
 
-def _private_folder() -> Path:
+def private_folder() -> Path:
     """A new folder with mode 0700 and a path short enough for a socket's address (107 bytes on Linux, 103 on macOS)."""
     short = len(tempfile.gettempdir()) < 80
     return Path(tempfile.mkdtemp(prefix="octavo-", dir=None if short else "/tmp"))  # noqa: S108
 
 
-def _bound(context: zmq.Context[Any], kind: int, path: Path) -> zmq.Socket[bytes]:
+def _listening(path: Path) -> socket.socket:
+    """A socket that takes connections already, before the process that will answer them runs."""
+    path.unlink(missing_ok=True)
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    made.bind(str(path))
+    made.listen()
+    return made
+
+
+def _dealer(context: zmq.Context[Any], public_key: str) -> zmq.Socket[bytes]:
     """Queues are unbounded: ``max_waiting`` and ``max_tokens`` bound what can be in them."""
-    made: zmq.Socket[bytes] = context.socket(kind)
+    made: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     made.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     made.setsockopt(zmq.SNDHWM, 0)
     made.setsockopt(zmq.RCVHWM, 0)
     made.setsockopt(zmq.LINGER, 0)
-    made.bind(f"ipc://{path}")
+    if public_key:
+        own_public, own_secret = zmq.curve_keypair()
+        made.setsockopt(zmq.CURVE_SERVERKEY, public_key.encode())
+        made.setsockopt(zmq.CURVE_PUBLICKEY, own_public)
+        made.setsockopt(zmq.CURVE_SECRETKEY, own_secret)
     return made
