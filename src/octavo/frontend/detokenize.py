@@ -34,14 +34,19 @@ class TextDecoder:
         # Decoders with byte fallback turn a whole run of byte tokens into text, or into replacement characters.
         found = (tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         self.byte_ids = frozenset(i for i in found if i is not None)
-        self._names: dict[int, str] = {}
+        self._alone: dict[tuple[int, bool], str] = {}
+
+    def alone(self, token: int, *, skip_special_tokens: bool) -> str:
+        """The text of one token by itself, remembered."""
+        key = (token, skip_special_tokens)
+        text = self._alone.get(key)
+        if text is None:
+            text = self._alone[key] = self.tokenizer.decode([token], skip_special_tokens=skip_special_tokens)
+        return text
 
     def name(self, token: int) -> str:
         """The text of one token by itself, as ``decoded_token`` of logprobs."""
-        name = self._names.get(token)
-        if name is None:
-            name = self._names[token] = self.tokenizer.decode([token], skip_special_tokens=False)
-        return name
+        return self.alone(token, skip_special_tokens=False)
 
 
 class IncrementalText:
@@ -100,6 +105,8 @@ class IncrementalText:
         return rest + self._shown
 
     def _text(self, ids: list[int]) -> str:
+        if len(ids) == 1:
+            return self._decoder.alone(ids[0], skip_special_tokens=self._skip)
         return self._decoder.tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
 
     def _advance(self, text: str) -> str:

@@ -18,7 +18,7 @@ from octavo.types import CompletionOutput, Logprob, RequestMetrics, RequestOutpu
 Logprobs = dict[int, Logprob]
 
 
-class Delta(msgspec.Struct, frozen=True, kw_only=True):
+class Delta(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one step added to one of a request's outputs.
 
     ``text`` lags behind ``token_ids`` while a character is unfinished or a stop string may be coming; the pieces add up
@@ -81,10 +81,11 @@ class RequestState:
         self._eos_ids = frozenset() if prepared.params.ignore_eos else frozenset(eos_ids)
         self._outputs = [_Output(i, prepared, decoder) for i in range(len(prepared.requests))]
         self._index = {request.id: i for i, request in enumerate(prepared.requests)}
+        self._unfinished = len(self._outputs)
 
     @property
     def finished(self) -> bool:
-        return all(o.finish_reason is not None for o in self._outputs)
+        return not self._unfinished
 
     def unfinished_ids(self) -> list[str]:
         """Ids, as the core knows them, of the outputs that have not ended."""
@@ -165,8 +166,10 @@ class RequestState:
             one.finish_reason = output.finish_reason
             if output.finish_reason == "stop" and output.token_ids and one.token_ids[-1] not in self._eos_ids:
                 one.stop_reason = one.token_ids[-1]
-        if self.finished and self.metrics.finished_time is None:
-            self.metrics.finished_time = time.monotonic()
+        if one.finish_reason is not None:
+            self._unfinished -= 1
+            if not self._unfinished:
+                self.metrics.finished_time = time.monotonic()
 
     def _logprobs(self, entry: TokenLogprobs) -> Logprobs:
         """The token itself and the best ones, in that order, as vLLM's dict."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -122,6 +123,8 @@ class _Session:
         app = build_app(service, api_key=key, log_requests=not self._server.disable_log_requests)
         http = _Http(_http_config(app), _banner(service, self._server, self._listener, guarded=key is not None))
         ending = asyncio.create_task(self._end(service, http))
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through it again and again would hold up the streams
         await http.serve([self._listener])
         ending.cancel()
 
