@@ -76,8 +76,9 @@ class TorchGroup(Group):
     """Ranks joined by a process group of torch.distributed: gloo on CPUs, NCCL on NVIDIA GPUs."""
 
     def __init__(self, backend: Any, rank: int, size: int, device: torch.device) -> None:
-        from torch.distributed import distributed_c10d as c10d
+        from torch.distributed import distributed_c10d
 
+        c10d: Any = distributed_c10d  # whose stubs lack some of its options
         self.rank, self.size, self._device = rank, size, device
         self._backend = backend
         self._sum, self._min = c10d.AllreduceOptions(), c10d.AllreduceOptions()
@@ -94,9 +95,9 @@ class TorchGroup(Group):
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        parts = x.new_empty((self.size, *x.shape))
-        self._wait(lambda: self._backend._allgather_base(parts, x.contiguous(), self._gather))
-        return parts.movedim(0, -2).flatten(-2)
+        parts = x.new_empty(self.size * x.numel())
+        self._wait(lambda: self._backend._allgather_base(parts, x.reshape(-1), self._gather))
+        return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
 
     def broadcast_(self, x: torch.Tensor) -> None:
         self._wait(lambda: self._backend.broadcast([x], self._from_first))
