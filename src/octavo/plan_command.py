@@ -31,7 +31,11 @@ def run(config: EngineConfig, *, gpu: str | None, memory: str | None, json: bool
     machine = _machine(config.device.device, gpu, memory)
     options = config.model
     with peek(
-        options.model, revision=options.revision, token=options.hf_token, download_dir=options.download_dir
+        options.model,
+        revision=options.revision,
+        token=options.hf_token,
+        download_dir=options.download_dir,
+        load_format="auto" if options.load_format == "dummy" else options.load_format,
     ) as peeked:
         plan = make_plan(peeked, config, machine, Models())
     if json:
@@ -56,7 +60,7 @@ class Models:
         from octavo.models import registry
 
         address, reason = registry.find(config, impl)
-        if address == registry.TRANSFORMERS:
+        if address in (registry.TRANSFORMERS, registry.OF_REPO):
             config = registry.choose(config, impl)[0](config, max_len).config
         return address, reason, config
 

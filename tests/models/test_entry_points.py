@@ -62,7 +62,7 @@ def test_a_broken_package_is_named(package: Path) -> None:
 def test_code_in_the_repo_is_mentioned_where_it_would_have_been_the_way() -> None:
     hf = {**normalise(tiny.config("llama"))[0], "architectures": ["NoSuchForCausalLM"]}
     with pytest.raises(UnsupportedModel) as caught:
-        registry.find(model_config({**hf, "auto_map": {"AutoModelForCausalLM": "a.B"}}))
+        registry.find(model_config({**hf, "auto_map": {"AutoModel": "a.B"}}))
     assert "Python code" in caught.value.cause
     with pytest.raises(UnsupportedModel) as caught:
         registry.find(model_config(hf))

@@ -9,6 +9,7 @@ from typing import Any
 from octavo.config import ModelOptions
 from octavo.hub.configs import generation_config, read_hf_dict, sampling_defaults
 from octavo.hub.patches import Hf
+from octavo.hub.remote_code import RepoCode, completed
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
 from octavo.hub.tokenizer import Tokenizer, load_tokenizer
@@ -28,8 +29,8 @@ class ModelFiles:
     generation: Mapping[str, Any]
 
     def hf_dict(self) -> Hf:
-        """See `hub.configs.read_hf_dict`."""
-        return read_hf_dict(self.config, self.options.hf_overrides)
+        """See `hub.configs.read_hf_dict`; what only code of the repo tells is asked of that code, if it is trusted."""
+        return completed(read_hf_dict(self.config, self.options.hf_overrides, self.options.config_format), self.code())
 
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of `SamplingParams` that hold for requests which do not set them; raises `ModelError` HF002."""
@@ -44,6 +45,13 @@ class ModelFiles:
         if options.tokenizer_revision not in (None, options.revision):
             return _resolve(options, options.model, options.tokenizer_revision)
         return self.weights
+
+    def code(self) -> RepoCode:
+        """The Python code beside the config; that of another repo is taken at ``--code-revision``."""
+        options = self.options
+        return RepoCode(
+            self.config, options.trust_remote_code, lambda repo: _resolve(options, repo, options.code_revision)
+        )
 
     def load_tokenizer(self) -> Tokenizer:
         """See `hub.tokenizer.load_tokenizer`; its code may be of another repo, at ``--code-revision``."""
@@ -78,4 +86,5 @@ def _resolve(options: ModelOptions, name: str, revision: str | None, *, weights:
         download_dir=options.download_dir,
         weights=weights,
         code=options.trust_remote_code,
+        load_format=options.load_format if weights else "auto",
     )

@@ -7,9 +7,12 @@ the source for both. The gate is here and not with the callers, since Transforme
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from octavo.errors import ModelError
+from octavo.hub.geometry import lookup, text_config
+from octavo.hub.patches import Hf
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
 
@@ -27,6 +30,48 @@ def reference(config: Mapping[str, Any], auto_class: str) -> str | None:
     if isinstance(named, (list, tuple)):
         named = next((name for name in reversed(named) if name), None)
     return str(named) if named else None
+
+
+@dataclass(frozen=True)
+class RepoCode:
+    """The Python code of the repo or folder ``source``; ``trusted`` is what the user said of it."""
+
+    source: Source
+    trusted: bool
+    find_repo: FindRepo | None = None
+
+    def load(self, reference: str) -> Any:
+        """The class called ``reference``; raises as `load_class`."""
+        return load_class(self.source, reference, trust_remote_code=self.trusted, find_repo=self.find_repo)
+
+
+# What the engine asks of a config, by the names that Transformers' classes have in common.
+_COMMON = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"),
+)
+
+
+def completed(hf: Hf, code: RepoCode) -> Hf:
+    """``hf``, and if it lacks a size, the common names as the repo's own config class has them.
+
+    Such a class may have names of its own, and defaults that no file tells. Raises as `load_class`, and HF011 for a
+    class that does not take the config.
+    """
+    text, named = text_config(hf), reference(hf, "AutoConfig")
+    if named is None or all(lookup(text, name) is not None for name in ("vocab_size", "hidden_size")):
+        return hf
+    config_class = code.load(named)
+    try:
+        config = config_class.from_dict(hf).get_text_config()
+        found = {name: getattr(config, name) for name in _COMMON if getattr(config, name, None) is not None}
+    except Exception as error:  # it is any code
+        raise ModelError(
+            f"{named} of {code.source.name} does not take the config: {type(error).__name__}: {error}.",
+            "Name the revision of the repo that fits the installed Transformers.",
+            id="HF011",
+        ) from error
+    return {**found, **hf}
 
 
 def load_class(source: Source, reference: str, *, trust_remote_code: bool, find_repo: FindRepo | None = None) -> Any:

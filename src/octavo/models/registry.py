@@ -7,19 +7,23 @@ architecture, its value ``module:class`` a `models.base.Model`. Nothing is impor
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import ModelConfig
 from octavo.errors import UnsupportedModel
+from octavo.hub.remote_code import RepoCode, reference
 
 if TYPE_CHECKING:
     from octavo.models.base import Model
 
+    Maker = Callable[[ModelConfig, int], Model]  # of a config and the longest sequence
+
 ENTRY_POINTS = "octavo.models"
 
 TRANSFORMERS = "octavo.models.hf.backend:TransformersModel"
+OF_REPO = "octavo.models.hf.remote:maker"
 
 # Architecture -> "module:class", imported when chosen.
 NATIVE = {
@@ -32,14 +36,22 @@ NATIVE = {
 }
 
 
-def choose(config: ModelConfig, impl: str = "auto") -> tuple[type[Model], str]:
-    """The class for ``config`` and the reason, one line for the log. ``impl`` is an option's value (``--model-impl``).
+def choose(config: ModelConfig, impl: str = "auto", code: RepoCode | None = None) -> tuple[Maker, str]:
+    """What makes the model of ``config``, and the reason, one line for the log.
 
-    Raises `UnsupportedModel`: HF030 if nothing can run the architecture or the package that should is broken, HF050
-    for weights that are quantised.
+    ``impl`` is an option's value (``--model-impl``), ``code`` the Python code of the model's repo. Raises
+    `UnsupportedModel`: HF030 if nothing can run the architecture or the package that should is broken, HF050 for
+    weights that are quantised; `ModelError`: HF010 if only code of the repo could, which is not trusted, HF011 if that
+    code cannot be imported.
     """
-    address, reason = find(config, impl)
+    address, reason = find(config, impl, trusts_code=code is not None and code.trusted)
     module, _, name = address.partition(":")
+    if address == OF_REPO:
+        if code is None:
+            raise UnsupportedModel(f"{reason}, which is not run here.", "Start the model with --trust-remote-code.")
+        from octavo.models.hf.remote import maker
+
+        return maker(config, code), reason
     try:
         model: type[Model] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -51,8 +63,11 @@ def choose(config: ModelConfig, impl: str = "auto") -> tuple[type[Model], str]:
     return model, reason
 
 
-def find(config: ModelConfig, impl: str = "auto") -> tuple[str, str]:
+def find(config: ModelConfig, impl: str = "auto", *, trusts_code: bool = False) -> tuple[str, str]:
     """As `choose`, with the address ``module:class`` in place of the class; imports neither it nor torch."""
+    named = reference(config.hf, "AutoModelForCausalLM")
+    if impl == "transformers" and named and (trusts_code or not _in_transformers(config.architecture)):
+        return OF_REPO, f"Transformers backend for {config.architecture}: asked for; {named} of its repo"
     if impl == "transformers":
         return TRANSFORMERS, f"Transformers backend for {config.architecture}: asked for"
     installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
@@ -61,13 +76,15 @@ def find(config: ModelConfig, impl: str = "auto") -> tuple[str, str]:
         package = own.dist.name if own.dist is not None else own.module
         return own.value, f"{own.attr} of package {package} for {config.architecture}"
     address = NATIVE.get(config.architecture)
+    if address is None and impl == "auto" and named and (trusts_code or not _in_transformers(config.architecture)):
+        return OF_REPO, f"Transformers backend for {config.architecture}: no native model of it; {named} of its repo"
     if address is None and impl == "auto" and _in_transformers(config.architecture):
         return TRANSFORMERS, f"Transformers backend for {config.architecture}: no native model of it"
     if address is None:
         known = [*NATIVE, *installed]
         nearest = difflib.get_close_matches(config.architecture, known, n=3, cutoff=0.0)
         tried = "the installed Transformers lacks it" if impl == "auto" else f"--model-impl {impl} was asked for"
-        code = " The Python code for it in its repo is not run." if config.hf.get("auto_map") else ""
+        code = " Its repo has Python code for it, but no AutoModelForCausalLM." if config.hf.get("auto_map") else ""
         raise UnsupportedModel(
             f"Architecture {config.architecture!r} (model_type {config.model_type!r}) has no native model, no installed"
             f" package brings one (entry points {ENTRY_POINTS}), and {tried}.{code}",

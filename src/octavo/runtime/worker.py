@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 
 from octavo import platforms
 from octavo.config import EngineConfig, ModelConfig
+from octavo.errors import ConfigError, OctavoError
 from octavo.hub.checkpoint import open_checkpoint
 from octavo.hub.configs import max_model_len, model_config
 from octavo.hub.files import ModelFiles, find_files
@@ -13,10 +17,11 @@ from octavo.hub.live import LiveModel
 from octavo.kernels import select
 from octavo.log import get_logger
 from octavo.models import registry
-from octavo.runtime.base import Pending, Progress, TokenMask
+from octavo.parallel import group
+from octavo.runtime.base import Progress, TokenMask, WorkerBase
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache
-from octavo.runtime.runner import Runner, largest_step
+from octavo.runtime.runner import Launched, Runner, largest_step
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
 
@@ -24,18 +29,21 @@ from octavo.types import StepPlan
 class Worker:
     """Owns the model, the cache and the device. Decisions are logged, one line each.
 
-    ``live`` is a model that is loaded already; what the config names is read from files otherwise.
+    ``live`` is a model that is loaded already; what the config names is read from files otherwise. Of a model that
+    several devices share, ``rank`` is this one's number; its worker is to `join` the others between init and load.
     """
 
-    def __init__(self, live: LiveModel | None = None) -> None:
+    def __init__(self, live: LiveModel | None = None, *, rank: int = 0) -> None:
         self._live = live
+        self._rank = rank
+        self.group = group.SINGLE
 
     def init(self, config: EngineConfig) -> ModelConfig:
         """See `runtime.base.WorkerBase.init`."""
         log, options = get_logger(), config.model
         self._config = config
         files: ModelFiles | LiveModel = self._live or self._find_files()
-        self.platform = platforms.select(config.device.device)
+        self.platform = platforms.select(config.device.device, self._rank, config.device.tensor_parallel_size)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
         hf = files.hf_dict()
@@ -64,11 +72,18 @@ class Worker:
         get_logger().info("model: %s", self._source.reason)
         return files
 
+    def join(self, rank: int, folder: Path) -> None:
+        """Meets the other ranks in ``folder``."""
+        options = self._config.device
+        limit = options.distributed_timeout_seconds * (1 if rank == 0 else 2)  # rank 0 is the one to tell of it
+        self.group = group.connect(rank, options.tensor_parallel_size, self.platform.device, folder, limit)
+
     def load(self, progress: Progress) -> None:
         """See `runtime.base.WorkerBase.load`."""
         if self._live is None:
-            self._model = self._make(self._model_config, self._max_len)
-            get_logger().info("weights: %s", self._fill(progress))
+            with group.use(self.group):
+                self._model = self._make(self._model_config, self._max_len)
+                get_logger().info("weights: %s", self._fill(progress))
         else:
             from octavo.models.hf.live import share
 
@@ -84,8 +99,8 @@ class Worker:
         checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
         return load(self._model, checkpoint, self.platform.device, progress)
 
-    def plan_memory(self) -> tuple[int, int]:
-        """See `runtime.base.WorkerBase.plan_memory`."""
+    def plan_memory(self, announce: Callable[[], None] | None = None) -> tuple[int, int]:
+        """See `runtime.base.WorkerBase.plan_memory`; for ``announce`` see `Runner`."""
         limits, memory = self._config.limits, self._config.memory
         page_size = int(memory.block_size)
         tokens = min(limits.max_num_batched_tokens, self._max_len)
@@ -94,22 +109,26 @@ class Worker:
         )
         plan = plan_cache(
             self._model_config,
-            budget,
+            self.group.least(budget),
             why,
             page_size=page_size,
             max_len=self._max_len,
             fixed_len=self._config.model.max_model_len not in (None, -1),
             max_rows=limits.max_num_seqs,
+            own=self._model.own_cache,
         )
         get_logger().info("kv cache: %s", plan.reason)
+        self.max_rows, self.shares_prefixes = plan.max_rows, self._model.own_cache is None
         cache = plan.allocate(self._model_config, self.platform)
         self._runner = Runner(
             self._model,
             cache,
             self.platform,
-            max_rows=limits.max_num_seqs,
+            max_rows=plan.max_rows,
             max_len=plan.max_len,
             graphs=not self._config.device.enforce_eager,
+            group=self.group,
+            announce=announce,
         )
         return plan.num_pages, plan.max_len
 
@@ -124,6 +143,30 @@ class Worker:
                 raise MemoryError(str(error)) from None
             raise
 
-    def sample(self, mask: TokenMask | None = None) -> Pending:
+    def sample(self, mask: TokenMask | None = None) -> Launched:
         """See `runtime.base.WorkerBase.sample`."""
         return self._runner.sample(mask)
+
+    def take_tokens(self) -> None:
+        """On other ranks than 0, in place of `sample`, where rank 0 broadcasts its tokens."""
+        self._runner.take_tokens()
+
+    def close(self) -> None:
+        """See `runtime.base.WorkerBase.close`."""
+
+
+def worker_for(
+    config: EngineConfig, live: LiveModel | None = None, *, on_death: Callable[[OctavoError], None] | None = None
+) -> WorkerBase:
+    """The worker that ``config`` asks for; for ``on_death`` see `runtime.parallel.ParallelWorker`."""
+    ranks = config.device.tensor_parallel_size
+    if ranks == 1:
+        return Worker(live)
+    if live is not None:
+        raise ConfigError(
+            f"tensor_parallel_size is {ranks}, but the model is loaded in this process already.",
+            "Give the model's name or folder, or leave tensor_parallel_size out.",
+        )
+    from octavo.runtime.parallel import ParallelWorker
+
+    return ParallelWorker(on_death=on_death)

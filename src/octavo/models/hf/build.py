@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from torch import nn
 from octavo.config import ModelConfig
 from octavo.errors import ModelError, UnsupportedModel
 from octavo.models.hf import attention
+from octavo.models.hf.trace import NotPaged
 
 
 def causal_lm_class(model_type: str) -> str | None:
@@ -24,49 +26,77 @@ def causal_lm_class(model_type: str) -> str | None:
     return name[0] if isinstance(name, tuple) else name
 
 
-def build(wanted: ModelConfig, dtype: torch.dtype) -> nn.Module:
+@dataclass(frozen=True)
+class Classes:
+    """What a model is made of: a ``PreTrainedConfig`` and a ``PreTrainedModel`` with a language head."""
+
+    config: Any
+    model: Any
+
+
+def installed_classes(wanted: ModelConfig) -> Classes:
+    """Those of the installed Transformers; raises `UnsupportedModel` HF030 if it has none for ``wanted``."""
+    import transformers
+
+    model_type = wanted.model_type
+    name = causal_lm_class(model_type)
+    if model_type not in transformers.CONFIG_MAPPING or name is None:
+        raise UnsupportedModel(
+            f"Transformers {transformers.__version__} has no causal language model of model_type {model_type!r}.",
+            "Install a newer Transformers if the model is newer than this one.",
+        )
+    if wanted.architecture.lower() != name.lower():  # LLaMAForCausalLM is a spelling of old files
+        raise UnsupportedModel(  # the head and its weights are those of one class: a classifier is no language model
+            f"The config names {wanted.architecture}; the causal language model of model_type {model_type!r} in"
+            f" Transformers is {name}.",
+            "Use a checkpoint of that class.",
+        )
+    return Classes(transformers.CONFIG_MAPPING[model_type], getattr(transformers, name))
+
+
+def build(wanted: ModelConfig, dtype: torch.dtype, classes: Classes | None = None) -> nn.Module:
     """The causal language model of ``wanted``, its parameters on the meta device, its buffers real.
 
-    Raises `UnsupportedModel` HF030 if Transformers has no such model, HF031 if it is of a kind that this engine cannot
-    run, `ModelError` HF002 if the config is one that the class cannot be made from.
+    It is of the installed Transformers unless there are other ``classes``. Raises `UnsupportedModel` HF030 if
+    Transformers has no such model, HF031 if it is of a kind that this engine cannot run, `ModelError` HF002 if the
+    config is one that the class cannot be made from.
     """
-    from transformers import AutoModelForCausalLM
-
-    config = _config(wanted.hf)
+    classes = classes or installed_classes(wanted)
+    config = _config(classes.config, wanted.hf)
     _refuse_kind(config)
-    _refuse_other_class(wanted)
     attention.register()
     try:
         with _parameters_on_meta(), warnings.catch_warnings(), torch.device("cpu"):
             warnings.simplefilter("ignore")
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+            model = _made(classes.model, config, dtype)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
-        if attention.NAME in str(error) or "attn" in str(error):  # a class with a table of attentions of its own
-            raise _refused(config, "its attention does not go through Transformers' attention interface") from error
         raise ModelError(
-            f"Transformers cannot build a {config.model_type} from this config: {type(error).__name__}: {error}.",
+            f"{classes.model.__name__} cannot be built from this config: {type(error).__name__}: {error}.",
             "Correct config.json, or install the version of Transformers that the model was made for.",
             id="HF002",
         ) from error
-    refuse_parts(model)
     _keep_in_float32(model, dtype)
     return model.eval().requires_grad_(False)
 
 
-def _config(hf: Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING, __version__
-
-    model_type = str(hf.get("model_type", ""))
-    if model_type not in CONFIG_MAPPING or causal_lm_class(model_type) is None:
-        raise UnsupportedModel(
-            f"Transformers {__version__} has no causal language model of model_type {model_type!r}.",
-            "Install a newer Transformers if the model is newer than this one.",
-        )
+def _made(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_with_floats(hf))
+        model: nn.Module = model_class._from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+    except (KeyError, ValueError) as error:
+        if attention.NAME not in str(error):
+            raise
+        model = model_class._from_config(config, dtype=dtype)  # it has a table of attentions of its own
+    return model
+
+
+def _config(config_class: Any, hf: Mapping[str, Any]) -> Any:
+    try:
+        return config_class.from_dict(_with_floats(hf))
     except Exception as error:  # each config class validates in its own way
         raise ModelError(
-            f"Transformers refuses the config: {type(error).__name__}: {error}.", "Correct config.json.", id="HF002"
+            f"{config_class.__name__} refuses the config: {type(error).__name__}: {error}.",
+            "Correct config.json.",
+            id="HF002",
         ) from error
 
 
@@ -75,17 +105,6 @@ def _with_floats(value: Any) -> Any:
     if isinstance(value, Mapping):
         return float(value["__float__"]) if "__float__" in value else {k: _with_floats(v) for k, v in value.items()}
     return [_with_floats(item) for item in value] if isinstance(value, list) else value
-
-
-def _refuse_other_class(wanted: ModelConfig) -> None:
-    """The head and its weights are those of one class: a classifier, say, is no language model."""
-    name = causal_lm_class(wanted.model_type)
-    if wanted.architecture.lower() != str(name).lower():  # LLaMAForCausalLM is a spelling of old files
-        raise UnsupportedModel(
-            f"The config names {wanted.architecture}; the causal language model of model_type {wanted.model_type!r} in"
-            f" Transformers is {name}.",
-            "Use a checkpoint of that class.",
-        )
 
 
 def _refused(config: Any, reason: str) -> UnsupportedModel:
@@ -106,21 +125,21 @@ def _refuse_kind(config: Any) -> None:
             "Use the model's unquantised checkpoint, or a GGUF file of it.",
             id="HF050",
         )
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or ())
-    known = {"full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse"}
-    if recurrent := {kind for kind in kinds if "linear" in kind or "mamba" in kind or "conv" in kind} - known:
-        raise _refused(config, f"it has layers that keep a state ({', '.join(sorted(recurrent))})")
 
 
 def refuse_parts(model: Any) -> None:
-    """What shows in the modules: all that carries something from one token to the next, other than attention."""
+    """Raises `NotPaged` for what shows in the modules: all that carries something from one token to the next, other
+    than attention."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if recurrent := {kind for kind in kinds if any(part in kind for part in ("linear", "mamba", "conv"))}:
+        raise NotPaged(f"it has layers that keep a state ({', '.join(sorted(recurrent))})")
     if getattr(model, "_is_stateful", False):
-        raise _refused(model.config, "it is recurrent")
+        raise NotPaged("it is recurrent")
     for name, module in model.named_modules():
         if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            raise _refused(model.config, f"{name} ({type(module).__name__}) mixes neighbouring tokens")
+            raise NotPaged(f"{name} ({type(module).__name__}) mixes neighbouring tokens")
     if not model._supports_attention_backend and not model._can_set_attn_implementation():
-        raise _refused(model.config, "its attention does not go through Transformers' attention interface")
+        raise NotPaged("its attention does not go through Transformers' attention interface")
 
 
 @contextmanager

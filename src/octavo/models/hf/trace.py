@@ -3,7 +3,7 @@
 The run uses an entry of our own in Transformers' registries of attention functions and of masks. The mask entry
 evaluates the mask's own rule at a few points, so a sliding window is what the model's mask says, not what a keyword or
 the config says (OLMoE passes a window on that its masks ignore). The attention entry takes down shapes and keywords.
-What the engine could not compute as the model does is an `UnsupportedModel`, HF032.
+What the engine could not compute as the model does is a `NotPaged`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from octavo.errors import UnsupportedModel
 from octavo.models.hf.attention import AttentionShape
 
 NAME = "octavo-trace"
@@ -35,9 +34,8 @@ _NEUTRAL = frozenset(
 _HANDLED = frozenset(("scaling", "softcap", "s_aux"))
 
 
-def refusal(cause: str) -> UnsupportedModel:
-    """HF032 with ``cause``."""
-    return UnsupportedModel(cause, "Choose a model whose attention octavo can compute.", id="HF032")
+class NotPaged(Exception):
+    """Why a model cannot run over pages, as a clause; it may still run with a cache of its own (`models.hf.generic`)."""
 
 
 class Recorder:
@@ -68,18 +66,18 @@ class Recorder:
         """As an attention function; the output is empty, but of the right shape."""
         where = type(module).__name__
         if any(module is known for known, _ in self.calls):
-            raise refusal(f"{where} calls attention twice in a forward, so one layer has two caches.")
+            raise NotPaged(f"{where} calls attention twice in a forward, so one layer has two caches")
         if not query.shape[2] == key.shape[2] == value.shape[2] == TOKENS:
-            raise refusal(f"{where} attends over {key.shape[2]} keys for {TOKENS} tokens (not self-attention).")
+            raise NotPaged(f"{where} attends over {key.shape[2]} keys for {TOKENS} tokens (not self-attention)")
         if attention_mask is None:
-            raise refusal(f"{where} attends without a mask: it is not causal.")
+            raise NotPaged(f"{where} attends without a mask: it is not causal")
         if id(attention_mask) not in self._masks:
-            raise refusal(f"{where} gets a mask that Transformers' mask functions did not make.")
+            raise NotPaged(f"{where} gets a mask that Transformers' mask functions did not make")
         if getattr(module, "is_causal", True) is False or keywords.get("is_causal") is False:
-            raise refusal(f"{where} is not causal.")
+            raise NotPaged(f"{where} is not causal")
         for name, given in keywords.items():
             if given is not None and not isinstance(given, bool) and name not in _NEUTRAL | _HANDLED:
-                raise refusal(f"{where} passes {name} to attention, which octavo does not have.")
+                raise NotPaged(f"{where} passes {name} to attention, which octavo does not have")
         shape = AttentionShape(
             heads=query.shape[1],
             kv_heads=key.shape[1],
@@ -97,7 +95,7 @@ def window_of(rule: Callable[..., torch.Tensor], local_size: int | None, max_len
     """The sliding window of a mask with ``rule(batch, head, query, key) -> bool``; None if each token sees all before.
 
     Rules are compared with those two at lengths up to ``max_len``, since no longer ones run: a window or a chunk above
-    that is none. Raises `UnsupportedModel` HF032 for any other rule.
+    that is none. Raises `NotPaged` for any other rule.
     """
     length = min(max_len, 2 * local_size + 3 if local_size else 67)
     edges = {0, 1, length // 2, length - 2, length - 1, *((local_size - 1, local_size) if local_size else ())}
@@ -114,8 +112,8 @@ def window_of(rule: Callable[..., torch.Tensor], local_size: int | None, max_len
         if torch.equal(seen, causal & (keys > queries - count)):
             return count
     if bool((seen & ~causal).any()):
-        raise refusal("a mask lets tokens see later ones: the model is not causal.")
-    raise refusal("a mask is neither causal nor a sliding window (attention in chunks, or of another kind).")
+        raise NotPaged("a mask lets tokens see later ones: the model is not causal")
+    raise NotPaged("a mask is neither causal nor a sliding window (attention in chunks, or of another kind)")
 
 
 def _row(rule: Callable[..., torch.Tensor], zero: torch.Tensor, query: int, keys: torch.Tensor) -> torch.Tensor:
@@ -123,7 +121,7 @@ def _row(rule: Callable[..., torch.Tensor], zero: torch.Tensor, query: int, keys
     try:
         return torch.as_tensor(rule(zero, zero, at, keys)).expand(keys.shape).bool()
     except (IndexError, RuntimeError) as error:  # it looks into tensors that are as long as the traced run
-        raise refusal("a mask depends on more than the order of tokens (on images among them, say).") from error
+        raise NotPaged("a mask depends on more than the order of tokens (on images among them, say)") from error
 
 
 @contextmanager
@@ -148,7 +146,7 @@ def _not_running(*args: Any, **kwargs: Any) -> Any:
 def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Recorder, nn.Module]:
     """One forward of the causal language model ``model``: its attention calls, and the module that makes hidden states.
 
-    ``model`` is on ``device``, which may be "meta". Raises `UnsupportedModel` HF032 for what the engine cannot do, and
+    ``model`` is on ``device``, which may be "meta". Raises `NotPaged` for what the engine cannot do, and
     whatever the model raises where it cannot run on that device.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -175,5 +173,5 @@ def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Record
         AttentionInterface.register(NAME, _not_running)
         AttentionMaskInterface.register(NAME, _not_running)
     if not ran or "position_ids" not in inspect.signature(ran[0].forward).parameters:
-        raise refusal(f"{type(model).__name__} takes no position_ids.")
+        raise NotPaged(f"{type(model).__name__} takes no position_ids")
     return recorder, ran[0]
