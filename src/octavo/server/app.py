@@ -10,7 +10,9 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from octavo.server import admin, chat, completions
+from octavo.server.anthropic import messages
 from octavo.server.guard import MAX_BODY_BYTES, Guard
+from octavo.server.responses import routes as responses
 from octavo.server.service import Service
 
 Handler = Callable[[Service, Request], Awaitable[ASGIApp]]
@@ -18,6 +20,13 @@ Handler = Callable[[Service, Request], Awaitable[ASGIApp]]
 ROUTES: list[tuple[str, str, Handler]] = [
     ("POST", "/v1/completions", completions.ENDPOINT.handle),
     ("POST", "/v1/chat/completions", chat.ENDPOINT.handle),
+    ("POST", "/v1/responses", responses.create),
+    ("GET", "/v1/responses/{id}", responses.retrieve),
+    ("DELETE", "/v1/responses/{id}", responses.delete),
+    ("POST", "/v1/responses/{id}/cancel", responses.cancel),
+    ("GET", "/v1/responses/{id}/input_items", responses.input_items),
+    ("POST", "/v1/messages", messages.ENDPOINT.handle),
+    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
     ("GET", "/v1/models", admin.models),
     ("GET", "/v1/models/{name:path}", admin.model),
     ("POST", "/tokenize", admin.tokenize),

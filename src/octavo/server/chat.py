@@ -44,6 +44,7 @@ def read(service: Service, body: ChatRequest, origin: Origin) -> Ask:
         params=body.chat_params(service.llm.default_params()),
         conversation=conversation,
         priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
         stream=bool(body.stream),
     )
 

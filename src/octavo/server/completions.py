@@ -36,6 +36,7 @@ def read(service: Service, body: CompletionRequest, origin: Origin) -> Ask:
         params=_params(body, service.llm.default_params()),
         prompts=[_prompt(service, body, prompt) for prompt in body.prompts()],
         priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
         clamp_max_tokens=body.max_tokens is None,  # a default is no demand
         stream=bool(body.stream),
     )

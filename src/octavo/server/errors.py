@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API words them: ``{"error": {"message", "type", "param", "code"}}``.
+"""Errors as OpenAI's API words them, ``{"error": {"message", "type", "param", "code"}}``, or as Anthropic's does.
 
 What a client sees is an `OctavoError`'s cause and remedy, or one of the texts here; never the text of an exception that
 nobody expected.
@@ -11,6 +11,8 @@ from starlette.responses import Response
 
 from octavo.errors import OctavoError, Overloaded, RequestError
 
+ANTHROPIC_PATHS = "/v1/messages"
+
 
 class ErrorInfo(msgspec.Struct, frozen=True):
     message: str
@@ -21,6 +23,27 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
 class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorInfo
+
+
+class AnthropicError(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+
+
+class AnthropicErrorBody(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    error: AnthropicError
+    request_id: str
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class ApiError(RequestError):
@@ -77,11 +100,20 @@ def body_of(error: OctavoError) -> ErrorBody:
     return ErrorBody(ErrorInfo(str(error), kind, getattr(error, "param", None), error.id))
 
 
-def response_of(error: OctavoError) -> Response:
-    """The whole response for an error that came before any other byte."""
+def anthropic_body(error: OctavoError, request_id: str) -> AnthropicErrorBody:
+    """The same for Anthropic's clients."""
+    default = "invalid_request_error" if error.status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(error.status, default)
+    return AnthropicErrorBody(AnthropicError(kind, str(error)), request_id)
+
+
+def response_of(error: OctavoError, path: str, request_id: str) -> Response:
+    """The whole response, in the words of the API at ``path``, for an error that came before any other byte."""
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, round(error.retry_after)))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return Response(msgspec.json.encode(body_of(error)), error.status, headers, "application/json")
+    anthropic = path.startswith(ANTHROPIC_PATHS)
+    body = anthropic_body(error, request_id) if anthropic else body_of(error)
+    return Response(msgspec.json.encode(body), error.status, headers, "application/json")

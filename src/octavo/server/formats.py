@@ -29,17 +29,17 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
     type: str
     json_schema: JsonSchemaFormat | None = None
 
-    def params(self) -> StructuredOutputsParams | None:
-        """What the output must match; None for text. Raises `RequestError` for a type that is not known."""
+    def params(self, field: str = "response_format") -> StructuredOutputsParams | None:
+        """What the output must match; None for text. Raises `RequestError`, naming ``field``, for an unknown type."""
         if self.type == "text":
             return None
         if self.type == "json_object":
             return StructuredOutputsParams(json_object=True)
         if self.type != "json_schema":
-            what = f"response_format {self.type[:100]!r} is not supported."
-            raise _refusal(what, "Use text, json_object or json_schema.")
+            what = f"{field} {self.type[:100]!r} is not supported."
+            raise RequestError(what, "Use text, json_object or json_schema.", param=field)
         if self.json_schema is None or self.json_schema.schema is None:
-            raise _refusal("response_format has no json_schema.schema.", "Send the schema.")
+            raise RequestError(f"{field} has no schema (json_schema.schema).", "Send the schema.", param=field)
         return StructuredOutputsParams(json=self.json_schema.schema)
 
 
@@ -66,7 +66,3 @@ def structured(
     if len(given) > 1:
         raise RequestError(f"{' and '.join(given)} are both set.", "Set one.", param=next(iter(given)))
     return next(iter(given.values()), None)
-
-
-def _refusal(cause: str, remedy: str) -> RequestError:
-    return RequestError(cause, remedy, param="response_format")

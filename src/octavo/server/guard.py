@@ -60,14 +60,18 @@ class Guard:
     def _admit(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
         scope["owner"] = self._key or b""
-        if self._key is not None and scope["path"] not in PUBLIC:
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            same = hmac.compare_digest(sha256(given.strip()).digest(), self._key)
-            if scheme.lower() != b"bearer" or not same:
-                raise errors.bad_key()
+        guarded = self._key is not None and scope["path"] not in PUBLIC
+        if guarded and not hmac.compare_digest(sha256(_key_of(headers)).digest(), scope["owner"]):
+            raise errors.bad_key()
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self._max_body:
             raise errors.too_large(self._max_body)
+
+
+def _key_of(headers: dict[bytes, bytes]) -> bytes:
+    """The key that a request brings, as OpenAI's clients send it or as Anthropic's do; empty if there is none."""
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    return given.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()
 
 
 class _Exchange:
@@ -98,7 +102,7 @@ class _Exchange:
     async def fail(self, error: OctavoError) -> None:
         """Answers with ``error``; after the first byte of another answer all that is left is to break off."""
         if self.status == 0:
-            await errors.response_of(error)(self._scope, self._receive, self.send)
+            await errors.response_of(error, self._scope["path"], self.id)(self._scope, self._receive, self.send)
         else:
             get_logger().error("request %s broke off: %s", self.id, error)
 

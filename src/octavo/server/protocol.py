@@ -21,6 +21,7 @@ from octavo.types import MAX_LOGPROBS, SamplingParams
 MAX_PROMPTS = 1024  # prompts in one completion request, and answers to them
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 PRIORITY_LIMIT = 2**31
+MAX_SALT = 1024  # characters of cache_salt
 
 
 class _Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -40,20 +41,16 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: Any = None  # padding against eavesdroppers: OpenAI's, without effect
 
 
-class _Generation(_Ignored, kw_only=True, forbid_unknown_fields=True):
-    """What both kinds of completion share. Names are those of `SamplingParams` where the meaning is."""
+class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
+    """What every request for text may set. Names are those of `SamplingParams` where the meaning is."""
 
     model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    max_tokens: int | None = None
     logit_bias: dict[int, float] | None = None
     top_k: int | None = None
     min_p: float | None = None
@@ -66,10 +63,41 @@ class _Generation(_Ignored, kw_only=True, forbid_unknown_fields=True):
     spaces_between_special_tokens: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    prompt_logprobs: int | None = None
-    priority: int | None = None
-    response_format: ResponseFormat | None = None
+    priority: int | None = None  # lower runs first
+    cache_salt: str | None = None  # cached prefixes are shared only with requests that have the same one
     structured_outputs: StructuredOutputsParams | None = None
+
+    def sampling_params(self, defaults: SamplingParams, **changes: Any) -> SamplingParams:
+        """``defaults`` overridden by the fields of the request that are set, and by ``changes``; validated."""
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name, None)) is not None}
+        outputs = self.constraint()
+        if outputs is not None:
+            given["structured_outputs"] = outputs
+        params = msgspec.structs.replace(defaults, **(given | changes))
+        params.validate()
+        return params
+
+    def constraint(self) -> StructuredOutputsParams | None:
+        """What the output must match; raises `RequestError` if several fields say so."""
+        return self.structured_outputs
+
+    def check(self) -> None:
+        """Checks what `SamplingParams.validate` does not know."""
+        if abs(self.priority or 0) >= PRIORITY_LIMIT:
+            raise RequestError(f"priority is {self.priority}.", "Give a smaller number.", param="priority")
+        if len(self.cache_salt or "") > MAX_SALT:
+            raise RequestError(f"cache_salt is longer than {MAX_SALT}.", "Shorten it.", param="cache_salt")
+
+
+class _Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of completion share."""
+
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
     guided_json: JsonSchema | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -80,33 +108,27 @@ class _Generation(_Ignored, kw_only=True, forbid_unknown_fields=True):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling_params(self, defaults: SamplingParams, **changes: Any) -> SamplingParams:
-        """``defaults`` overridden by the fields of the request that are set, and by ``changes``; validated."""
-        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+    def constraint(self) -> StructuredOutputsParams | None:
         guided = {name: getattr(self, f"guided_{name}") for name in (*GUIDED, "whitespace_pattern")}
-        outputs = structured(self.response_format, self.structured_outputs, guided)
-        if outputs is not None:
-            given["structured_outputs"] = outputs
-        params = msgspec.structs.replace(defaults, **(given | changes))
-        params.validate()
-        return params
+        return structured(self.response_format, self.structured_outputs, guided)
 
     def check(self) -> None:
         """Checks what concerns more than one field."""
+        super().check()
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is set, but stream is not.", "Set stream.", param="stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed.", "Unset stream.", param="prompt_logprobs")
-        if abs(self.priority or 0) >= PRIORITY_LIMIT:
-            raise RequestError(f"priority is {self.priority}.", "Give a smaller number.", param="priority")
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-            raise RequestError(
-                f"a stop string is longer than {MAX_STOP_LENGTH} characters.", "Shorten it.", param="stop"
-            )
+        check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
 
 
-_SAMPLING = set(_Generation.__struct_fields__) & set(SamplingParams.__struct_fields__)
+def check_stops(name: str, stops: list[str]) -> None:
+    """Raises `RequestError` for a stop string that is too long."""
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise RequestError(f"a stop string is longer than {MAX_STOP_LENGTH} characters.", "Shorten it.", param=name)
+
+
+_SAMPLING = set(_Generation.__struct_fields__) & set(SamplingParams.__struct_fields__) - {"structured_outputs"}
 
 
 class CompletionRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
@@ -239,6 +261,14 @@ def decode(body: bytes, kind: type[Body]) -> Body:
         raise _explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ApiError(400, "invalid_json", "the body is not valid JSON.", "Send one JSON object.") from None
+
+
+def convert(value: object, kind: Any, where: str) -> Any:
+    """A part of a body that was decoded as plain data, as one of the structs ``kind``; raises `RequestError`."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error).replace("`$", f"`$.{where}", 1)) from None
 
 
 def _explain(message: str) -> RequestError:

@@ -29,6 +29,11 @@ def event(chunk: msgspec.Struct) -> bytes:
     return b"data: %b\n\n" % _encode(chunk)
 
 
+def named_event(name: str, chunk: msgspec.Struct) -> bytes:
+    """An event with a name, as Anthropic's streams and OpenAI's responses have them."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(chunk))
+
+
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, which is cancelled when the client goes; then raises `ClientGone`.
 

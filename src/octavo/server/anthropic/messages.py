@@ -1,0 +1,244 @@
+"""``POST /v1/messages`` and ``/v1/messages/count_tokens``: Anthropic's Messages API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.errors import OctavoError, RequestError
+from octavo.frontend.outputs import Delta
+from octavo.server import errors
+from octavo.server.anthropic.body import (
+    Block,
+    BlockDelta,
+    BlockStart,
+    BlockStop,
+    CountTokensRequest,
+    Event,
+    InputDelta,
+    Message,
+    MessageDelta,
+    MessagesRequest,
+    MessageStart,
+    MessageStop,
+    Stop,
+    TextBlock,
+    TextDelta,
+    TextPart,
+    ThinkingBlock,
+    ThinkingDelta,
+    ThinkingPart,
+    TokenCount,
+    ToolChoice,
+    ToolResultPart,
+    ToolUseBlock,
+    ToolUsePart,
+    Turn,
+    Usage,
+)
+from octavo.server.ask import Ask, Conversation, Origin, prepare, readers
+from octavo.server.blocks import Block as Part
+from octavo.server.blocks import Blocks, Kind, Step
+from octavo.server.endpoint import Endpoint, Job
+from octavo.server.protocol import decode
+from octavo.server.service import Service
+from octavo.server.sse import named_event
+from octavo.server.tools import ToolUse
+from octavo.types import CompletionOutput, RequestOutput
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read(service: Service, body: MessagesRequest, origin: Origin) -> Ask:
+    """Checks the body and translates it."""
+    changes: dict[str, Any] = {"max_tokens": body.max_tokens}
+    if body.stop_sequences:
+        changes["stop"] = body.stop_sequences
+    return _ask(service, body, **changes)
+
+
+async def count_tokens(service: Service, request: Request) -> Response:
+    """How many tokens the prompt of a message has."""
+    body = decode(await request.body(), CountTokensRequest)
+    ask, origin = _ask(service, body, max_tokens=1), Origin.of(request)
+    (prepared,) = await prepare(service, ask, origin.id, origin)
+    count = TokenCount(len(prepared.prompt_token_ids))
+    return Response(msgspec.json.encode(count), media_type="application/json")
+
+
+def _ask(service: Service, body: CountTokensRequest, **changes: Any) -> Ask:
+    body.check()
+    model = service.model(body.model)
+    if not body.messages:
+        raise RequestError("messages is empty.", "Send at least one message.", param="messages")
+    system = body.system if isinstance(body.system, str) else "\n".join(part.text for part in body.system or ())
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    for turn in body.messages:
+        messages += _messages(turn)
+    thinking = body.thinking
+    return Ask(
+        model=model,
+        params=body.sampling_params(service.llm.default_params(), **changes),
+        conversation=Conversation(
+            messages=messages,
+            use=_tools(body),
+            include_reasoning=thinking is None or (thinking.type != "disabled" and thinking.display != "omitted"),
+            continue_final_message=body.messages[-1].role == "assistant",
+            template_kwargs=body.template_kwargs(),
+        ),
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        stream=bool(body.stream),
+    )
+
+
+def _tools(body: CountTokensRequest) -> ToolUse:
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema},
+        }
+        for tool in body.tools or ()
+    ]
+    choice = body.tool_choice or ToolChoice(type="auto" if tools else "none")
+    wanted: Any = {"any": "required"}.get(choice.type, choice.type)
+    if choice.type == "tool":
+        wanted = {"type": "function", "function": {"name": choice.name}}
+    return ToolUse.of(tools, wanted, parallel=not choice.disable_parallel_tool_use)
+
+
+def _messages(turn: Turn) -> list[dict[str, Any]]:
+    """A turn as chat messages: results of tools are messages of their own there, and come first."""
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    results: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    thoughts: list[str] = []
+    for part in turn.content:
+        match part:
+            case TextPart():
+                texts.append({"type": "text", "text": part.text})
+            case ThinkingPart():
+                thoughts.append(part.thinking)
+            case ToolUsePart():
+                calls.append(_call(part))
+            case ToolResultPart():
+                results.append(_result(part))
+    if turn.role == "user" and (calls or thoughts):
+        raise RequestError(
+            "a user's message holds tool_use or thinking.", "They are the assistant's.", param="messages"
+        )
+    if turn.role == "assistant" and results:
+        raise RequestError("an assistant's turn holds tool_result.", "It is the user's.", param="messages")
+    message: dict[str, Any] = {"role": turn.role, "content": texts or None}
+    if calls:
+        message["tool_calls"] = calls
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
+    return [*results, *([message] if texts or calls or thoughts or not results else [])]
+
+
+def _call(part: ToolUsePart) -> dict[str, Any]:
+    arguments = msgspec.json.encode(part.input).decode()
+    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": arguments}}
+
+
+def _result(part: ToolResultPart) -> dict[str, Any]:
+    content = part.content if isinstance(part.content, str) else "\n".join(one.text for one in part.content or ())
+    text = f"Error: {content}" if part.is_error else content
+    return {"role": "tool", "tool_call_id": part.tool_use_id, "content": text}
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+class _Answer:
+    def __init__(self, job: Job[MessagesRequest]) -> None:
+        self._job = job
+        assert job.ask.conversation is not None
+        (reader,) = readers(job.service, job.ask.conversation, job.prepared[0])
+        self._blocks = Blocks(reader)
+        self._begun = False
+
+    def whole(self, results: list[RequestOutput]) -> Message:
+        (result,) = results
+        (output,) = result.outputs
+        self._blocks.feed(output.text, final=True)
+        stop = self._stop(output)
+        message = self._message(_usage(result), [_block(part, whole=True) for part in self._blocks.all])
+        message.stop_reason, message.stop_sequence = stop.stop_reason, stop.stop_sequence
+        return message
+
+    def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
+        if not self._begun:
+            self._begun = True
+            prompt = len(self._job.prepared[0].prompt_token_ids)
+            usage = Usage(input_tokens=prompt, output_tokens=0, cache_read_input_tokens=0)
+            yield _event(MessageStart(self._message(usage, [])))
+        for step in self._blocks.feed(delta.text, final=delta.finish_reason is not None):
+            yield _event(_of_step(step))
+
+    def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
+        (result,) = results
+        yield _event(MessageDelta(self._stop(result.outputs[0]), _usage(result)))
+        yield _event(MessageStop())
+
+    def broken(self, error: OctavoError) -> Iterable[bytes]:
+        return [named_event("error", errors.anthropic_body(error, self._job.origin.id))]
+
+    def _message(self, usage: Usage, content: list[Block]) -> Message:
+        return Message(id=self._job.id, model=self._job.ask.model, content=content, usage=usage)
+
+    def _stop(self, output: CompletionOutput) -> Stop:
+        if output.finish_reason == "abort":
+            raise errors.shutting_down()
+        if output.finish_reason == "length":
+            return Stop("max_tokens", None)
+        if isinstance(output.stop_reason, str):
+            return Stop("stop_sequence", output.stop_reason)
+        return Stop("tool_use" if self._blocks.called else "end_turn", None)
+
+
+def _usage(result: RequestOutput) -> Usage:
+    cached = result.num_cached_tokens
+    return Usage(
+        input_tokens=len(result.prompt_token_ids) - cached,
+        output_tokens=sum(len(output.token_ids) for output in result.outputs),
+        cache_read_input_tokens=cached,
+    )
+
+
+def _block(part: Part, *, whole: bool) -> Block:
+    """A block with all of its text, or as it begins."""
+    text = part.text if whole else ""
+    if part.kind == "call":
+        return ToolUseBlock(part.id, part.name, msgspec.Raw(text.encode() or b"{}"))
+    return TextBlock(text) if part.kind == "text" else ThinkingBlock(text)
+
+
+def _of_step(step: Step) -> Event:
+    index = step.block.index
+    if step.what == "open":
+        return BlockStart(index, _block(step.block, whole=False))
+    if step.what == "close":
+        return BlockStop(index)
+    return BlockDelta(index, _DELTAS[step.block.kind](step.text))
+
+
+_DELTAS: dict[Kind, type[TextDelta | ThinkingDelta | InputDelta]] = {
+    "text": TextDelta,
+    "reasoning": ThinkingDelta,
+    "call": InputDelta,
+}
+
+
+def _event(event: Event) -> bytes:
+    return named_event(str(event.__struct_config__.tag), event)
+
+
+ENDPOINT = Endpoint(MessagesRequest, "msg_", read, _Answer)

@@ -1,0 +1,316 @@
+"""Bodies of OpenAI's Responses API: requests, and the response itself. Events are in `events`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from octavo.errors import RequestError
+from octavo.server.answers import TokenLogprob
+from octavo.server.formats import JsonSchema, JsonSchemaFormat, ResponseFormat
+from octavo.server.protocol import Sampled, check_stops
+from octavo.structured import StructuredOutputsParams
+from octavo.types import MAX_LOGPROBS
+
+LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"  # nothing to do: reasoning is sent as it is, and read when it comes back
+Status = Literal["in_progress", "completed", "incomplete"]
+
+# --- input ------------------------------------------------------------------------------------------------------------
+
+
+class _Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field="type"):
+    pass
+
+
+class InputText(_Part, kw_only=True, tag="input_text"):
+    text: str
+    prompt_cache_breakpoint: Any = None
+
+
+class OldOutputText(_Part, kw_only=True, tag="output_text"):
+    """A text of an earlier answer."""
+
+    text: str
+    annotations: Any = None
+    logprobs: Any = None
+
+
+class OldRefusal(_Part, kw_only=True, tag="refusal"):
+    refusal: str
+
+
+class InputMessage(_Part, kw_only=True, tag="message"):
+    """``type`` may be missing."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | list[InputText | OldOutputText | OldRefusal]
+    id: str | None = None
+    status: str | None = None
+    phase: Any = None
+
+
+class OldCall(_Part, kw_only=True, tag="function_call"):
+    """A call in an earlier answer."""
+
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class CallOutput(_Part, kw_only=True, tag="function_call_output"):
+    """What the tool answered."""
+
+    call_id: str
+    output: str | list[InputText]
+    id: str | None = None
+    status: str | None = None
+
+
+class OldSummary(_Part, kw_only=True, tag="summary_text"):
+    text: str
+
+
+class OldThought(_Part, kw_only=True, tag="reasoning_text"):
+    text: str
+
+
+class OldReasoning(_Part, kw_only=True, tag="reasoning"):
+    """Reasoning of an earlier answer. Encrypted reasoning is another provider's and cannot be read."""
+
+    id: str | None = None
+    summary: list[OldSummary] = []
+    content: list[OldThought] | None = None
+    encrypted_content: None = None
+    status: str | None = None
+
+
+InputItem = InputMessage | OldCall | CallOutput | OldReasoning
+
+# --- the request ------------------------------------------------------------------------------------------------------
+
+
+class Reasoning(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``effort`` is the template's variable ``reasoning_effort``, if it has one. There are no summaries."""
+
+    effort: str | None = None
+    summary: Literal["auto"] | None = None
+    generate_summary: Literal["auto"] | None = None
+
+
+class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """As ``response_format`` of chat completions, with the schema one level higher."""
+
+    type: str = "text"
+    name: str | None = None
+    description: str | None = None
+    schema: JsonSchema | None = None
+    strict: bool | None = None
+
+    def params(self) -> StructuredOutputsParams | None:
+        """What the output must match; None for text."""
+        inner = None if self.schema is None else JsonSchemaFormat(self.name, self.description, self.schema, self.strict)
+        return ResponseFormat(self.type, inner).params("text.format")
+
+
+class TextConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``verbosity`` has only its default."""
+
+    format: TextFormat = msgspec.field(default_factory=TextFormat)
+    verbosity: Literal["medium"] | None = None
+
+
+class FunctionTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A tool that the client runs; those that OpenAI runs do not exist here."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponsesStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    include_obfuscation: Any = None  # padding against eavesdroppers: OpenAI's, without effect
+
+
+class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/responses``."""
+
+    input: str | list[dict[str, Any]]  # items: see `InputItem`
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: int | None = None
+    max_tool_calls: int | None = None  # of tools that the server runs: there are none
+    tools: list[FunctionTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextConfig | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = None
+    truncation: Literal["disabled"] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    stop: str | list[str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
+
+    def constraint(self) -> StructuredOutputsParams | None:
+        form = self.text.format.params() if self.text else None
+        if form is not None and self.structured_outputs is not None:
+            raise RequestError("text.format and structured_outputs are both set.", "Set one.", param="text")
+        return form or self.structured_outputs
+
+    def check(self) -> None:
+        super().check()
+        check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
+        unknown = [name for name in self.include or () if name not in (LOGPROBS, ENCRYPTED)]
+        if unknown:
+            cause = f"include names {unknown[0][:100]!r}, which does not exist here."
+            raise RequestError(cause, f"Leave it out; there are {LOGPROBS} and {ENCRYPTED}.", param="include")
+        if self.top_logprobs and not self.wants_logprobs:
+            raise RequestError("top_logprobs is set.", f"Add {LOGPROBS} to include.", param="top_logprobs")
+        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
+            cause = f"top_logprobs is {self.top_logprobs}, outside [0, {MAX_LOGPROBS}]."
+            raise RequestError(cause, "Give a value in that range.", param="top_logprobs")
+        if self.background and (self.stream or self.store is False):
+            cause = "background goes neither with stream nor with store false."
+            raise RequestError(cause, "Poll GET /v1/responses/{id}.", param="background")
+        metadata = self.metadata or {}
+        if len(metadata) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
+            cause = "metadata has more than 16 pairs, or a key over 64 or a value over 512 characters."
+            raise RequestError(cause, "Send less.", param="metadata")
+
+    def template_kwargs(self) -> dict[str, Any]:
+        """Variables for the chat template."""
+        effort = self.reasoning.effort if self.reasoning else None
+        return ({} if effort is None else {"reasoning_effort": effort}) | (self.chat_template_kwargs or {})
+
+
+# --- the response -----------------------------------------------------------------------------------------------------
+
+
+class OutputText(msgspec.Struct, kw_only=True, tag_field="type", tag="output_text"):
+    text: str = ""
+    annotations: list[Any] = []
+    logprobs: list[TokenLogprob] = []
+
+
+class ReasoningText(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning_text"):
+    text: str = ""
+
+
+class MessageItem(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
+    id: str
+    status: Status = "in_progress"
+    role: Literal["assistant"] = "assistant"
+    content: list[OutputText] = []
+
+
+class ReasoningItem(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning"):
+    id: str
+    status: Status = "in_progress"
+    summary: list[Any] = []
+    content: list[ReasoningText] = []
+
+
+class CallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
+    id: str
+    status: Status = "in_progress"
+    call_id: str
+    name: str
+    arguments: str = ""
+
+
+OutputItem = MessageItem | ReasoningItem | CallItem
+
+
+class InputDetails(msgspec.Struct):
+    cached_tokens: int
+    cache_write_tokens: int = 0
+
+
+class OutputDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class Failure(msgspec.Struct):
+    code: Literal["server_error"]
+    message: str
+
+
+class Incomplete(msgspec.Struct):
+    reason: Literal["max_output_tokens"]
+
+
+class ReasoningEcho(msgspec.Struct):
+    effort: str | None = None
+    summary: str | None = None
+
+
+class Response(msgspec.Struct, kw_only=True):
+    """An answer to ``/v1/responses``, whole or in progress."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    completed_at: int | None = None
+    status: Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"] = "in_progress"
+    background: bool = False
+    error: Failure | None = None
+    incomplete_details: Incomplete | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = None
+    max_tool_calls: int | None = None
+    metadata: dict[str, str] = {}
+    model: str
+    output: list[OutputItem] = []
+    parallel_tool_calls: bool = True
+    previous_response_id: str | None = None
+    reasoning: ReasoningEcho
+    store: bool = True
+    temperature: float
+    text: TextConfig
+    tool_choice: str | dict[str, Any]
+    tools: list[FunctionTool] = []
+    top_logprobs: int = 0
+    top_p: float
+    truncation: Literal["disabled"] = "disabled"
+    usage: Usage | None = None
+    user: str | None = None
+
+
+class Deleted(msgspec.Struct):
+    """An answer to ``DELETE /v1/responses/{id}``."""
+
+    id: str
+    object: Literal["response"] = "response"
+    deleted: bool = True
+
+
+class InputItems(msgspec.Struct, kw_only=True):
+    """An answer to ``GET /v1/responses/{id}/input_items``."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = False

@@ -1,0 +1,100 @@
+"""Events of a streamed response. Each has the number of its place in the stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from octavo.server.answers import TokenLogprob
+from octavo.server.responses.body import OutputItem, OutputText, ReasoningText, Response
+
+
+class Event(msgspec.Struct, kw_only=True, tag_field="type"):
+    sequence_number: int = 0
+
+
+class _OfResponse(Event, kw_only=True):
+    response: Response
+
+
+class Created(_OfResponse, tag="response.created"):
+    pass
+
+
+class InProgress(_OfResponse, tag="response.in_progress"):
+    pass
+
+
+class Completed(_OfResponse, tag="response.completed"):
+    pass
+
+
+class IncompleteEnd(_OfResponse, tag="response.incomplete"):
+    pass
+
+
+class Failed(_OfResponse, tag="response.failed"):
+    pass
+
+
+class _OfItem(Event, kw_only=True):
+    output_index: int
+    item: OutputItem
+
+
+class ItemAdded(_OfItem, tag="response.output_item.added"):
+    pass
+
+
+class ItemDone(_OfItem, tag="response.output_item.done"):
+    pass
+
+
+class _InItem(Event, kw_only=True):
+    item_id: str
+    output_index: int
+
+
+class _OfPart(_InItem, kw_only=True):
+    content_index: int = 0
+    part: OutputText | ReasoningText
+
+
+class PartAdded(_OfPart, tag="response.content_part.added"):
+    pass
+
+
+class PartDone(_OfPart, tag="response.content_part.done"):
+    pass
+
+
+class TextDelta(_InItem, kw_only=True, tag="response.output_text.delta"):
+    content_index: int = 0
+    delta: str
+    logprobs: list[TokenLogprob] = []
+
+
+class TextDone(_InItem, kw_only=True, tag="response.output_text.done"):
+    content_index: int = 0
+    text: str
+    logprobs: list[Any] = []
+
+
+class ReasoningDelta(_InItem, kw_only=True, tag="response.reasoning_text.delta"):
+    content_index: int = 0
+    delta: str
+
+
+class ReasoningDone(_InItem, kw_only=True, tag="response.reasoning_text.done"):
+    content_index: int = 0
+    text: str
+
+
+class ArgumentsDelta(_InItem, kw_only=True, tag="response.function_call_arguments.delta"):
+    delta: str
+
+
+class ArgumentsDone(_InItem, kw_only=True, tag="response.function_call_arguments.done"):
+    name: str
+    arguments: str
