@@ -219,7 +219,7 @@ def test_options_of_vllm_without_effect_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"tensor_parallel_size": 2}, {"quantization": "awq"}, {"no_such_option": 1}, {"dtype": "int8"}]
+    "options", [{"pipeline_parallel_size": 2}, {"quantization": "awq"}, {"no_such_option": 1}, {"dtype": "int8"}]
 )
 def test_options_that_octavo_does_not_have_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:

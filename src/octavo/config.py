@@ -24,10 +24,7 @@ DEFAULT_BATCHED_TOKENS = 2048
 OTHER_LOAD_FORMATS = {
     "bitsandbytes": "Take a GGUF file of the model, or its plain weights.",
     "fastsafetensors": "Leave --load-format out: octavo reads the same files itself, with several threads.",
-    "hf": "Leave --load-format out: auto takes safetensors, else pickled files.",
     "instanttensor": "Leave --load-format out: octavo reads the same files itself, with several threads.",
-    "mistral": "Take files in the Hugging Face format (model*.safetensors), which Mistral's repos have too, "
-    "or a converted twin of one that has only params.json and consolidated*.safetensors.",
     "npcache": "Leave --load-format out: safetensors need no cache.",
     "runai_streamer": "Download the model and leave --load-format out: octavo reads local files.",
     "runai_streamer_sharded": "Download the model and leave --load-format out: octavo reads local files.",
@@ -62,12 +59,17 @@ class ModelOptions:
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
     load_format: str = option(
-        "auto", "what to read the weights from", choices=("auto", "safetensors", "pt", "gguf", "dummy")
+        "auto", "what to read the weights from", choices=("auto", "safetensors", "pt", "mistral", "gguf", "dummy")
     )
     model_impl: str = option(
         "auto", "who implements the model ('vllm' means native)", choices=("auto", "native", "vllm", "transformers")
     )
     skip_tokenizer_init: bool = option(False, "no tokenizer: token ids in, token ids out")
+    config_format: str = option(
+        "auto",
+        "config.json (hf) or Mistral's params.json; auto takes the first that is there",
+        choices=("auto", "hf", "mistral"),
+    )
     hf_config_path: str | None = option(None, "repo id or folder with config.json; default: the model's own")
     hf_overrides: dict[str, Any] = option({}, "JSON merged over config.json")
     generation_config: str = option("auto", "sampling defaults: 'auto' (the model's), 'vllm' (none) or a folder")
@@ -110,6 +112,15 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
+class ParallelOptions:
+    """parallelism"""
+
+    tensor_parallel_size: int = option(1, "devices of this machine that share one model")
+    distributed_timeout_seconds: int = option(300, "with several devices: how long one may keep the others waiting")
+    data_parallel_size: int = option(1, "engines, each with the whole model, that share the requests")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything that the engine core is told. Build it with `EngineConfig.of`."""
 
@@ -117,6 +128,7 @@ class EngineConfig:
     limits: LimitOptions = field(default_factory=LimitOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
+    parallel: ParallelOptions = field(default_factory=ParallelOptions)
 
     @classmethod
     def of(cls, **flat: Any) -> EngineConfig:
@@ -146,9 +158,12 @@ class EngineConfig:
             raise ConfigError("no model is named.", "Give a repo id, a folder or a .gguf file.")
         _range("max_num_seqs", self.limits.max_num_seqs, 1, 65_536)
         _range("max_num_batched_tokens", self.limits.max_num_batched_tokens, 1, 1 << 20)
+        _range("data_parallel_size", self.parallel.data_parallel_size, 1, 1024)
         _range("max_waiting", self.limits.max_waiting, 1, 1 << 30)
         _range("gpu_memory_utilization", self.memory.gpu_memory_utilization, 0.01, 1.0)
         _range("kv_cache_memory_bytes", self.memory.kv_cache_memory_bytes, 1, 1 << 50)
+        _range("tensor_parallel_size", self.parallel.tensor_parallel_size, 1, 64)
+        _range("distributed_timeout_seconds", self.parallel.distributed_timeout_seconds, 1, 86_400)
         if self.model.max_model_len is not None and self.model.max_model_len != -1:
             _range("max_model_len", self.model.max_model_len, 1, 1 << 30)
         if self.limits.max_num_batched_tokens < self.limits.max_num_seqs:
@@ -318,3 +333,8 @@ class ModelConfig:
         """Bytes of K and V for one token over all layers."""
         size = {"float32": 4, "float8_e4m3fn": 1}.get(self.cache_dtype or self.dtype, 2)
         return sum(2 * layer.kv_heads * layer.head_dim * size for layer in self.layers)
+
+    def cache_shape(self, pages: int, page_size: int) -> tuple[int, ...]:
+        """Of the KV cache, see `kernels.metadata`; its layers have one shape. A model may have no layers that use it."""
+        first = self.layers[0] if self.layers else LayerSpec(heads=1, kv_heads=1, head_dim=1)
+        return len(self.layers), pages, 2, first.kv_heads, page_size, first.head_dim

@@ -37,7 +37,6 @@ NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "allowed_local_media_path": ("",),
     "convert": ("auto", "none"),
     "cpu_offload_gb": (0,),
-    "data_parallel_size": (1,),
     "disable_custom_all_reduce": None,
     "disable_log_stats": None,
     "distributed_executor_backend": (None, "uni", "mp"),
@@ -50,7 +49,6 @@ NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "runner": ("auto", "generate"),
     "swap_space": None,
     "task": ("auto", "generate", None),
-    "tensor_parallel_size": (1,),
 }
 
 
@@ -253,13 +251,14 @@ def _live_model(model: PreTrainedModel, options: dict[str, Any]) -> tuple[Engine
 def _start_core(config: EngineConfig, text: TextModel, live: LiveModel | None) -> Engine:
     from octavo.core.engine import EngineCore
     from octavo.core.vocabulary import Vocabulary
-    from octavo.runtime.worker import Worker
+    from octavo.runtime.worker import worker_for
 
     tokenizer = text.tokenizer
     if live is None or tokenizer is None:
-        return EngineCore(config, Worker(live))
+        return EngineCore(config, worker_for(config, live))
     size = live.vocab_size
-    return EngineCore(config, Worker(live), vocabulary=lambda: Vocabulary.of(tokenizer, size, text.eos_ids))
+    worker = worker_for(config, live)
+    return EngineCore(config, worker, vocabulary=lambda: Vocabulary.of(tokenizer, size, text.eos_ids))
 
 
 def _prompts(prompts: object) -> list[Prompt]:

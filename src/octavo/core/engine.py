@@ -60,13 +60,15 @@ class EngineCore:
         self._timed("weights", lambda: worker.load(progress))
         num_pages, max_len = self._timed("cache", worker.plan_memory)
         limits = SchedulerLimits(
-            max_rows=config.limits.max_num_seqs,
+            max_rows=worker.max_rows,
             max_tokens=config.limits.max_num_batched_tokens,
             max_len=max_len,
             page_size=int(config.memory.block_size),
             num_pages=num_pages,
-            prefix_caching=config.memory.enable_prefix_caching,
+            prefix_caching=config.memory.enable_prefix_caching and worker.shares_prefixes,
         )
+        if config.memory.enable_prefix_caching and not worker.shares_prefixes:
+            get_logger().info("prefix cache: off, since this model keeps more of a sequence than pages")
         if num_pages * limits.page_size < max_len:
             raise OutOfMemory(
                 f"The KV cache holds {num_pages} pages of {limits.page_size} tokens, "
@@ -156,6 +158,7 @@ class EngineCore:
         """Drops the model and the cache."""
         self._pending.clear()
         self._grammars.stop()
+        self._worker.close()
         del self._worker
 
     # --- grammars ---------------------------------------------------------------------------------------------------

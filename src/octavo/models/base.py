@@ -14,6 +14,17 @@ from octavo.config import ModelConfig
 from octavo.hub.checkpoint import Array, Checkpoint
 
 
+@dataclass(frozen=True)
+class OwnCache:
+    """Bytes that a model keeps for a sequence outside of the pages: so many, and so many more for each token."""
+
+    per_row: int
+    per_token: int
+
+    def __str__(self) -> str:
+        return f"{self.per_row} bytes a sequence and {self.per_token} bytes a token"
+
+
 class Model(nn.Module):
     """A causal language model over the flat token axis of a step; see `layers.context` for what else it reads.
 
@@ -33,6 +44,17 @@ class Model(nn.Module):
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.tied: tuple[str, str] | None = None
         """With a tied head, the checkpoint names that the head's weight and the embedding's have."""
+
+    @property
+    def own_cache(self) -> OwnCache | None:
+        """What is kept for a row from its first token to `release`, outside of the pages; known after loading.
+
+        None for a model that keeps nothing but K and V in pages: then prefixes can be reused.
+        """
+        return None
+
+    def release(self, row: int) -> None:
+        """Forgets what is kept for ``row``, whose sequence has ended."""
 
     def untie(self) -> None:
         """Gives a tied head a weight of its own; the loader asks for it where a checkpoint has two different ones."""

@@ -25,6 +25,7 @@ class Group:
 
     rank = 0
     size = 1
+    name = "nothing"
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' ``x``; may be ``x`` itself, overwritten."""
@@ -81,6 +82,7 @@ class TorchGroup(Group):
         c10d: Any = distributed_c10d  # whose stubs lack some of its options
         self.rank, self.size, self._device = rank, size, device
         self._backend = backend
+        self.name = str(backend.name())
         self._sum, self._min = c10d.AllreduceOptions(), c10d.AllreduceOptions()
         self._min.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
         self._from_first = c10d.BroadcastOptions()

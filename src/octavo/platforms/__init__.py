@@ -8,8 +8,11 @@ from octavo.errors import ConfigError
 from octavo.platforms.base import Platform
 
 
-def select(name: str) -> Platform:
-    """The platform called ``name``: "cpu", "cuda", or "auto" for the GPU if there is one."""
+def select(name: str, rank: int = 0, ranks: int = 1) -> Platform:
+    """The platform called ``name``: "cpu", "cuda", or "auto" for the GPU if there is one.
+
+    Where ``ranks`` processes share a model, ``rank`` has the GPU of that number, or its share of the CPU.
+    """
     if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
             raise ConfigError(
@@ -17,7 +20,17 @@ def select(name: str) -> Platform:
             )
         from octavo.platforms.cuda import CudaPlatform
 
-        return CudaPlatform()
+        return CudaPlatform(_own_gpu(rank, ranks) if ranks > 1 else None)
     from octavo.platforms.cpu import CpuPlatform
 
-    return CpuPlatform()
+    return CpuPlatform(ranks)
+
+
+def _own_gpu(rank: int, ranks: int) -> int:
+    count = torch.cuda.device_count()
+    if count < ranks:
+        raise ConfigError(
+            f"tensor_parallel_size is {ranks}, but torch sees {count} GPUs.",
+            "Lower it, or let this process see more (CUDA_VISIBLE_DEVICES).",
+        )
+    return rank

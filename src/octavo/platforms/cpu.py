@@ -34,7 +34,11 @@ class CpuPlatform:
     captures = False
     converts_float8 = False
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int = 1) -> None:
+        """``ranks`` processes share the CPU."""
+        self._ranks = ranks
+        if ranks > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
         self.device = torch.device("cpu")
         self.fast_bfloat16 = not BFLOAT16_FLAGS.isdisjoint(cpu_flags())
 
@@ -66,7 +70,8 @@ class CpuPlatform:
         if memory.kv_cache_memory_bytes is not None:
             return memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
         total = total_memory()
-        return int(total * KV_SHARE), f"{KV_SHARE:.0%} of {total / 2**30:.1f} GiB"
+        share = KV_SHARE / self._ranks
+        return int(total * share), f"{share:.0%} of {total / 2**30:.1f} GiB"
 
 
 def total_memory() -> int:

@@ -32,7 +32,10 @@ class CudaPlatform:
     fast_bfloat16 = True
     captures = find_spec("triton") is not None  # the reference operators read lengths on the host
 
-    def __init__(self) -> None:
+    def __init__(self, index: int | None = None) -> None:
+        """``index``: the GPU, by default torch's current one."""
+        if index is not None:
+            torch.cuda.set_device(index)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.converts_float8 = torch.cuda.get_device_capability(self.device) >= (8, 9)
         self._graph_memory: Any = None  # shared by all graphs: one runs at a time

@@ -37,10 +37,14 @@ class WorkerBase(Protocol):
 
     ``step(N+1)`` may be called before ``sample(N).result()``: the worker feeds a decoding row its own last token.
     ``overlaps``, known after init, says whether that gains anything; ``device`` names the device for people.
+    Known after plan_memory: ``max_rows``, the sequences that there is room for at once, and ``shares_prefixes``: all that
+    the model keeps of a sequence is in pages.
     """
 
     overlaps: bool
     device: str
+    max_rows: int
+    shares_prefixes: bool
 
     def init(self, config: EngineConfig) -> ModelConfig:
         """Resolves and reads the model's config, picks device and dtype; nothing large is allocated."""
@@ -60,4 +64,8 @@ class WorkerBase(Protocol):
 
     def sample(self, mask: TokenMask | None = None) -> Pending:
         """Launches sampling for the last `step`, under ``mask``."""
+        ...
+
+    def close(self) -> None:
+        """Ends what the worker has started; may be called twice."""
         ...

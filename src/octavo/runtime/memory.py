@@ -9,24 +9,25 @@ import torch
 from octavo.config import ModelConfig
 from octavo.errors import OutOfMemory, UnsupportedModel
 from octavo.hub.plan import kv_remedy
+from octavo.models.base import OwnCache
 from octavo.platforms.base import Platform
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """``num_pages`` for requests (one more is allocated as the dummy), ``max_len`` tokens at most in one of them."""
+    """``num_pages`` for requests (one more is allocated as the dummy), ``max_len`` tokens at most in one of them, of
+    which ``max_rows`` run at once."""
 
     num_pages: int
     page_size: int
     page_bytes: int
     max_len: int
+    max_rows: int
     reason: str
 
     def allocate(self, config: ModelConfig, platform: Platform) -> torch.Tensor:
         """The cache, laid out as `kernels.metadata` says; zeros, since masked slots are still multiplied by 0."""
-        layer = config.layers[0]
-        shape = (len(config.layers), self.num_pages + 1, 2, layer.kv_heads, self.page_size, layer.head_dim)
-        return platform.zeros(shape, cache_dtype(config))
+        return platform.zeros(config.cache_shape(self.num_pages + 1, self.page_size), cache_dtype(config))
 
 
 def cache_dtype(config: ModelConfig) -> torch.dtype:
@@ -36,12 +37,21 @@ def cache_dtype(config: ModelConfig) -> torch.dtype:
 
 
 def plan_cache(
-    config: ModelConfig, budget: int, why: str, *, page_size: int, max_len: int, fixed_len: bool, max_rows: int
+    config: ModelConfig,
+    budget: int,
+    why: str,
+    *,
+    page_size: int,
+    max_len: int,
+    fixed_len: bool,
+    max_rows: int,
+    own: OwnCache | None = None,
 ) -> CachePlan:
     """Divides ``budget`` bytes into pages.
 
     ``max_len`` shrinks to what one sequence can have, unless it is ``fixed_len`` by the user: then `OutOfMemory`. No
-    more pages are made than ``max_rows`` longest sequences need.
+    more pages are made than ``max_rows`` longest sequences need. What a model keeps of its ``own`` is counted, too: at
+    most half of the budget for what it keeps of each sequence, so there may be fewer rows; the rest by pages.
     """
     shapes = {(layer.kv_heads, layer.head_dim) for layer in config.layers}
     if len(shapes) > 1:
@@ -49,7 +59,11 @@ def plan_cache(
             f"The layers of {config.architecture} have different K/V shapes (heads, size): {sorted(shapes)}.",
             "octavo has one pool of pages for now; such models are not served yet.",
         )
-    page_bytes = config.kv_bytes_per_token * page_size
+    if own is not None and own.per_row:
+        max_rows = max(1, min(max_rows, budget // 2 // own.per_row))
+        budget -= max_rows * own.per_row
+        why = f"{why}, less {_size(own.per_row)} for each of {max_rows} sequences"
+    page_bytes = max(1, config.kv_bytes_per_token + (own.per_token if own is not None else 0)) * page_size
     fitting = max(budget // page_bytes - 1, 0)
     wanted = -(-max_len // page_size)
     num_pages = min(fitting, wanted * max_rows)
@@ -65,7 +79,7 @@ def plan_cache(
         arithmetic += f"; max_model_len lowered to {max_len}, {wanted * page_size} would need {needed}"
     elif num_pages < fitting:
         arithmetic += f"; {num_pages} are enough for {max_rows} sequences of {max_len} tokens"
-    return CachePlan(num_pages, page_size, page_bytes, max_len, arithmetic)
+    return CachePlan(num_pages, page_size, page_bytes, max_len, max_rows, arithmetic)
 
 
 def _size(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,13 @@ from octavo.kernels import select
 from octavo.kernels.metadata import AttentionMetadata
 from octavo.layers import context
 from octavo.models.base import Model
+from octavo.parallel.group import SINGLE, Group
 from octavo.platforms.base import Platform
 from octavo.runtime.base import TokenMask
 from octavo.runtime.graphs import DecodeGraphs, warm_up
 from octavo.runtime.inputs import pack
 from octavo.runtime.memory import cache_dtype
-from octavo.runtime.sampler import Sampled, SampleItem, Sampler
+from octavo.runtime.sampler import NoSampler, Sampled, SampleItem, Sampler
 from octavo.runtime.tables import Tables
 from octavo.types import StepPlan, StepResult, TokenLogprobs
 
@@ -23,13 +25,17 @@ PROMPT_LOGITS_ROWS = 128  # logits of a prompt are computed in pieces: a row is 
 
 
 @dataclass(slots=True)
-class _Launched:
+class Launched:
     """A step between its forward and the reading of its tokens."""
 
     plan: StepPlan
     items: list[int]  # the plan's items that sample
     sampled: Sampled | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
+
+    def ready(self) -> bool:
+        """Whether `result` need not wait."""
+        return self.sampled is None or self.sampled.ready()
 
     def result(self) -> StepResult:
         tokens = [-1] * len(self.plan.rows)
@@ -47,10 +53,22 @@ class Runner:
     """``cache`` as in `kernels.metadata`; ``max_rows`` sequences of up to ``max_len`` tokens.
 
     With ``graphs``, decode steps are captured now where the platform can.
+
+    Of a ``group``, rank 0 samples. Tokens that other ranks need and do not find themselves are broadcast to them, who
+    call `take_tokens` then; ``announce`` is called before.
     """
 
     def __init__(
-        self, model: Model, cache: torch.Tensor, platform: Platform, *, max_rows: int, max_len: int, graphs: bool = True
+        self,
+        model: Model,
+        cache: torch.Tensor,
+        platform: Platform,
+        *,
+        max_rows: int,
+        max_len: int,
+        graphs: bool = True,
+        group: Group = SINGLE,
+        announce: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
@@ -59,7 +77,9 @@ class Runner:
         dummy_page = cache.shape[1] - 1
         self._tables = Tables(max_rows, max_len, self._page_size, dummy_page, platform.device)
         ops = select.ops(platform.device, model.dtype)
-        self._sampler = Sampler(model.config.vocab_size, platform.device, ops)
+        self._group, self._announce = group, announce
+        leads = group.rank == 0
+        self._sampler = Sampler(model.config.vocab_size, platform.device, ops) if leads else NoSampler()
         self._scored: dict[int, tuple[list[int], int]] = {}  # row -> (prompt, how many alternatives)
         self._logits: torch.Tensor | None = None
         self._best: torch.Tensor | None = None  # of a replayed step
@@ -68,7 +88,7 @@ class Runner:
             with torch.inference_mode():
                 if graphs and model.capturable:
                     self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
-                else:
+                elif model.own_cache is None:
                     warm_up(model, cache, self._tables, platform, max_rows)
 
     @torch.inference_mode()
@@ -76,6 +96,7 @@ class Runner:
         """Launches the forward of ``plan`` and the logits of the items that sample."""
         for row in plan.ended:
             self._sampler.end(row)
+            self._model.release(row)
             self._scored.pop(row, None)
         for start in plan.starts:
             self._sampler.start(start.row, start.tokens, start.prompt_len, start.sampling)
@@ -99,7 +120,7 @@ class Runner:
         self._logits = self._model.logits(hidden[inputs.logits_at]) if any(plan.samples) else None
 
     @torch.inference_mode()
-    def sample(self, mask: TokenMask | None = None) -> _Launched:
+    def sample(self, mask: TokenMask | None = None) -> Launched:
         """Launches sampling for the last `step`; its rows' next input is the sampled token, read or not."""
         plan = self._plan
         items = [b for b, samples in enumerate(plan.samples) if samples]
@@ -112,8 +133,18 @@ class Runner:
             sampled = self._sampler.sample(self._logits, where, self._best, mask)
             if self._best is None or mask is not None or not self._sampler.is_greedy(where):
                 self._tables.last_token[self._sampled_rows] = sampled.tokens
+                if self._announce is not None:
+                    self._announce()
+                    self._group.broadcast_(sampled.tokens)
         self._logits = self._best = None
-        return _Launched(plan, items, sampled, self._prompt_logprobs)
+        return Launched(plan, items, sampled, self._prompt_logprobs)
+
+    @torch.inference_mode()
+    def take_tokens(self) -> None:
+        """Receives what rank 0 sampled for the last `step`."""
+        tokens = torch.empty(len(self._sampled_rows), dtype=torch.int32, device=self._platform.device)
+        self._group.broadcast_(tokens)
+        self._tables.last_token[self._sampled_rows] = tokens
 
     def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the prompt tokens that this step's chunks predict."""
@@ -142,10 +173,8 @@ def largest_step(model: Model, num_tokens: int, max_rows: int, page_size: int, p
     """Runs a forward of ``num_tokens`` tokens with random ids on a cache of its own, to see what it allocates."""
     config, device = model.config, platform.device
     pages = -(-num_tokens // page_size)
-    layer = config.layers[0]
-    shape = (len(config.layers), pages, 2, layer.kv_heads, page_size, layer.head_dim)
     with torch.inference_mode():
-        cache = torch.zeros(shape, dtype=cache_dtype(config), device=device)
+        cache = torch.zeros(config.cache_shape(pages, page_size), dtype=cache_dtype(config), device=device)
         positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
         meta = AttentionMetadata(
             query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
@@ -161,3 +190,4 @@ def largest_step(model: Model, num_tokens: int, max_rows: int, page_size: int, p
         with context.use(context.ForwardContext(meta, cache)):
             hidden = model(token_ids, positions)
         model.logits(hidden[: min(max_rows, num_tokens)]).float()
+        model.release(0)

@@ -99,6 +99,10 @@ class Sampled:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
 
+    def ready(self) -> bool:
+        """Whether `finish` need not wait."""
+        return self._copied is None or bool(self._copied.query())  # type: ignore[no-untyped-call]
+
     def finish(self) -> tuple[list[int], dict[int, TokenLogprobs], list[int]]:
         """Waits for the tokens; returns (token of each item, log-probabilities by item, bad items).
 
@@ -353,6 +357,22 @@ class Sampler:
 
     def _ids(self, ids: Sequence[int]) -> torch.Tensor:
         return upload(np.array(ids, np.int64), self._device)
+
+
+class NoSampler(Sampler):
+    """For ranks that do not sample."""
+
+    def __init__(self) -> None:
+        pass
+
+    def start(self, row: int, tokens: list[int], prompt_len: int, sampling: Sampling) -> None:
+        pass
+
+    def end(self, row: int) -> None:
+        pass
+
+    def prompt_logprobs(self, logits: torch.Tensor, targets: list[int], count: int) -> list[TokenLogprobs]:
+        return []
 
 
 def _mode(sampling: Sampling) -> _Mode:

@@ -41,6 +41,7 @@ class StubWorker:
 
     overlaps = False
     device = "stub"
+    shares_prefixes = True
 
     def __init__(self, num_pages: int = 1024, max_len: int = MAX_LEN) -> None:
         self.num_pages = num_pages
@@ -52,7 +53,7 @@ class StubWorker:
         self.page_size = int(config.memory.block_size)
         if config.memory.kv_cache_memory_bytes:
             self.num_pages = int(config.memory.kv_cache_memory_bytes) // (4 * self.page_size)
-        rows = config.limits.max_num_seqs
+        rows = self.max_rows = config.limits.max_num_seqs
         self.max_len = min(self.max_len, config.model.max_model_len or self.max_len)
         self.pages = np.full((self.num_pages, self.page_size), -1, np.int32)
         self.table = np.full((rows, -(-self.max_len // self.page_size)), -1, np.int32)
@@ -113,6 +114,9 @@ class StubWorker:
             elif token not in allowed:
                 result.tokens[item] = self.last[self._rows[item]] = int(allowed[token % len(allowed)])
         return _Done(result)
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _compute(self, row: int, computed: int, count: int, samples: bool) -> int:
         known = self.known[row]

@@ -43,7 +43,7 @@ class Worker:
         log, options = get_logger(), config.model
         self._config = config
         files: ModelFiles | LiveModel = self._live or self._find_files()
-        self.platform = platforms.select(config.device.device, self._rank, config.device.tensor_parallel_size)
+        self.platform = platforms.select(config.device.device, self._rank, config.parallel.tensor_parallel_size)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
         hf = files.hf_dict()
@@ -74,7 +74,7 @@ class Worker:
 
     def join(self, rank: int, folder: Path) -> None:
         """Meets the other ranks in ``folder``."""
-        options = self._config.device
+        options = self._config.parallel
         limit = options.distributed_timeout_seconds * (1 if rank == 0 else 2)  # rank 0 is the one to tell of it
         self.group = group.connect(rank, options.tensor_parallel_size, self.platform.device, folder, limit)
 
@@ -159,7 +159,7 @@ def worker_for(
     config: EngineConfig, live: LiveModel | None = None, *, on_death: Callable[[OctavoError], None] | None = None
 ) -> WorkerBase:
     """The worker that ``config`` asks for; for ``on_death`` see `runtime.parallel.ParallelWorker`."""
-    ranks = config.device.tensor_parallel_size
+    ranks = config.parallel.tensor_parallel_size
     if ranks == 1:
         return Worker(live)
     if live is not None:
