@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
 import msgspec
 
@@ -170,7 +170,7 @@ def _dead(error: Exception) -> Dead:
     )
 
 
-def _build(start: Start) -> Engine:
+def _build(start: Start, on_death: Callable[[OctavoError], None]) -> Engine:
     """The imports are inside: they take most of the start, and one that fails is to be reported as `Dead`."""
     from octavo.core.engine import EngineCore
 
@@ -180,10 +180,19 @@ def _build(start: Start) -> Engine:
 
         worker = StubWorker()
     else:
-        from octavo.runtime.worker import Worker
+        from octavo.runtime.worker import worker_for
 
-        worker = Worker()
+        worker = worker_for(start.config, on_death=on_death)
     return EngineCore(start.config, worker, hash_key=bytes.fromhex(start.hash_key) or None)
+
+
+def _end_with(error: OctavoError, channel: Channel) -> NoReturn:
+    """For an error that comes up beside the loop, which may sleep, or wait for a device that will never answer."""
+    try:
+        channel.send_all(_dead(error))
+        channel.close()
+    finally:
+        os._exit(error.exit_code)
 
 
 def _end_with_parent(folder: str) -> None:
@@ -204,7 +213,8 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, args=(start.folder,), name="octavo-parent-watch", daemon=True).start()
     os.dup2(2, 1)  # what libraries print is log, not output
     log.configure(start.log_level)
-    return run(lambda: _build(start), ZmqChannel(start.address, start.listener, secret_key=start.secret_key))
+    channel = ZmqChannel(start.address, start.listener, secret_key=start.secret_key)
+    return run(lambda: _build(start, lambda error: _end_with(error, channel)), channel)
 
 
 if __name__ == "__main__":
