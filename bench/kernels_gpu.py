@@ -9,10 +9,13 @@ Times are of replayed graphs, so that the host has no part in them. Products of 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,14 @@ LINEARS = {
     "0.6b": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)),
     "8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
 }
+LINEAR_ROWS = (4, 16, 32, 64)
+LINEAR_LAUNCHES = [
+    linear_triton.Launch(outputs, tile, 1, warps, stages, prefetch)
+    for (outputs, warps), tile, stages, prefetch in itertools.product(
+        ((32, 4), (64, 4), (128, 4), (128, 8)), (64, 128), (3, 5), (False, True)
+    )
+]
+SPLITS = (1, 2, 3, 4, 6, 8, 16)
 PAGE = 16
 DECODE_LAUNCHES = [Launch(t, w, s) for t, w, s in itertools.product((32, 64, 128), (2, 4), (2, 3, 4)) if t * s <= 256]
 PREFILL_LAUNCHES = [
@@ -67,7 +78,7 @@ def batch(shape: tuple[int, int, int], items: int, length: int, count: int) -> W
     return lambda: attn_triton.attention(query, cache, meta, 0.1)
 
 
-def seconds(work: Work, repeats: int = 20) -> float:
+def seconds(work: Work, repeats: int = 20, replays: int = 4) -> float:
     """Of one call in a graph of several."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -78,7 +89,7 @@ def seconds(work: Work, repeats: int = 20) -> float:
         for _ in range(repeats):
             work()
     times = []
-    for _ in range(4):
+    for _ in range(replays):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -98,6 +109,16 @@ def attempt(launches: dict[int, Launch], pad: int, launch: Launch, measure: Call
         launches[pad] = old
 
 
+def compile_linear(launch: linear_triton.Launch) -> None:
+    """Puts the kernels of all row counts into the cache on disk."""
+    weight = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
+    for rows in LINEAR_ROWS:
+        x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+        for splits in (1, 2):
+            with contextlib.suppress(Exception):  # out of shared memory
+                linear_triton.split_linear(x, weight, None, replace(launch, splits=splits))
+
+
 def compile_one(job: tuple[str, tuple[int, int, int], Launch]) -> None:
     """Puts one kernel into the cache on disk."""
     kind, shape, launch = job
@@ -110,6 +131,8 @@ def compile_all(kinds: list[str]) -> None:
     jobs += [("prefill", shape, launch) for shape in SHAPES for launch in PREFILL_LAUNCHES if "prefill" in kinds]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs))
+        if "linear" in kinds:
+            list(pool.map(compile_linear, LINEAR_LAUNCHES))
 
 
 def attention(kind: str, sweep: bool) -> None:
@@ -149,6 +172,32 @@ def linears() -> None:
             print(line, flush=True)
 
 
+def linear_sweep() -> None:
+    """cuBLAS, then the best launches of the tensor-core product, for all but the heads."""
+    for model, shapes in LINEARS.items():
+        for out_size, size in shapes[:-1]:
+            copies = max(2, (160 << 20) // (out_size * size * 2))
+            weights = [torch.randn(out_size, size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+            for rows in LINEAR_ROWS:
+                x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
+                own = []
+                for launch, splits in itertools.product(LINEAR_LAUNCHES, SPLITS):
+                    programs = -(-out_size // launch.outputs) * splits
+                    if size // splits < 2 * launch.tile or (splits > 1 and programs > 700) or programs < 60:
+                        continue
+                    tried = replace(launch, splits=splits)
+                    with contextlib.suppress(Exception):  # out of shared memory
+                        call = partial(linear_triton.split_linear, bias=None, launch=tried)
+                        own.append((seconds(lambda: [call(x, w) for w in weights], 1, 3) / copies, tried))  # noqa: B023
+                theirs = seconds(lambda: [F.linear(x, w) for w in weights], 1) / copies  # noqa: B023
+                gigabytes = out_size * size * 2 / 1e9
+                print(f"{model:5} {out_size:6} x {size:5} {rows:3} rows:")
+                print(f"    {theirs * 1e6:6.1f} us {gigabytes / theirs:5.0f} GB/s cublas")
+                own.sort(key=lambda row: row[0])
+                for time, tried in own[:4]:
+                    print(f"    {time * 1e6:6.1f} us {gigabytes / time:5.0f} GB/s {tried}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
@@ -162,6 +211,8 @@ def main() -> None:
             attention(kind, args.sweep)
     if "linear" in kinds:
         linears()
+        if args.sweep:
+            linear_sweep()
 
 
 if __name__ == "__main__":
