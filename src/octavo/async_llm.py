@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, RequestError
@@ -24,6 +25,9 @@ from octavo.frontend.loading import TextModel, load_text_model
 from octavo.frontend.outputs import Delta, RequestState
 from octavo.hub.tokenizer import Tokenizer
 from octavo.types import EngineInfo, Request, RequestOutput, SamplingParams, Stats, TokenOutput
+
+if TYPE_CHECKING:
+    from octavo.frontend.fleet import Source
 
 INLINE_SIZE = 4096  # characters or ids of a prompt that is encoded in the event loop, faster than a thread could start
 
@@ -76,26 +80,28 @@ class AsyncLLM:
         worker: Literal["real", "stub"] = "real",
         log_level: str = "info",
         on_death: Callable[[OctavoError], None] | None = None,
+        engines: Source | None = None,
     ) -> AsyncLLM:
-        """Starts the engine process and waits until it is ready; the tokenizer is loaded meanwhile.
+        """Starts the engine processes and waits until they are ready; the tokenizer is loaded meanwhile.
 
-        ``chat_template`` is a template's text. Raises what kept the engine from starting, as `LLM` does.
+        ``chat_template`` is a template's text. ``on_death`` is called once, when no engine is left. ``engines`` are
+        those that another process looks after, instead. Raises what kept an engine from starting, as `LLM` does.
         """
-        from octavo.frontend.core_client import CoreClient
-        from octavo.frontend.core_process import spawn
+        from octavo.frontend.balancer import open_engines
+        from octavo.frontend.fleet import Processes
 
-        process = spawn(config, worker, log_level=log_level)
-        ready = asyncio.ensure_future(asyncio.to_thread(process.wait_ready))
+        size = config.parallel.data_parallel_size
+        source = engines or Processes(config, worker, log_level=log_level, hash_key=secrets.token_bytes(32))
+        opening = asyncio.create_task(open_engines(source, size, shared=engines is not None, on_death=on_death))
         try:
             text = await asyncio.to_thread(load_text_model, config)
-            info = await asyncio.shield(ready)
+            client = await opening
         except BaseException:
-            process.process.kill()  # so that `wait_ready` ends, in whose thread the sockets are
-            await asyncio.wait([ready])
-            ready.exception()
-            await asyncio.to_thread(process.stop)
+            opening.cancel()
+            await asyncio.wait([opening])
+            if not opening.cancelled() and opening.exception() is None:
+                await opening.result().close()
             raise
-        client = CoreClient(process, info, on_death=on_death)
         return cls(client, text, chat_template=chat_template, seeds=random.Random(config.model.seed))
 
     @property

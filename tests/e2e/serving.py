@@ -39,8 +39,7 @@ class Server:
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.url}/metrics").text
-        (value,) = re.findall(rf"^vllm:{name}{{.*}} (.*)$", text, re.MULTILINE)
-        return float(value)
+        return sum(map(float, re.findall(rf"^vllm:{name}{{.*}} (.*)$", text, re.MULTILINE)))
 
     def wait(self, seconds: float) -> int:
         """The exit code of a server that is to end within ``seconds``, its engine with it."""

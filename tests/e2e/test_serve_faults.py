@@ -45,7 +45,7 @@ async def pending(
     async with httpx.AsyncClient(base_url=server.url, timeout=20, limits=httpx.Limits(max_connections=None)) as client:
         body = LONG | {"stream": stream, "n": n}
         tasks = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(count)]
-        while 'num_requests_running{model_name="stub"} 0.0' in (await client.get("/metrics")).text:
+        while 'num_requests_running{engine="0",model_name="stub"} 0.0' in (await client.get("/metrics")).text:
             assert not all(task.done() for task in tasks)
         fault()  # type: ignore[operator]
         return list(await asyncio.gather(*tasks))

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as LibTokenizer
 
 from octavo.errors import EngineDead
+from octavo.frontend.client import EngineState
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 SPECIAL = ("<s>", "</s>", "<|end|>")
@@ -137,6 +138,9 @@ class FakeClient:
         self.dead: EngineDead | None = None
         self._script = script
         self._ends: dict[str, asyncio.Event] = {}
+
+    def engines(self) -> list[EngineState]:
+        return [EngineState(self.dead is None, self.stats)]
 
     async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         if self.dead is not None:

@@ -346,7 +346,7 @@ def test_a_body_over_the_limit_is_413_announced_or_not() -> None:
 def test_the_key_guards_every_route_but_health_and_ping() -> None:
     async def work() -> None:
         server = Server(api_key="secret")
-        for method, path, _ in ROUTES:
+        for method, path in [(route.method, route.path) for route in ROUTES]:
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
                 response = await server.http.request(method, path, headers=headers)
                 assert (response.status_code == 401) == (path not in ("/health", "/ping")), path
@@ -521,7 +521,7 @@ def test_metrics_use_the_names_that_dashboards_know() -> None:
         await server.post("/v1/completions", TEXT | {"n": 2})
         text = (await server.http.get("/metrics")).text
         samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        label = '{model_name="m"}'
+        label, of_engine = '{model_name="m"}', '{engine="0",model_name="m"}'
         for name in (
             "num_requests_running",
             "num_requests_waiting",
@@ -529,9 +529,9 @@ def test_metrics_use_the_names_that_dashboards_know() -> None:
             "prompt_tokens_total",
             "generation_tokens_total",
             "prefix_cache_hits_total",
-            "time_to_first_token_seconds_count",
-            "e2e_request_latency_seconds_count",
         ):
+            assert f"vllm:{name}{of_engine}" in samples
+        for name in ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count"):
             assert f"vllm:{name}{label}" in samples
         assert samples['vllm:request_success_total{finished_reason="length",model_name="m"}'] == "2.0"
         assert samples[f"vllm:request_generation_tokens_sum{label}"] == "10.0"

@@ -1,18 +1,31 @@
 """The one interface between a service and an engine, wherever that engine runs.
 
-`core_client.CoreClient` is the one over ZeroMQ; tests use a fake. A client never sees text, only token ids.
+`core_client.CoreClient` is the one over ZeroMQ, `balancer.Balancer` shares requests among several such; tests use a
+fake. A client never sees text, only token ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 
+@dataclass(frozen=True)
+class EngineState:
+    """One of the engines behind a client. ``stats`` are the latest that came; ``reason`` says why it is not running."""
+
+    running: bool
+    stats: Stats
+    reason: str = ""
+
+
 class EngineClient(Protocol):
-    """Every accepted request gets exactly one terminal `TokenOutput`, whatever happens to it.
+    """One engine, or several that look like one. `info` and `stats` are of all together.
+
+    Every accepted request gets exactly one terminal `TokenOutput`, whatever happens to it.
 
     A refusal by the core (queue full, no memory for the prompt) is a terminal output too: ``finish_reason="error"``
     with the message in ``error`` and the HTTP status in ``status``. Only the death of the engine raises, `EngineDead`.
@@ -26,6 +39,10 @@ class EngineClient(Protocol):
     @property
     def stats(self) -> Stats:
         """The latest statistics that came, with a step's outputs or from `health`."""
+        ...
+
+    def engines(self) -> Sequence[EngineState]:
+        """Each engine behind this client, as far as it is known without asking."""
         ...
 
     async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:

@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from octavo.errors import EngineDead, OctavoError, RequestError
+from octavo.frontend.client import EngineState
 from octavo.frontend.core_process import LAST_WORDS_MS, Core, decode_output, error_of
 from octavo.types import (
     MAX_MESSAGE_BYTES,
@@ -88,6 +89,15 @@ class CoreClient:
         self._loop.add_reader(self._socket.fileno(), self._wake)
         self._wake()
         core.watch(self._core_ended)
+
+    def engines(self) -> list[EngineState]:
+        """See `EngineClient.engines`."""
+        return [EngineState(self._death is None, self.stats, "" if self._death is None else self._death.cause)]
+
+    @property
+    def load(self) -> int:
+        """Requests that the engine has: those of this client, or more if it said so."""
+        return max(len(self._pending), self.stats.running + self.stats.waiting)
 
     async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         """See `EngineClient.submit`."""

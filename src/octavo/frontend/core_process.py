@@ -46,6 +46,7 @@ class Core:
         self._context: zmq.Context[Any] = zmq.Context()
         self.socket = _dealer(self._context, public_key)
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._cancelled = False
         self.socket.connect(address)
         self.send(Hello())
 
@@ -55,7 +56,7 @@ class Core:
 
     def wait_ready(self) -> EngineInfo:
         """Blocks until the engine is ready; raises the error that kept it from that, as the class it was there."""
-        while True:
+        while not self._cancelled:
             alive = self.alive()
             if self.socket.poll(100 if alive else LAST_WORDS_MS):
                 message = decode_output(self.socket.recv())
@@ -65,6 +66,11 @@ class Core:
                     raise error_of(message)
             elif not alive:
                 raise self.death()
+        raise EngineDead("the start was given up.")
+
+    def cancel(self) -> None:
+        """Makes `wait_ready` end soon; from any thread."""
+        self._cancelled = True
 
     def alive(self) -> bool:
         """False once the engine is known to be gone."""
@@ -110,6 +116,11 @@ class CoreProcess(Core):
         super().__init__(address)
         self.process = process
         self._folder = folder
+
+    def cancel(self) -> None:
+        """As in `Core`, and at once; the process is not asked first."""
+        super().cancel()
+        self.process.kill()
 
     def alive(self) -> bool:
         """Whether the process runs."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -14,7 +13,7 @@ from starlette.responses import Response
 import octavo
 from octavo.errors import EngineDead, RequestError
 from octavo.server import errors
-from octavo.server.answers import now
+from octavo.server.answers import Detokenized, ModelCard, ModelList, Success, Tokenized, Version, now
 from octavo.server.protocol import DetokenizeRequest, TokenizeRequest, decode
 from octavo.server.service import Service
 
@@ -23,14 +22,22 @@ _STARTED = now()
 
 
 async def health(service: Service, request: Request) -> Response:
-    """200 once the engine's loop has answered; 503 if it does not, or if the server is shutting down."""
+    """200 once the engine's loop has answered; 503 if it does not, or if the server is shutting down.
+
+    With several engines one answer is enough; the body says ``degraded`` while one of them does not run, and why.
+    """
     if service.closing:
         return Response(status_code=503)
     try:
         await service.llm.health()
     except EngineDead as error:
         return Response(msgspec.json.encode(errors.body_of(error)), 503, media_type="application/json")
-    return Response()
+    engines = service.llm.client.engines()
+    if len(engines) == 1:
+        return Response()
+    status = "ok" if all(engine.running for engine in engines) else "degraded"
+    listed = [{"engine": i, "running": one.running, "reason": one.reason} for i, one in enumerate(engines)]
+    return _json({"status": status, "engines": listed})
 
 
 async def ping(service: Service, request: Request) -> Response:
@@ -39,11 +46,11 @@ async def ping(service: Service, request: Request) -> Response:
 
 
 async def version(service: Service, request: Request) -> Response:
-    return _json({"version": octavo.__version__})
+    return _json(Version(octavo.__version__))
 
 
 async def models(service: Service, request: Request) -> Response:
-    return _json({"object": "list", "data": [_card(service)]})
+    return _json(ModelList(data=[_card(service)]))
 
 
 async def model(service: Service, request: Request) -> Response:
@@ -54,11 +61,11 @@ async def model(service: Service, request: Request) -> Response:
 async def metrics(service: Service, request: Request) -> Response:
     with contextlib.suppress(EngineDead, TimeoutError):
         await asyncio.wait_for(service.llm.health(), METRICS_SECONDS)
-    return Response(service.metrics.text(service.llm.client.stats), media_type=CONTENT_TYPE_LATEST)
+    return Response(service.metrics.text(service.llm.client.engines()), media_type=CONTENT_TYPE_LATEST)
 
 
 async def reset_prefix_cache(service: Service, request: Request) -> Response:
-    return _json({"success": await service.llm.reset_prefix_cache()})
+    return _json(Success(await service.llm.reset_prefix_cache()))
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -82,7 +89,7 @@ async def tokenize(service: Service, request: Request) -> Response:
         )
         ids = await asyncio.to_thread(llm.inputs.encode, text, add_special_tokens=bool(body.add_special_tokens))
     names = [llm.tokenizer.id_to_token(id) for id in ids] if body.return_token_strs and llm.tokenizer else None
-    return _json({"count": len(ids), "max_model_len": llm.info.max_model_len, "tokens": ids, "token_strs": names})
+    return _json(Tokenized(count=len(ids), max_model_len=llm.info.max_model_len, tokens=ids, token_strs=names))
 
 
 async def detokenize(service: Service, request: Request) -> Response:
@@ -96,12 +103,11 @@ async def detokenize(service: Service, request: Request) -> Response:
         if not 0 <= token < size:
             raise RequestError(f"tokens holds {token}, outside [0, {size - 1}].", "Remove it.", param="tokens")
     text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
-    return _json({"prompt": text})
+    return _json(Detokenized(text))
 
 
-def _card(service: Service) -> dict[str, Any]:
-    name, limit = service.names[0], service.llm.info.max_model_len
-    return {"id": name, "object": "model", "created": _STARTED, "owned_by": "octavo", "max_model_len": limit}
+def _card(service: Service) -> ModelCard:
+    return ModelCard(id=service.names[0], created=_STARTED, max_model_len=service.llm.info.max_model_len)
 
 
 def _json(content: object) -> Response:

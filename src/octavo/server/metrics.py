@@ -5,13 +5,14 @@ Gauges and counters are the engine's own statistics, read when asked for; histog
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from octavo.frontend.client import EngineState
 from octavo.types import RequestOutput, Stats
 
 _SECONDS = (
@@ -36,40 +37,49 @@ _SECONDS = (
     80.0,
 )
 _LONG = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+LABELS = ("model_name", "engine")
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
 
 class _Engine(Collector):
-    """The latest `Stats` as metrics."""
+    """What is known of each engine as metrics; the label ``engine`` is its index, as vLLM counts them."""
 
     def __init__(self, model: str) -> None:
-        self.stats = Stats()
+        self.engines: Sequence[EngineState] = ()
         self._model = model
 
     def collect(self) -> Iterable[Metric]:
-        stats = self.stats
-        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", stats.running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests that wait for room.", stats.waiting)
-        used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the KV pages held by requests, 0 to 1.", used)
-        yield self._counter("vllm:num_preemptions", "Preemptions.", stats.preemptions)
-        yield self._counter("vllm:prompt_tokens", "Prompt tokens.", stats.prompt_tokens)
-        yield self._counter("vllm:generation_tokens", "Generated tokens.", stats.generation_tokens)
-        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", stats.prompt_tokens)
-        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.cached_tokens)
-        yield self._counter("octavo:steps", "Steps of the engine.", stats.steps)
-        yield self._counter("octavo:kv_slots_allocated", "KV slots held, summed over steps.", stats.slots_allocated)
-        yield self._counter("octavo:kv_slots_filled", "Those of them with a token.", stats.slots_filled)
+        running = GaugeMetricFamily("octavo:engine_running", "1 for an engine that runs, else 0.", labels=LABELS)
+        for index, engine in enumerate(self.engines):
+            running.add_metric([self._model, str(index)], engine.running)
+        yield running
+        yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", lambda s: s.running)
+        yield self._gauge("vllm:num_requests_waiting", "Requests that wait for room.", lambda s: s.waiting)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the KV pages held by requests, 0 to 1.", _used)
+        yield self._counter("vllm:num_preemptions", "Preemptions.", lambda s: s.preemptions)
+        yield self._counter("vllm:prompt_tokens", "Prompt tokens.", lambda s: s.prompt_tokens)
+        yield self._counter("vllm:generation_tokens", "Generated tokens.", lambda s: s.generation_tokens)
+        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prompt_tokens)
+        yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", lambda s: s.cached_tokens)
+        yield self._counter("octavo:steps", "Steps of the engine.", lambda s: s.steps)
+        yield self._counter("octavo:kv_slots_allocated", "KV slots held, over all steps.", lambda s: s.slots_allocated)
+        yield self._counter("octavo:kv_slots_filled", "Those of them with a token.", lambda s: s.slots_filled)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(name, text, labels=["model_name"])
-        family.add_metric([self._model], value)
+    def _gauge(self, name: str, text: str, value: Callable[[Stats], float]) -> Metric:
+        return self._fill(GaugeMetricFamily(name, text, labels=LABELS), value)
+
+    def _counter(self, name: str, text: str, value: Callable[[Stats], float]) -> Metric:
+        return self._fill(CounterMetricFamily(name, text, labels=LABELS), value)
+
+    def _fill(self, family: GaugeMetricFamily | CounterMetricFamily, value: Callable[[Stats], float]) -> Metric:
+        for index, engine in enumerate(self.engines):
+            if engine.running:
+                family.add_metric([self._model, str(index)], value(engine.stats))
         return family
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(name, text, labels=["model_name"])
-        family.add_metric([self._model], value)
-        return family
+
+def _used(stats: Stats) -> float:
+    return stats.pages_used / stats.pages_total if stats.pages_total else 0.0
 
 
 class Metrics:
@@ -104,9 +114,9 @@ class Metrics:
         if max(lengths) > 1:
             self._each.observe((times.finished_time - times.first_token_time) / (max(lengths) - 1))
 
-    def text(self, stats: Stats) -> bytes:
-        """The exposition format, with ``stats`` as the engine's state."""
-        self._engine.stats = stats
+    def text(self, engines: Sequence[EngineState]) -> bytes:
+        """The exposition format, with the state of ``engines``."""
+        self._engine.engines = engines
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:

@@ -1,0 +1,176 @@
+"""`EngineClient` over several engines: requests are shared out, and an engine that dies takes no other one along."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Self
+
+import msgspec
+
+from octavo.errors import EngineDead, OctavoError, Overloaded, RequestError
+from octavo.frontend.client import EngineClient, EngineState
+from octavo.frontend.fleet import Fleet, Slot, Source, connect
+from octavo.frontend.routing import Router
+from octavo.types import EngineInfo, Request, Stats, TokenOutput
+
+MAX_STARTS = 2  # of one request: if it is what kills engines, it is not to kill them all
+SLACK = 0.25  # of a batch: by so much more may an engine have to do and still get the requests of its prefixes
+FRESH_SECONDS = 0.2  # how old the load of engines may be that other processes use too
+RETRY_SECONDS = 2.0  # told to clients while no engine runs
+
+
+async def open_engines(
+    source: Source, size: int, *, shared: bool = False, on_death: Callable[[OctavoError], None] | None = None
+) -> EngineClient:
+    """A client of ``size`` engines of ``source`` once they are ready; raises what keeps one from starting.
+
+    ``shared``: see `Balancer`. ``on_death`` is called once, in the event loop, when no engine is left.
+    """
+    if size == 1:
+        return await connect(await source.open(0), on_death=on_death)
+    return await Balancer(source, size, shared=shared, on_death=on_death).start()
+
+
+class _Flight:
+    """A request under way. ``told``: its caller has had outputs, so it cannot begin anew."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.starts = 0
+        self.told = False
+        self.aborted = False
+
+
+class Balancer:
+    """See `EngineClient`. Make it inside a running event loop; it is usable after `start`.
+
+    A request whose engine dies before it has answered anything is given to another one, once; later it gets the error.
+    ``shared``: other processes use the same engines, so these are asked for their load.
+    """
+
+    info: EngineInfo
+
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        *,
+        shared: bool = False,
+        on_death: Callable[[OctavoError], None] | None = None,
+    ) -> None:
+        self._fleet = Fleet(source, size, on_down=self._down, on_end=on_death)
+        self._shared = shared
+        self._router = Router(0)
+        self._flights: weakref.WeakValueDictionary[str, _Flight] = weakref.WeakValueDictionary()
+        self._asked = 0.0
+        self._asking: asyncio.Future[list[Stats | BaseException]] | None = None
+
+    async def start(self) -> Self:
+        """Waits for all engines; raises what keeps one from starting."""
+        await self._fleet.start()
+        infos = [client.info for client in self._fleet.clients()]
+        self._router = Router(max(2, int(SLACK * infos[0].max_num_seqs)))
+        self.info = msgspec.structs.replace(
+            infos[0],
+            max_model_len=min(info.max_model_len for info in infos),
+            max_num_seqs=sum(info.max_num_seqs for info in infos),
+            num_pages=sum(info.num_pages for info in infos),
+        )
+        return self
+
+    @property
+    def stats(self) -> Stats:
+        """The sum over the engines that run."""
+        return _sum([client.stats for client in self._fleet.clients()])
+
+    def engines(self) -> list[EngineState]:
+        """See `EngineClient.engines`."""
+        return [
+            EngineState(False, Stats(), slot.reason) if slot.client is None else EngineState(True, slot.client.stats)
+            for slot in self._fleet.slots
+        ]
+
+    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
+        """See `EngineClient.submit`. Raises `Overloaded` while no engine runs."""
+        if request.id in self._flights:
+            raise RequestError(f"a request with id {request.id!r} is running.", "Use another id.", param="request_id")
+        flight = self._flights[request.id] = _Flight(request)
+        return self._follow(flight, await self._begin(flight))
+
+    async def abort(self, ids: Sequence[str]) -> None:
+        """See `EngineClient.abort`."""
+        for id in ids:
+            flight = self._flights.get(id)
+            if flight is not None:
+                flight.aborted = True
+        for client in self._fleet.clients():
+            await client.abort(ids)
+
+    async def health(self) -> Stats:
+        """The sum over the engines that answer; raises `EngineDead` if none does."""
+        answers = await asyncio.gather(*(c.health() for c in self._fleet.clients()), return_exceptions=True)
+        stats = [answer for answer in answers if isinstance(answer, Stats)]
+        if not stats:
+            raise EngineDead("no engine answers.", "They are being started again; see the server's log.")
+        return _sum(stats)
+
+    async def reset_prefix_cache(self) -> bool:
+        """See `EngineClient.reset_prefix_cache`."""
+        self._router.forget()
+        done = await asyncio.gather(*(client.reset_prefix_cache() for client in self._fleet.clients()))
+        return all(done)
+
+    async def close(self) -> None:
+        """Ends the engines, or leaves them if another process looks after them."""
+        if self._asking is not None:
+            self._asking.cancel()
+        await self._fleet.close()
+
+    async def _begin(self, flight: _Flight) -> AsyncIterator[list[TokenOutput]]:
+        flight.starts += 1
+        if self._shared:
+            self._ask_for_loads()
+        slots = self._fleet.slots
+        loads = [slot.client.load if slot.client is not None else None for slot in slots]
+        index = self._router.pick(flight.request.page_hashes, loads)
+        client = slots[index].client if index is not None else None
+        if client is None:
+            raise Overloaded("no engine is running; they are being started again.", retry_after=RETRY_SECONDS)
+        return await client.submit(flight.request)
+
+    async def _follow(
+        self, flight: _Flight, batches: AsyncIterator[list[TokenOutput]]
+    ) -> AsyncIterator[list[TokenOutput]]:
+        id = flight.request.id
+        while True:
+            try:
+                async for batch in batches:
+                    flight.told = True
+                    if batch[-1].finish_reason is not None:
+                        self._flights.pop(id, None)
+                    yield batch
+                return
+            except EngineDead:
+                if flight.told or flight.starts == MAX_STARTS:
+                    raise
+            if flight.aborted:
+                yield [TokenOutput(id=id, finish_reason="abort")]
+                return
+            batches = await self._begin(flight)
+
+    def _down(self, slot: Slot) -> None:
+        self._router.forget(slot.index)
+
+    def _ask_for_loads(self) -> None:
+        """Without waiting for the answers: they are for the next request."""
+        now = time.monotonic()
+        if now - self._asked > FRESH_SECONDS and (self._asking is None or self._asking.done()):
+            self._asked = now
+            self._asking = asyncio.gather(*(c.health() for c in self._fleet.clients()), return_exceptions=True)
+
+
+def _sum(stats: Sequence[Stats]) -> Stats:
+    return Stats(**{name: sum(getattr(one, name) for one in stats) for name in Stats.__struct_fields__})

@@ -1,0 +1,48 @@
+"""Divides what a machine has among several engines on it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from octavo.config import EngineConfig
+from octavo.errors import ConfigError
+
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that a process started now would see, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        names = [name.strip() for name in named.split(",")]
+        return names[: names.index("-1")] if "-1" in names else [name for name in names if name]
+    return [str(i) for i in range(len(list(NVIDIA.iterdir())))] if NVIDIA.is_dir() else []
+
+
+def shares(config: EngineConfig) -> list[dict[str, str]]:
+    """For each engine of ``config``, the environment that gives it its GPUs or its threads.
+
+    Raises `ConfigError` if there are not enough GPUs.
+    """
+    engines, ranks = config.parallel.data_parallel_size, config.parallel.tensor_parallel_size
+    if engines == 1:
+        return [{}]
+    gpus = [] if config.device.device == "cpu" else visible_gpus()
+    if not gpus:
+        threads = str(max(1, _threads() // engines))
+        return [{"OMP_NUM_THREADS": threads} for _ in range(engines)]
+    if len(gpus) < engines * ranks:
+        raise ConfigError(
+            f"data_parallel_size {engines} x tensor_parallel_size {ranks} takes {engines * ranks} GPUs; "
+            f"{len(gpus)} can be seen.",
+            "Lower one of the two, or set CUDA_VISIBLE_DEVICES to more.",
+        )
+    slices = (gpus[i * ranks : (i + 1) * ranks] for i in range(engines))
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in slices]
+
+
+def _threads() -> int:
+    """Threads of one engine that has the machine to itself."""
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))

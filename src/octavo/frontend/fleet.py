@@ -1,0 +1,188 @@
+"""Engines that are kept running: each that ends is started again, after ever longer pauses and not without end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+from octavo.config import EngineConfig
+from octavo.errors import EngineDead, OctavoError
+from octavo.frontend.core_client import CoreClient
+from octavo.frontend.core_process import Core, spawn
+from octavo.frontend.devices import shares
+from octavo.log import get_logger
+
+FIRST_PAUSE_SECONDS = 0.2
+LONGEST_PAUSE_SECONDS = 30.0
+MAX_TRIES = 6  # starts in a row of an engine that does not last
+MANY = 16  # tries; beyond, the pause grows no more
+LASTING_SECONDS = 60.0  # an engine that ran for so long has lasted
+
+
+class Source(Protocol):
+    """Where engines come from."""
+
+    tries: int | None  # how often in a row an engine is started again; None: without end
+
+    async def open(self, index: int) -> Core:
+        """A connection to engine ``index``, which need not be ready yet."""
+        ...
+
+
+class Processes:
+    """Engines in child processes, at ``addresses`` (by default private ones) and each with its share of the machine."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        worker: Literal["real", "stub"],
+        *,
+        log_level: str,
+        hash_key: bytes,
+        addresses: list[str] | None = None,
+        tries: int = MAX_TRIES,
+    ) -> None:
+        self.tries: int | None = tries
+        self._config, self._worker, self._log_level = config, worker, log_level
+        self._hash_key = hash_key.hex()
+        self._shares = shares(config)
+        self._addresses = addresses or [""] * len(self._shares)
+
+    async def open(self, index: int) -> Core:
+        return spawn(
+            self._config,
+            self._worker,
+            log_level=self._log_level,
+            address=self._addresses[index],
+            hash_key=self._hash_key,
+            env=self._shares[index],
+        )
+
+
+class Addresses:
+    """Engines that another process starts, at ``addresses``, and starts again as long as it sees fit."""
+
+    tries: int | None = None
+
+    def __init__(self, addresses: list[str]) -> None:
+        self._addresses = addresses
+
+    async def open(self, index: int) -> Core:
+        return Core(self._addresses[index])
+
+
+class Slot:
+    """The place of one engine. ``client`` is None while it does not run, ``reason`` says why."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.client: CoreClient | None = None
+        self.reason = "the engine is being started."
+        self.given_up = False
+        self.dead: asyncio.Queue[CoreClient] = asyncio.Queue()  # clients that are to be closed
+
+
+class Fleet:
+    """``size`` engines of ``source``. Make it inside a running event loop.
+
+    ``on_down`` is called with a slot whose engine has just died, ``on_end`` once with the last error when every engine
+    was given up.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size: int,
+        *,
+        on_down: Callable[[Slot], None] = lambda slot: None,
+        on_end: Callable[[OctavoError], None] | None = None,
+    ) -> None:
+        self.slots = [Slot(index) for index in range(size)]
+        self._source = source
+        self._on_down, self._on_end = on_down, on_end
+        self._keepers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Starts all engines at once and waits for them; raises the error of one that fails, and ends the others."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                for slot in self.slots:
+                    group.create_task(self._open(slot))
+        except BaseExceptionGroup as errors:
+            await self.close()
+            raise errors.exceptions[0] from None
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        self._keepers = [asyncio.create_task(self._keep(slot)) for slot in self.slots]
+
+    def clients(self) -> list[CoreClient]:
+        """Of the engines that run."""
+        return [slot.client for slot in self.slots if slot.client is not None]
+
+    async def close(self) -> None:
+        """Ends all engines, and those that are being started."""
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        await asyncio.gather(*(client.close() for client in self.clients()))
+
+    async def _open(self, slot: Slot) -> None:
+        def died(error: OctavoError) -> None:
+            self._down(slot, error)
+
+        slot.client = await connect(await self._source.open(slot.index), on_death=died)
+
+    def _down(self, slot: Slot, error: OctavoError) -> None:
+        get_logger().error("engine %d: %s: %s", slot.index, error.id, error)
+        slot.reason = error.cause
+        if slot.client is not None:
+            slot.dead.put_nowait(slot.client)
+            slot.client = None
+        self._on_down(slot)
+
+    async def _keep(self, slot: Slot) -> None:
+        """Starts the engine again whenever it has died, until that has failed too often."""
+        tries = 0
+        while not slot.given_up:
+            since = time.monotonic()
+            await (await slot.dead.get()).close()
+            tries = 0 if time.monotonic() - since > LASTING_SECONDS else tries
+            while slot.client is None and not slot.given_up:
+                if self._source.tries is not None and tries >= self._source.tries:
+                    self._give_up(slot)
+                    return
+                await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**tries, LONGEST_PAUSE_SECONDS))
+                tries = min(tries + 1, MANY)
+                await self._try(slot)
+
+    async def _try(self, slot: Slot) -> None:
+        try:
+            await self._open(slot)
+            get_logger().info("engine %d runs again", slot.index)
+        except OctavoError as error:
+            slot.reason = error.cause
+            get_logger().error("engine %d did not start: %s: %s", slot.index, error.id, error)
+
+    def _give_up(self, slot: Slot) -> None:
+        slot.given_up = True
+        get_logger().error("engine %d is given up", slot.index)
+        if all(other.given_up for other in self.slots) and self._on_end is not None:
+            self._on_end(EngineDead(f"no engine is left; of the last one: {slot.reason}", "Start the server again."))
+
+
+async def connect(core: Core, *, on_death: Callable[[OctavoError], None] | None = None) -> CoreClient:
+    """The client of a core once that is ready; ends the connection if it cannot be, or if nobody waits for it."""
+    waiting = asyncio.ensure_future(asyncio.to_thread(core.wait_ready))
+    try:
+        info = await asyncio.shield(waiting)
+    except BaseException:
+        core.cancel()  # so that `wait_ready` ends, in whose thread the socket is
+        with contextlib.suppress(OctavoError):
+            await waiting
+        await asyncio.to_thread(core.stop)
+        raise
+    return CoreClient(core, info, on_death=on_death)
