@@ -50,8 +50,14 @@ def byte_level(
     return tokenizer
 
 
-def sentencepiece(tokens: Sequence[str], scores: Sequence[float], *, unknown: int, prefix: bool = True) -> Tokenizer:
-    """Merges by score, bytes for what has no token; ``prefix`` puts a space before a text. See `MAX_CHARS`."""
+def sentencepiece(
+    tokens: Sequence[str], scores: Sequence[float], *, unknown: int, prefix: bool = True, strict: bool = False
+) -> Tokenizer:
+    """Merges by score, bytes for what has no token. See `MAX_CHARS`.
+
+    ``prefix`` puts a space before a text that has none there, as Transformers does; with ``strict`` it is put before
+    every text, also those between special tokens, as SentencePiece itself does to what it is given.
+    """
     vocabulary = first_ids(tokens)
     model = models.BPE(
         vocab=vocabulary,
@@ -61,8 +67,12 @@ def sentencepiece(tokens: Sequence[str], scores: Sequence[float], *, unknown: in
         byte_fallback=True,
     )
     tokenizer = Tokenizer(model)
-    scheme = "first" if prefix else "never"
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    if strict:
+        spaces = normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    else:
+        scheme = "first" if prefix else "never"
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
     steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
         steps.append(decoders.Strip(content=" ", left=1))

@@ -110,7 +110,7 @@ _MAX_INDEX = 100_000_000  # bytes
 def open_checkpoint(
     source: Source, load_format: str = "auto", *, pytorch: Callable[[tuple[Path, ...]], Checkpoint] | None = None
 ) -> Checkpoint:
-    """The weights of ``source``. ``load_format``: auto (safetensors, else pickled), safetensors, pt or gguf.
+    """The weights of ``source``. ``load_format``: auto (safetensors, else pickled), safetensors, mistral, pt or gguf.
 
     ``pytorch`` opens pickled files; without it, finding only such files is an error. Raises `ModelError`: HF040 if
     files are missing, HF041 if one is damaged.
@@ -120,8 +120,14 @@ def open_checkpoint(
     folder = source.path
     if load_format in ("auto", "safetensors"):
         paths = safetensors_paths(folder)
-        if paths:
+        if paths and not _is_consolidated(paths):
             return SafetensorsCheckpoint(paths)
+    if load_format in ("auto", "mistral"):
+        from octavo.hub.mistral_weights import MistralCheckpoint
+
+        paths = consolidated_paths(folder)
+        if paths:
+            return MistralCheckpoint(paths, folder / "params.json")
     if load_format in ("auto", "pt"):
         paths = pickled_paths(folder)
         if paths and pytorch:
@@ -155,6 +161,16 @@ def safetensors_paths(folder: Path) -> tuple[Path, ...]:
     found = sorted(folder.glob("*.safetensors"), key=_natural)
     model = [p for p in found if p.name.startswith("model")]
     return _whole(tuple(model or found))
+
+
+def consolidated_paths(folder: Path) -> tuple[Path, ...]:
+    """The weights in Mistral's own layout, in the order of `safetensors_paths`."""
+    indexed = _indexed(folder / "consolidated.safetensors.index.json")
+    return indexed or _whole(tuple(sorted(folder.glob("consolidated*.safetensors"), key=_natural)))
+
+
+def _is_consolidated(paths: tuple[Path, ...]) -> bool:
+    return all(path.name.startswith("consolidated") for path in paths)
 
 
 def pickled_paths(folder: Path) -> tuple[Path, ...]:

@@ -13,7 +13,7 @@ from octavo.config import LayerSpec, ModelConfig
 from octavo.errors import ConfigError, ModelError, RequestError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
 from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
-from octavo.hub.source import Source
+from octavo.hub.source import CONFIGS, Source
 from octavo.log import get_logger
 from octavo.types import SamplingParams
 
@@ -43,13 +43,14 @@ DTYPES: Final = {
 # --- the dict ---------------------------------------------------------------------------------------------------------
 
 
-def read_hf_dict(source: Source, overrides: Mapping[str, Any] | None = None) -> Hf:
+def read_hf_dict(source: Source, overrides: Mapping[str, Any] | None = None, config_format: str = "auto") -> Hf:
     """The config of ``source`` as a dict in the shape that `hub.patches` makes, with ``overrides`` (user's) merged in.
 
-    A GGUF file's config is made from its metadata; a dtype that is not named is that of the weights. Raises
-    `ModelError`: HF002 for a missing or broken ``config.json``, HF020 for contradictory RoPE settings.
+    A GGUF file's config is made from its metadata, one in Mistral's format from ``params.json`` (``config_format``
+    auto: only where there is no ``config.json``); a dtype that is not named is that of the weights. Raises
+    `ModelError`: HF002 for a missing or broken file, HF020 for contradictory RoPE settings.
     """
-    return override(_raw_dict(source), overrides or {})
+    return override(_raw_dict(source, config_format), overrides or {})
 
 
 def override(hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> Hf:
@@ -70,17 +71,22 @@ def override(hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> Hf:
     return out
 
 
-def _raw_dict(source: Source) -> Hf:
+def _raw_dict(source: Source, config_format: str) -> Hf:
     if source.kind == "gguf":
         from octavo.hub.gguf import GgufReader
         from octavo.hub.gguf_config import config_from_gguf
 
         return config_from_gguf(GgufReader(source.path))
-    path = source.file("config.json")
+    names = {"hf": ("config.json",), "mistral": ("params.json",)}.get(config_format, CONFIGS)
+    path = next((file for name in names if (file := source.file(name))), None)
+    if path is not None and path.name == "params.json":
+        from octavo.hub.mistral_config import config_from_params
+
+        return _with_dtype(config_from_params(read_json(path), path), source)
     if path is None:
         found = sorted(entry.name for entry in source.path.iterdir())[:10]
         raise ModelError(
-            f"{source.path} has no config.json; it has {', '.join(found) or 'no files at all'}.",
+            f"{source.path} has no {' or '.join(names)}; it has {', '.join(found) or 'no files at all'}.",
             "Name a folder or repo with a Transformers model in it, or a .gguf file.",
             id="HF002",
         )

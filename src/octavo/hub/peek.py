@@ -19,12 +19,12 @@ from octavo.errors import ModelError
 from octavo.hub import gguf, safetensors_file
 from octavo.hub.repo import Repo
 from octavo.hub.resolve import locate
-from octavo.hub.source import Source
+from octavo.hub.source import CONFIGS, Source
 
 READERS: Final = 8  # files that are looked at together
 SAFETENSORS_START: Final = 1 << 17  # bytes; the headers of nearly all files are shorter
 GGUF_START: Final = 1 << 23  # bytes; the vocabulary is in the header
-_CONFIGS: Final = ("config.json", "generation_config.json", "hf_quant_config.json")
+_CONFIGS: Final = (*CONFIGS, "generation_config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,15 @@ class Peeked:
 
 @contextlib.contextmanager
 def peek(
-    name: str, *, revision: str | None = None, token: str | None = None, download_dir: str | None = None
+    name: str,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    download_dir: str | None = None,
+    load_format: str = "auto",
 ) -> Iterator[Peeked]:
     """What ``name`` means, as `hub.resolve.resolve` finds it, readable as long as the context lasts."""
-    found = locate(name, revision=revision, token=token, download_dir=download_dir)
+    found = locate(name, revision=revision, token=token, download_dir=download_dir, load_format=load_format)
     if isinstance(found, Source):
         yield Peeked(found)
         return

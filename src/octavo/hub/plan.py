@@ -110,7 +110,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         implementation, implementation_reason, model = models.choose(model, options.model_impl, max_len)
     except OctavoError as error:
         implementation_reason, code = str(error), error.exit_code
-    weights = _weights(source, model)
+    weights = _weights(source, model, "auto" if options.load_format == "dummy" else options.load_format)
     cache = _cache(config, model, machine, weights, max_len)
     advice = _advice(config, model, machine, weights, cache, max_len)
     fixed = options.max_model_len not in (None, -1)
@@ -158,10 +158,10 @@ def size(count: float) -> str:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _weights(source: Source, model: ModelConfig) -> Weights:
+def _weights(source: Source, model: ModelConfig, load_format: str) -> Weights:
     wide = 4 if model.dtype == "float32" else 2
     try:
-        tensors = open_checkpoint(source).tensors()
+        tensors = open_checkpoint(source, load_format).tensors()
     except ModelError:
         paths = () if source.kind == "gguf" else pickled_paths(source.path)
         if not paths:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from octavo.errors import ModelError
 from octavo.hub.gguf_pick import GgufPick, models
-from octavo.hub.source import TOKENIZER_FILES, Source, missing_files, wanted_files
+from octavo.hub.source import CONFIGS, Source, has_tokenizer, missing_files, wanted_files
 from octavo.log import get_logger
 
 RETRY_DELAYS: Final = (1.0, 3.0)  # seconds before the second and the third attempt
@@ -19,7 +19,10 @@ MAX_RETRY_AFTER: Final = 30.0
 
 @dataclass(frozen=True)
 class Repo:
-    """``gguf``: which GGUF file is wanted; None: whatever the repo has, safetensors before anything else."""
+    """``gguf``: which GGUF file is wanted; None: whatever the repo has, safetensors before anything else.
+
+    ``load_format`` as in `ModelOptions`: which weights are wanted.
+    """
 
     id: str
     revision: str | None = None
@@ -28,6 +31,7 @@ class Repo:
     weights: bool = True
     code: bool = False
     gguf: GgufPick | None = None
+    load_format: str = "auto"
 
     @property
     def label(self) -> str:
@@ -65,7 +69,7 @@ class Repo:
         else:
             here = _names_in(snapshot)
             if self.gguf is None and not models(here):
-                return missing_files(snapshot, self.weights)
+                return missing_files(snapshot, self.weights, self.load_format)
             names = self.wanted(here) or [str(self.gguf or GgufPick())]
         return [name for name in names if not (snapshot / name).is_file()]
 
@@ -85,9 +89,11 @@ class Repo:
         names = list(names)
         if self.gguf is not None:
             return self.gguf.choose(names)
-        found = wanted_files(names, self.weights, self.code)
+        if self.load_format == "gguf":
+            return GgufPick().choose(names)
+        found = wanted_files(names, self.weights, self.code, self.load_format)
         has_weights = any(name.endswith((".safetensors", ".bin")) for name in wanted_files(names))
-        return found if has_weights else GgufPick().choose(names) or found
+        return found if has_weights or self.load_format != "auto" else GgufPick().choose(names) or found
 
     def source(self, snapshot: Path, why: str) -> Source:
         """What is in the cache; ``why`` is the end of its reason."""
@@ -162,8 +168,8 @@ class Repo:
                 f"Name one of them: {self.id}/FILE.gguf.",
                 id="HF004",
             )
-        known = {"config.json", *TOKENIZER_FILES}
-        if known.isdisjoint(names) and not any(name.endswith((".gguf", ".py")) for name in names):
+        found = not set(CONFIGS).isdisjoint(names) or has_tokenizer(names)
+        if not found and not any(name.endswith((".gguf", ".py")) for name in names):
             several = f"; of its GGUF files, name one: {', '.join(ggufs[:20])}" if ggufs else ""
             raise ModelError(
                 f"{self.label} has neither config.json nor a tokenizer{several}.",
@@ -172,11 +178,14 @@ class Repo:
             )
 
     def _fall_back(self, snapshot: Path | None, missing: list[str], error: ModelError) -> Source:
-        if snapshot is None or self.gguf is not None or set(missing_files(snapshot, self.weights)) - {"tokenizer.json"}:
+        if snapshot is None or self.gguf is not None or self._lacks_model(snapshot):
             raise error
         lacking = ", ".join(missing)
         get_logger().warning("%s The cached snapshot is used, which has no %s.", error.cause, lacking)
         return self.source(snapshot, f"from the cache, without {lacking}")
+
+    def _lacks_model(self, snapshot: Path) -> bool:
+        return bool(set(missing_files(snapshot, self.weights, self.load_format)) - {"tokenizer.json"})
 
     def call(self, request: Callable[[], Any]) -> Any:
         """Runs ``request``, again if the Hub did not answer; raises a `ModelError` for what huggingface_hub raises."""

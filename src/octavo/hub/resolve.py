@@ -14,7 +14,7 @@ from typing import Final
 from octavo.errors import ModelError
 from octavo.hub.gguf_pick import GgufPick, file_in_repo, models, split_quant
 from octavo.hub.repo import Repo
-from octavo.hub.source import Source
+from octavo.hub.source import CONFIGS, Source
 
 GGUF_MAGIC: Final = b"GGUF"
 
@@ -27,15 +27,25 @@ def resolve(
     download_dir: str | None = None,
     weights: bool = True,
     code: bool = False,
+    load_format: str = "auto",
 ) -> Source:
     """Finds ``name``: a folder, a GGUF file, or a repo id at ``revision`` in the cache or on the Hub.
 
     ``folder:QUANT``, ``owner/name:QUANT`` and ``owner/name/file.gguf`` name one of several GGUF files.
     ``weights=False`` asks for config and tokenizer only; ``code=True`` for Python files, too, which runs none of them.
+    ``load_format`` (see `ModelOptions`) says which weights of a repo are meant.
     Raises `ModelError`: HF001 for a path that does not exist, HF003 gated, HF004 not found, HF005 offline and not in
     the cache, HF006 for a Hub that does not answer.
     """
-    found = locate(name, revision=revision, token=token, download_dir=download_dir, weights=weights, code=code)
+    found = locate(
+        name,
+        revision=revision,
+        token=token,
+        download_dir=download_dir,
+        weights=weights,
+        code=code,
+        load_format=load_format,
+    )
     if isinstance(found, Source):
         return found
     repo, snapshot, missing = found
@@ -50,6 +60,7 @@ def locate(
     download_dir: str | None = None,
     weights: bool = True,
     code: bool = False,
+    load_format: str = "auto",
 ) -> Source | tuple[Repo, Path | None, list[str]]:
     """As `resolve`, but without the network: the source if everything is here, else (repo, snapshot, what it lacks)."""
     path = Path(name).expanduser()
@@ -64,7 +75,7 @@ def locate(
         id, pick = in_repo[0], GgufPick(file=in_repo[1])
     elif _looks_like_path(name):
         raise _no_such_path(name, path)
-    repo = Repo(id, revision, token, download_dir, weights, code, pick)
+    repo = Repo(id, revision, token, download_dir, weights, code, pick, load_format)
     snapshot = repo.cached()
     missing = ["the whole snapshot"] if snapshot is None else repo.missing(snapshot)
     if snapshot is not None and not missing:
@@ -87,7 +98,7 @@ def _gguf_in_folder(name: str, folder: Path, pick: GgufPick) -> Source:
 def _local(name: str, path: Path) -> Source:
     if path.is_dir():
         names = [p.name for p in path.iterdir()]
-        if "config.json" not in names and len(models(names)) == 1:
+        if not set(CONFIGS).intersection(names) and len(models(names)) == 1:
             return _gguf_in_folder(name, path, GgufPick())
         return Source(name, "folder", path, None, f"{name} is a local folder")
     with path.open("rb") as file:

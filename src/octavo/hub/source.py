@@ -1,9 +1,14 @@
-"""Where a model's files are (`Source`), and which of the files of a folder or repo a model needs."""
+"""Where a model's files are (`Source`), and which of the files of a folder or repo a model needs.
+
+Mistral's repos may have their own format, alone or beside that of Hugging Face: ``params.json`` for ``config.json``,
+``consolidated*.safetensors`` for the weights, ``tekken.json`` or ``tokenizer.model.v*`` for the tokenizer.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +26,29 @@ _SMALL_FILES: Final = (
     "vocab.txt",
     "*.tiktoken",
 )
-_NOT_WEIGHTS: Final = ("consolidated*", "training_args.bin", "optimizer*", "scheduler*", "adapter_model*")
-TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+_NOT_WEIGHTS: Final = ("consolidated*", "training_args.bin", "optimizer*", "scheduler*", "scaler*", "adapter_model*")
+_TOKENIZERS: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v*",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+CONFIGS: Final = ("config.json", "params.json")
+# The patterns of weights in the order in which they are looked for.
+_WEIGHTS: Final = {
+    "auto": ("*.safetensors", "consolidated*.safetensors", "*.bin"),
+    "safetensors": ("*.safetensors",),
+    "pt": ("*.bin", "*.pt"),
+    "mistral": ("consolidated*.safetensors",),
+}
+_INDICES: Final = {
+    "auto": ("model*.safetensors.index.json", "*.bin.index.json", "consolidated*.safetensors.index.json"),
+    "safetensors": ("model*.safetensors.index.json",),
+    "pt": ("*.bin.index.json",),
+    "mistral": ("consolidated*.safetensors.index.json",),
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +67,17 @@ class Source:
         return path if self.kind != "gguf" and path.is_file() else None
 
 
-def wanted_files(names: Iterable[str], weights: bool = True, code: bool = False) -> list[str]:
-    """Those of a repo's files that are needed: small ones, and safetensors or else PyTorch's ``.bin``.
+def has_tokenizer(names: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in _TOKENIZERS)
 
-    ``code``: Python files, too, for a model whose remote code is trusted.
+
+def wanted_files(
+    names: Iterable[str], weights: bool = True, code: bool = False, load_format: str = "auto"
+) -> list[str]:
+    """Those of a repo's files that are needed: small ones, and weights of ``load_format``.
+
+    With auto these are safetensors, else Mistral's own with ``params.json``, else PyTorch's ``.bin``. ``code``: Python
+    files, too, for a model whose remote code is trusted.
     """
     names = sorted(names)
     out = [name for name in names if any(_matches(name, pattern) for pattern in _SMALL_FILES)]
@@ -52,11 +85,14 @@ def wanted_files(names: Iterable[str], weights: bool = True, code: bool = False)
         out += [name for name in names if name.endswith(".py")]
     if not weights:
         return [name for name in out if not name.endswith(".index.json")]
-    for suffix in (".safetensors", ".bin"):
-        found = [n for n in names if "/" not in n and n.endswith(suffix)]
-        own = [n for n in found if not any(fnmatch.fnmatchcase(n, pattern) for pattern in _NOT_WEIGHTS)]
-        if own:
-            return out + own
+    for pattern in _WEIGHTS.get(load_format, ()):
+        found = [n for n in names if _matches(n, pattern)]
+        if not pattern.startswith("consolidated"):
+            found = [n for n in found if not any(fnmatch.fnmatchcase(n, other) for other in _NOT_WEIGHTS)]
+        elif "params.json" not in names:
+            continue
+        if found:
+            return out + found
     return out
 
 
@@ -64,25 +100,46 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
 
 
-def missing_files(folder: Path, weights: bool) -> list[str]:
+def missing_files(folder: Path, weights: bool, load_format: str = "auto") -> list[str]:
     """What a snapshot lacks that no model does without, as far as that shows without a listing of the repo."""
-    has_config = (folder / "config.json").is_file()
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    if not weights and has_tokenizer:
+    present = [p.name for p in folder.iterdir() if p.is_file()]
+    tokenizer = has_tokenizer(present)
+    if not weights and tokenizer:
         return []  # there are repos of a tokenizer alone
-    out = [] if has_config else ["config.json"]
-    if not has_tokenizer:
+    out = [] if set(CONFIGS).intersection(present) else ["config.json"]
+    if not tokenizer:
         out.append("tokenizer.json")
-    return out + _missing_weights(folder) if weights else out
+    return out + _missing_weights(folder, present, load_format) if weights else out
 
 
-def _missing_weights(folder: Path) -> list[str]:
-    indices = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.bin.index.json"))
+def _missing_weights(folder: Path, present: list[str], load_format: str) -> list[str]:
+    indices = [p for kind in _INDICES.get(load_format, ()) for p in sorted(folder.glob(kind))]
     for index in indices[:1]:
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             return [index.name]
         return sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
-    present = [p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")]
-    return [] if wanted_files(present) else ["model.safetensors"]
+    found = set(wanted_files(present, load_format=load_format)) - set(wanted_files(present, weights=False))
+    return [] if any(not name.endswith(".json") for name in found) else ["model.safetensors"]
+
+
+def mistral_file(folder: Path, *, bare: bool) -> Path | None:
+    """The tokenizer in Mistral's format: tekken before SentencePiece, the latest version before others.
+
+    ``bare``: a plain ``tokenizer.model``, which repos of other makers have, too, will do.
+    """
+    tekken = folder / "tekken.json"
+    if tekken.is_file():
+        return tekken
+    found = [(version, p.name, p) for p in folder.glob("tokenizer.model.v*") if (version := mistral_version(p))]
+    if found:
+        return max(found)[2]
+    plain = folder / "tokenizer.model"
+    return plain if bare and plain.is_file() else None
+
+
+def mistral_version(path: Path) -> int | None:
+    """``tokenizer.model.v7m1`` -> 7; None for another kind of name."""
+    match = re.fullmatch(r"tokenizer\.model\.v(\d+)(?:m\d+)?", path.name)
+    return int(match[1]) if match else None

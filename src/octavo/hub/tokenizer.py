@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from octavo.errors import ModelError, RequestError
 from octavo.hub import remote_code
 from octavo.hub.configs import read_json
-from octavo.hub.source import Source
+from octavo.hub.source import Source, mistral_file
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -72,15 +72,15 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     find_repo: remote_code.FindRepo | None = None,
 ) -> Tokenizer:
-    """The tokenizer of ``source`` for ``--tokenizer-mode`` ``auto``, ``hf`` or ``slow``.
+    """The tokenizer of ``source`` for ``--tokenizer-mode`` ``auto``, ``hf``, ``slow`` or ``mistral``.
+
+    Auto takes Mistral's own format where there is no ``tokenizer.json``.
 
     ``find_repo`` resolves a repo that the tokenizer takes its code from.
 
     Raises `ModelError`: HF060 if there is none, HF002 for a broken file, HF010 if only code of the repo could read it,
     HF011 if that code cannot be imported.
     """
-    if mode == "mistral":
-        raise ModelError("tokenizer mode mistral is not available.", "Use --tokenizer-mode auto.", id="HF060")
     if source.kind == "gguf":
         return _from_gguf(source)
     config_file = source.file("tokenizer_config.json")
@@ -89,6 +89,12 @@ def load_tokenizer(
     json_file = source.file("tokenizer.json")
     if mode == "auto" and json_file is not None and not (code and trust_remote_code):
         return _from_json(source, json_file, config)
+    if mode == "mistral" or (mode == "auto" and json_file is None and code is None):
+        own = mistral_file(source.path, bare=mode == "mistral")
+        if own is not None:
+            return _from_mistral(own, {} if mode == "mistral" else _templates(source, config))
+        if mode == "mistral":
+            raise ModelError(f"{source.path} has no tekken.json and no tokenizer.model.", _NAME_IT, id="HF060")
     if code and (trust_remote_code or json_file is None):
         made = remote_code.load_class(source, code, trust_remote_code=trust_remote_code, find_repo=find_repo)
         return _from_transformers(source, made, {})
@@ -187,6 +193,18 @@ def _from_gguf(source: Source) -> HfTokenizer:
 
     made = gguf_tokenizer(GgufReader(source.path))
     templates = {} if made.chat_template is None else {"default": made.chat_template}
+    return HfTokenizer(made.tokenizer, made.special_tokens, templates)
+
+
+def _from_mistral(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
+    """``templates`` of the repo count before that of the format, unless it is SentencePiece: theirs have spaces that
+    this tokenizer adds by itself.
+    """
+    from octavo.hub.mistral_tokenizer import load
+
+    made = load(path)
+    if made.chat_template is not None and (path.suffix != ".json" or not templates):
+        templates = {"default": made.chat_template}
     return HfTokenizer(made.tokenizer, made.special_tokens, templates)
 
 
