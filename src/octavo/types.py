@@ -26,6 +26,25 @@ MAX_LOGIT_BIAS = 1024
 MAX_BAD_WORDS = 1024
 SEED_LIMIT = 2**63
 
+# Least and greatest value of numbers in `SamplingParams`; top_p lies above its least one.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "n": (1, MAX_N),
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "top_k": (-1, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (0.01, 100.0),  # products with logits stay finite
+    "seed": (-SEED_LIMIT, SEED_LIMIT - 1),
+    "max_tokens": (1, 2**31 - 1),
+    "min_tokens": (0, 2**31 - 1),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+# Greatest number of entries.
+LENGTHS = {"stop": MAX_STOP, "logit_bias": MAX_LOGIT_BIAS, "bad_words": MAX_BAD_WORDS}
+
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How to sample; names and defaults are those of vLLM's class of this name.
@@ -77,28 +96,16 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     def validate(self) -> None:
         """Checks every field that needs neither tokenizer nor model."""
         _of_declared_types(self)
-        _within("n", self.n, 1, MAX_N)
-        _within("temperature", self.temperature, 0.0, 100.0)
-        _within("top_p", self.top_p, 0.0, 1.0, above=True)
-        _within("top_k", self.top_k, -1, 2**31 - 1)
-        _within("min_p", self.min_p, 0.0, 1.0)
-        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _within("repetition_penalty", self.repetition_penalty, 0.01, 100.0)  # products with logits stay finite
-        _within("seed", self.seed, -SEED_LIMIT, SEED_LIMIT - 1)
-        _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _within("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        _within("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _within("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        for name, (low, high) in BOUNDS.items():
+            _within(name, getattr(self, name), low, high, above=name == "top_p")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens is {self.min_tokens}, above max_tokens, which is {self.max_tokens}.",
                 "Lower min_tokens or raise max_tokens.",
                 param="min_tokens",
             )
-        _at_most("stop", self.stops(), MAX_STOP)
-        _at_most("logit_bias", self.logit_bias or (), MAX_LOGIT_BIAS)
-        _at_most("bad_words", self.bad_words or (), MAX_BAD_WORDS)
+        for name, longest in LENGTHS.items():
+            _at_most(name, self.stops() if name == "stop" else getattr(self, name) or (), longest)
         if any(not s for s in self.stops()):
             raise RequestError("stop contains an empty string.", "Remove it.", param="stop")
         if self.stops() and not self.detokenize:

@@ -169,6 +169,50 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     usage: Usage | None = None
 
 
+class ModelCard(msgspec.Struct, kw_only=True):
+    """An answer to ``/v1/models/{name}``."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "octavo"
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    """An answer to ``/v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Tokenized(msgspec.Struct, kw_only=True):
+    """An answer to ``/tokenize``."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None
+
+
+class Detokenized(msgspec.Struct):
+    """An answer to ``/detokenize``."""
+
+    prompt: str
+
+
+class Version(msgspec.Struct):
+    """An answer to ``/version``."""
+
+    version: str
+
+
+class Success(msgspec.Struct):
+    """An answer to ``/reset_prefix_cache``: false while requests still hold pages."""
+
+    success: bool
+
+
 def name_of(token: int, entry: Logprob) -> str:
     """The text of a token, or its number where there is no tokenizer."""
     return entry.decoded_token if entry.decoded_token is not None else f"token_id:{token}"

@@ -2,48 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from functools import partial
 
-from starlette.requests import Request
-from starlette.routing import Route, Router
+from starlette.routing import Route as HttpRoute
+from starlette.routing import Router
 from starlette.types import ASGIApp
 
-from octavo.server import admin, chat, completions
+from octavo.server import admin, answers, chat, completions, openapi, render, state
+from octavo.server import protocol as bodies
+from octavo.server.anthropic import body as anthropic
 from octavo.server.anthropic import messages
 from octavo.server.guard import MAX_BODY_BYTES, Guard
+from octavo.server.responses import answer
+from octavo.server.responses import body as response
+from octavo.server.responses import events as response_events
 from octavo.server.responses import routes as responses
+from octavo.server.route import Route
 from octavo.server.service import Service
 
-Handler = Callable[[Service, Request], Awaitable[ASGIApp]]
+PROMETHEUS = "text/plain"
 
-ROUTES: list[tuple[str, str, Handler]] = [
-    ("POST", "/v1/completions", completions.ENDPOINT.handle),
-    ("POST", "/v1/chat/completions", chat.ENDPOINT.handle),
-    ("POST", "/v1/responses", responses.create),
-    ("GET", "/v1/responses/{id}", responses.retrieve),
-    ("DELETE", "/v1/responses/{id}", responses.delete),
-    ("POST", "/v1/responses/{id}/cancel", responses.cancel),
-    ("GET", "/v1/responses/{id}/input_items", responses.input_items),
-    ("POST", "/v1/messages", messages.ENDPOINT.handle),
-    ("POST", "/v1/messages/count_tokens", messages.count_tokens),
-    ("GET", "/v1/models", admin.models),
-    ("GET", "/v1/models/{name:path}", admin.model),
-    ("POST", "/tokenize", admin.tokenize),
-    ("POST", "/detokenize", admin.detokenize),
-    ("GET", "/health", admin.health),
-    ("GET", "/ping", admin.ping),
-    ("POST", "/ping", admin.ping),
-    ("GET", "/version", admin.version),
-    ("GET", "/metrics", admin.metrics),
-    ("POST", "/reset_prefix_cache", admin.reset_prefix_cache),
-]
+ROUTES = (
+    Route(
+        "POST", "/v1/completions", completions.ENDPOINT.handle, "Continue prompts.",
+        body=bodies.CompletionRequest, answer=answers.Completion, event=answers.Completion,
+        endpoint=completions.ENDPOINT,
+    ),
+    Route(
+        "POST", "/v1/chat/completions", chat.ENDPOINT.handle, "Answer a conversation.",
+        body=bodies.ChatRequest, answer=answers.ChatCompletion, event=answers.ChatChunk, endpoint=chat.ENDPOINT,
+    ),
+    Route(
+        "POST", "/v1/responses", responses.create, "Answer items of input with items of output.",
+        body=response.ResponsesRequest, answer=response.Response, event=response_events.AnyEvent,
+        endpoint=answer.ENDPOINT,
+    ),
+    Route("GET", "/v1/responses/{id}", responses.retrieve, "A stored response.", answer=response.Response),
+    Route("DELETE", "/v1/responses/{id}", responses.delete, "Forget a stored response.", answer=response.Deleted),
+    Route(
+        "POST", "/v1/responses/{id}/cancel", responses.cancel, "Stop a response in the background.",
+        answer=response.Response,
+    ),
+    Route(
+        "GET", "/v1/responses/{id}/input_items", responses.input_items, "What a stored response was asked.",
+        answer=response.InputItems,
+    ),
+    Route(
+        "POST", "/v1/messages", messages.ENDPOINT.handle, "Answer a conversation as Anthropic's API does.",
+        body=anthropic.MessagesRequest, answer=anthropic.Message, event=anthropic.Event, endpoint=messages.ENDPOINT,
+    ),
+    Route(
+        "POST", "/v1/messages/count_tokens", messages.count_tokens, "Count the tokens of a message's prompt.",
+        body=anthropic.CountTokensRequest, answer=anthropic.TokenCount,
+    ),
+    Route("GET", "/v1/models", admin.models, "The models that are served.", answer=answers.ModelList),
+    Route("GET", "/v1/models/{name:path}", admin.model, "One of them.", answer=answers.ModelCard),
+    Route(
+        "POST", "/render", render.render, "The prompt that a request becomes.",
+        body=render.RenderRequest, answer=render.Rendered,
+    ),
+    Route(
+        "POST", "/tokenize", admin.tokenize, "Token ids of a text or of a conversation.",
+        body=bodies.TokenizeRequest, answer=answers.Tokenized,
+    ),
+    Route(
+        "POST", "/detokenize", admin.detokenize, "The text of token ids.",
+        body=bodies.DetokenizeRequest, answer=answers.Detokenized,
+    ),
+    Route("GET", "/health", admin.health, "200 if a turn of the engine's loop answers."),
+    Route("GET", "/ready", state.ready, "200 if a request would be taken now."),
+    Route("GET", "/load", state.load, "How much there is to do.", answer=state.Load),
+    Route("GET", "/ping", admin.ping, "200 if the API process answers."),
+    Route("POST", "/ping", admin.ping, "The same."),
+    Route("GET", "/version", admin.version, "The version.", answer=answers.Version),
+    Route("GET", "/metrics", admin.metrics, "Metrics for Prometheus.", answer=PROMETHEUS),
+    Route(
+        "POST", "/reset_prefix_cache", admin.reset_prefix_cache, "Forget cached prefixes.", answer=answers.Success
+    ),
+    Route("GET", "/openapi.json", openapi.openapi, "This description.", answer=dict),
+    Route("GET", "/docs", openapi.docs, "This description as a page.", answer="text/html"),
+)  # fmt: skip
 
 
 def build_app(
     service: Service, *, api_key: str | None = None, max_body: int = MAX_BODY_BYTES, log_requests: bool = False
 ) -> ASGIApp:
     """The whole server as one ASGI application."""
-    routes = [Route(path, partial(handler, service), methods=[method]) for method, path, handler in ROUTES]
+    service.routes = ROUTES
+    routes = [HttpRoute(route.path, partial(route.handler, service), methods=[route.method]) for route in ROUTES]
     router = Router(routes, redirect_slashes=False)
     return Guard(router, api_key=api_key, max_body=max_body, log_requests=log_requests)

@@ -118,7 +118,7 @@ class _Session:
         options = self._server
         formats = formats_of(llm, tool=options.tool_call_parser, reasoning=options.reasoning_parser)
         get_logger().info("tool calls: %s; reasoning: %s", formats.tool or "not read", formats.reasoning or "not read")
-        service = Service(llm, names, formats)
+        service = Service(llm, names, formats, max_waiting=self._config.limits.max_waiting)
         key = self._server.api_key or os.environ.get("OCTAVO_API_KEY")
         app = build_app(service, api_key=key, log_requests=not self._server.disable_log_requests)
         http = _Http(_http_config(app), _banner(service, self._server, self._listener, guarded=key is not None))

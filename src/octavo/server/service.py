@@ -6,23 +6,35 @@ import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo.config import ModelOptions
 from octavo.frontend.parse.registry import AUTO, Formats, special_ids
 from octavo.server.errors import shutting_down, unknown_model
 from octavo.server.metrics import Metrics
 from octavo.server.responses.store import ResponseStore
+from octavo.server.route import Route
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
+    from octavo.server.endpoint import Endpoint
 
 
 class Service:
     """One engine behind one server. ``names[0]`` is the name that is shown; the others are accepted too."""
 
-    def __init__(self, llm: AsyncLLM, names: tuple[str, ...], formats: Formats | None = None) -> None:
-        """``formats`` are those of tool calls and reasoning; default: what the model's template tells."""
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        names: tuple[str, ...],
+        formats: Formats | None = None,
+        *,
+        max_waiting: int | None = None,
+    ) -> None:
+        """``formats`` are those of tool calls and reasoning; default: what the model's template tells.
+
+        ``max_waiting`` is how many requests may wait in the engine, if that is known.
+        """
         self.llm = llm
         self.names = names
         self.formats = formats or formats_of(llm)
@@ -31,9 +43,21 @@ class Service:
         self.responses = ResponseStore()
         self.background: dict[str, asyncio.Task[None]] = {}  # responses that nobody waits for
         self.closing = False
+        self.max_waiting = max_waiting
+        self.routes: tuple[Route, ...] = ()
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def active(self) -> int:
+        """Requests that are being answered."""
+        return self._active
+
+    @property
+    def endpoints(self) -> dict[str, Endpoint[Any]]:
+        """Those that generate text, by path."""
+        return {route.path: route.endpoint for route in self.routes if route.endpoint is not None}
 
     def model(self, wanted: str | None) -> str:
         """The name to answer with; raises `ApiError` (404) for a model that is not served."""

@@ -171,7 +171,7 @@ class ThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
 class ToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
     id: str
     name: str
-    input: msgspec.Raw = msgspec.Raw(b"{}")
+    input: msgspec.Raw
 
 
 Block = TextBlock | ThinkingBlock | ToolUseBlock

@@ -98,3 +98,22 @@ class ArgumentsDelta(_InItem, kw_only=True, tag="response.function_call_argument
 class ArgumentsDone(_InItem, kw_only=True, tag="response.function_call_arguments.done"):
     name: str
     arguments: str
+
+
+AnyEvent = (
+    Created
+    | InProgress
+    | Completed
+    | IncompleteEnd
+    | Failed
+    | ItemAdded
+    | ItemDone
+    | PartAdded
+    | PartDone
+    | TextDelta
+    | TextDone
+    | ReasoningDelta
+    | ReasoningDone
+    | ArgumentsDelta
+    | ArgumentsDone
+)

@@ -1,0 +1,45 @@
+"""What the table of routes is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.types import ASGIApp
+
+if TYPE_CHECKING:
+    from octavo.server.endpoint import Endpoint
+    from octavo.server.service import Service
+
+Handler = Callable[["Service", Request], Awaitable[ASGIApp]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A parameter of a query."""
+
+    name: str
+    type: Any
+    text: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """``body`` and ``answer`` are the types of the JSON that comes and goes, ``event`` that of a stream's events.
+
+    ``answer`` is a media type where it is no JSON, and None where there is no body. ``form`` names the fields of a
+    multipart body. ``endpoint`` is set where the handler generates text.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    text: str
+    body: Any = None
+    answer: Any = None
+    event: Any = None
+    form: tuple[str, ...] = ()
+    query: tuple[Parameter, ...] = ()
+    endpoint: Endpoint[Any] | None = None
