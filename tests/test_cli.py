@@ -132,7 +132,7 @@ def test_pooling_is_refused(argv: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "said"), [("fastsafetensors", "several threads"), ("runai_streamer", "Download"), ("mistral", "twin")]
+    ("format", "said"), [("fastsafetensors", "several threads"), ("runai_streamer", "Download"), ("tensorizer", "safetensors")]
 )
 def test_load_formats_of_other_engines_are_answered_with_what_to_do(format: str, said: str) -> None:
     with pytest.raises(ConfigError, match="no load format") as caught:

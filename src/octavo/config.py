@@ -59,7 +59,7 @@ class ModelOptions:
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
     load_format: str = option(
-        "auto", "what to read the weights from", choices=("auto", "safetensors", "pt", "mistral", "gguf", "dummy")
+        "auto", "what to read the weights from", choices=("auto", "hf", "safetensors", "pt", "mistral", "gguf", "dummy")
     )
     model_impl: str = option(
         "auto", "who implements the model ('vllm' means native)", choices=("auto", "native", "vllm", "transformers")
@@ -187,6 +187,7 @@ class ServerConfig:
     reasoning_parser: str = option("auto", "format of reasoning: auto (the model's), none, think, gpt_oss, …")
     drain_seconds: float = option(0.0, "after SIGTERM, let running requests go on for so long")
     disable_log_requests: bool = option(False, "no log line for each request")
+    api_server_count: int = option(1, "processes that answer HTTP and share the engines")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
 
 

@@ -110,7 +110,7 @@ _MAX_INDEX = 100_000_000  # bytes
 def open_checkpoint(
     source: Source, load_format: str = "auto", *, pytorch: Callable[[tuple[Path, ...]], Checkpoint] | None = None
 ) -> Checkpoint:
-    """The weights of ``source``. ``load_format``: auto (safetensors, else pickled), safetensors, mistral, pt or gguf.
+    """The weights of ``source``. ``load_format`` is that of `ModelOptions`.
 
     ``pytorch`` opens pickled files; without it, finding only such files is an error. Raises `ModelError`: HF040 if
     files are missing, HF041 if one is damaged.
@@ -118,17 +118,17 @@ def open_checkpoint(
     if source.kind == "gguf":
         return GgufCheckpoint(GgufReader(source.path))
     folder = source.path
-    if load_format in ("auto", "safetensors"):
+    if load_format in ("auto", "hf", "safetensors"):
         paths = safetensors_paths(folder)
         if paths and not _is_consolidated(paths):
             return SafetensorsCheckpoint(paths)
     if load_format in ("auto", "mistral"):
         from octavo.hub.mistral_weights import MistralCheckpoint
 
-        paths = consolidated_paths(folder)
-        if paths:
-            return MistralCheckpoint(paths, folder / "params.json")
-    if load_format in ("auto", "pt"):
+        paths, params = consolidated_paths(folder), folder / "params.json"
+        if paths and (load_format == "mistral" or params.is_file() or not pickled_paths(folder)):
+            return MistralCheckpoint(paths, params)
+    if load_format in ("auto", "hf", "pt"):
         paths = pickled_paths(folder)
         if paths and pytorch:
             return pytorch(paths)

@@ -39,12 +39,14 @@ CONFIGS: Final = ("config.json", "params.json")
 # The patterns of weights in the order in which they are looked for.
 _WEIGHTS: Final = {
     "auto": ("*.safetensors", "consolidated*.safetensors", "*.bin"),
+    "hf": ("*.safetensors", "*.bin"),
     "safetensors": ("*.safetensors",),
     "pt": ("*.bin", "*.pt"),
     "mistral": ("consolidated*.safetensors",),
 }
 _INDICES: Final = {
     "auto": ("model*.safetensors.index.json", "*.bin.index.json", "consolidated*.safetensors.index.json"),
+    "hf": ("model*.safetensors.index.json", "*.bin.index.json"),
     "safetensors": ("model*.safetensors.index.json",),
     "pt": ("*.bin.index.json",),
     "mistral": ("consolidated*.safetensors.index.json",),
