@@ -81,7 +81,7 @@ SPOILED: dict[str, Spoil] = {
     "HF021": options(max_model_len=1 << 20),
     "HF022": options(dtype="float16", hf_overrides={"model_type": "gemma2"}),
     "HF030": config(architectures=["NoSuchForCausalLM"], model_type="no_such_type"),
-    "HF031": config(architectures=["MambaForCausalLM"], model_type="mamba"),
+    "HF031": config(architectures=["BertLMHeadModel"], model_type="bert", is_decoder=False),
     "HF040": removed("model.safetensors"),
     "HF041": truncated,
     "HF042": weights(lambda tensors: tensors.update({"model.extra.weight": np.zeros(4, np.float32)})),
@@ -93,7 +93,6 @@ SPOILED: dict[str, Spoil] = {
 OF_THE_HUB = {"HF003", "HF004", "HF005", "HF006"}
 ELSEWHERE = {
     "HF000",  # the default of the class: nothing raises it bare
-    "HF032",  # the Transformers backend: tests/models
     "HF061",  # a request: tests/frontend/test_chat.py
 }
 

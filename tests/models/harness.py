@@ -32,8 +32,7 @@ class Paged:
     """A model and its pages. Sequences are rows of the block table; `step` computes some tokens of some of them."""
 
     def __init__(self, model: Model, *, page_size: int = 8, num_pages: int = 96, rows: int = 8, seed: int = 0) -> None:
-        layer = model.config.layers[0]
-        shape = (len(model.config.layers), num_pages, 2, layer.kv_heads, page_size, layer.head_dim)
+        shape = model.config.cache_shape(num_pages, page_size)
         self.model = model
         self.page_size = page_size
         # NaN shows a read of a slot that nobody wrote.
@@ -53,6 +52,12 @@ class Paged:
             self.block_table[row, :pages] = self.block_table[prefix_of, :pages]
         self.lengths[row] = pages * self.page_size
         return row
+
+    def stop(self, row: int) -> None:
+        """The end of a row, which a later `start` may use again."""
+        self.model.release(row)
+        del self.lengths[row]
+        self._free_rows.append(row)
 
     @torch.inference_mode()
     def step(self, chunks: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:

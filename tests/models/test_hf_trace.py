@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from octavo.errors import UnsupportedModel
-from octavo.models.hf.trace import window_of
+from octavo.models.hf.trace import NotPaged, window_of
 
 Rule = Callable[..., torch.Tensor]
 
@@ -48,13 +48,17 @@ def test_windows_are_told_from_their_rules(rule: Rule, local_size: int | None, m
     ("rule", "reason"),
     [
         (chunks(32), "in chunks"),
-        (lambda b, h, q, k: k <= q + 1, "not causal"),
-        (lambda b, h, q, k: k >= 0, "not causal"),
         (images, "more than the order"),
     ],
 )
-def test_other_rules_are_refused(rule: Rule, reason: str) -> None:
+def test_other_rules_cannot_run_over_pages(rule: Rule, reason: str) -> None:
+    with pytest.raises(NotPaged, match=reason):
+        window_of(rule, 32, 4096)
+
+
+@pytest.mark.parametrize("rule", [lambda b, h, q, k: k <= q + 1, lambda b, h, q, k: k >= 0])
+def test_a_rule_that_is_not_causal_is_refused(rule: Rule) -> None:
     with pytest.raises(UnsupportedModel) as error:
         window_of(rule, 32, 4096)
-    assert error.value.id == "HF032"
-    assert reason in error.value.cause
+    assert error.value.id == "HF031"
+    assert "attend to later ones" in error.value.cause

@@ -55,6 +55,8 @@ class CpuPlatform:
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """From numpy, which leaves zeroing to the operating system; `torch.zeros` would write every byte now."""
         count = math.prod(shape) * dtype.itemsize
+        if count == 0:  # such a view torch refuses
+            return torch.zeros(shape, dtype=dtype)
         return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
 
     def to_host(self, tensor: torch.Tensor) -> _Here:

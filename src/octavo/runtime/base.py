@@ -37,8 +37,8 @@ class WorkerBase(Protocol):
 
     ``step(N+1)`` may be called before ``sample(N).result()``: the worker feeds a decoding row its own last token.
     ``overlaps``, known after init, says whether that gains anything; ``device`` names the device for people.
-    Known after plan_memory: ``max_rows``, the sequences that there is room for at once, and ``shares_prefixes``: all that
-    the model keeps of a sequence is in pages.
+    Known after plan_memory: ``max_rows``, the sequences that there is room for at once, and ``shares_prefixes``: the
+    model keeps nothing of a sequence but pages.
     """
 
     overlaps: bool

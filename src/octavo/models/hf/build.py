@@ -62,7 +62,7 @@ def build(wanted: ModelConfig, dtype: torch.dtype, classes: Classes | None = Non
     config is one that the class cannot be made from.
     """
     classes = classes or installed_classes(wanted)
-    config = _config(classes.config, wanted.hf)
+    config = config_of(classes.config, wanted.hf)
     _refuse_kind(config)
     attention.register()
     try:
@@ -89,7 +89,8 @@ def _made(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def _config(config_class: Any, hf: Mapping[str, Any]) -> Any:
+def config_of(config_class: Any, hf: Mapping[str, Any]) -> Any:
+    """``hf`` as an object of ``config_class``; raises `ModelError` HF002 if it does not take it."""
     try:
         return config_class.from_dict(_with_floats(hf))
     except Exception as error:  # each config class validates in its own way

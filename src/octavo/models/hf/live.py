@@ -20,7 +20,6 @@ from octavo.log import get_logger
 from octavo.models.base import Model
 from octavo.models.hf import attention
 from octavo.models.hf.backend import TransformersModel
-from octavo.models.hf.build import refuse_parts
 from octavo.models.hf.native import NativeDecoder
 from octavo.models.hf.swaps import swap_norms
 
@@ -76,7 +75,6 @@ def _share(live: Any) -> nn.Module:
             if name.endswith("_hooks") and isinstance(value, dict):
                 memo[id(value)] = OrderedDict()
     shared = copy.deepcopy(live, memo).eval()
-    refuse_parts(shared)
     attention.register()
     shared.set_attn_implementation(attention.NAME)
     get_logger().info("transformers: parameters are shared with the %s given", type(live).__name__)

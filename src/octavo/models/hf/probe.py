@@ -56,8 +56,7 @@ def spread(max_len: int, device: torch.device) -> torch.Tensor:
 @contextmanager
 def small_context(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """A cache of its own for one sequence of `TOKENS` tokens."""
-    layer = config.layers[0]
-    shape = (len(config.layers), 2, 2, layer.kv_heads, PAGE, layer.head_dim)
+    shape = config.cache_shape(2, PAGE)
 
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from octavo.errors import UnsupportedModel
 from octavo.models.hf.attention import AttentionShape
 
 NAME = "octavo-trace"
@@ -35,7 +36,7 @@ _HANDLED = frozenset(("scaling", "softcap", "s_aux"))
 
 
 class NotPaged(Exception):
-    """Why a model cannot run over pages, as a clause; it may still run with a cache of its own (`models.hf.generic`)."""
+    """Why a model cannot run over pages, as a clause. `models.hf.generic` may still run it, with its own cache."""
 
 
 class Recorder:
@@ -44,11 +45,19 @@ class Recorder:
     def __init__(self, max_len: int) -> None:
         self.calls: list[tuple[nn.Module, AttentionShape]] = []
         self._max_len = max_len
-        self._masks: dict[int, tuple[torch.Tensor, int | None]] = {}  # by id of the tensor, which is kept alive
+        # By id of the tensor, which is kept alive: the window, or why the mask cannot be had.
+        self._masks: dict[int, tuple[torch.Tensor, int | Exception | None]] = {}
 
     def mask(self, **arguments: Any) -> torch.Tensor:
-        """As Transformers' mask functions: called with the mask's rule, returns what reaches attention."""
-        window = window_of(arguments["mask_function"], arguments.get("local_size"), self._max_len)
+        """As Transformers' mask functions: called with the mask's rule, returns what reaches attention.
+
+        Some decoders make masks for layers that they do not have here, so only a mask that is used may be at fault.
+        """
+        window: int | Exception | None
+        try:
+            window = window_of(arguments["mask_function"], arguments.get("local_size"), self._max_len)
+        except (NotPaged, UnsupportedModel) as error:
+            window = error
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         marker = torch.zeros(shape, dtype=arguments.get("dtype") or torch.float32, device=arguments.get("device"))
         self._masks[id(marker)] = (marker, window)
@@ -73,6 +82,9 @@ class Recorder:
             raise NotPaged(f"{where} attends without a mask: it is not causal")
         if id(attention_mask) not in self._masks:
             raise NotPaged(f"{where} gets a mask that Transformers' mask functions did not make")
+        window = self._masks[id(attention_mask)][1]
+        if isinstance(window, Exception):
+            raise window
         if getattr(module, "is_causal", True) is False or keywords.get("is_causal") is False:
             raise NotPaged(f"{where} is not causal")
         for name, given in keywords.items():
@@ -83,7 +95,7 @@ class Recorder:
             kv_heads=key.shape[1],
             key_dim=key.shape[3],
             value_dim=value.shape[3],
-            window=self._masks[id(attention_mask)][1],
+            window=window,
             scale=keywords.get("scaling"),
             plain=keywords.get("softcap") is None and keywords.get("s_aux") is None,
         )
@@ -95,7 +107,7 @@ def window_of(rule: Callable[..., torch.Tensor], local_size: int | None, max_len
     """The sliding window of a mask with ``rule(batch, head, query, key) -> bool``; None if each token sees all before.
 
     Rules are compared with those two at lengths up to ``max_len``, since no longer ones run: a window or a chunk above
-    that is none. Raises `NotPaged` for any other rule.
+    that is none. Raises `NotPaged` for any other rule, `UnsupportedModel` HF031 for one that is not causal.
     """
     length = min(max_len, 2 * local_size + 3 if local_size else 67)
     edges = {0, 1, length // 2, length - 2, length - 1, *((local_size - 1, local_size) if local_size else ())}
@@ -112,7 +124,11 @@ def window_of(rule: Callable[..., torch.Tensor], local_size: int | None, max_len
         if torch.equal(seen, causal & (keys > queries - count)):
             return count
     if bool((seen & ~causal).any()):
-        raise NotPaged("a mask lets tokens see later ones: the model is not causal")
+        raise UnsupportedModel(
+            "Its tokens attend to later ones: this is no causal language model, or is not set up as one (is_decoder).",
+            "Choose a causal language model.",
+            id="HF031",
+        )
     raise NotPaged("a mask is neither causal nor a sliding window (attention in chunks, or of another kind)")
 
 
