@@ -9,7 +9,7 @@ import pytest
 
 from octavo.config import ModelOptions, ServerConfig
 from octavo.errors import ConfigError
-from octavo.server.run import _banner, _listener
+from octavo.server.run import _banner, bound
 from octavo.server.service import served_names
 from tests.server.fake import Server
 from tools import tiny
@@ -44,12 +44,12 @@ def test_names_are_those_given_else_the_models_and_a_path_is_not_shown(tmp_path:
 @pytest.mark.parametrize(("host", "port"), [("256.1.1.1", 0), ("127.0.0.1", 70_000), ("nowhere.invalid", 0)])
 def test_an_address_that_cannot_be_bound_is_a_config_error(host: str, port: int) -> None:
     with pytest.raises(ConfigError, match="cannot listen"):
-        _listener(ServerConfig(host=host, port=port))
+        bound(ServerConfig(host=host, port=port))
 
 
 def test_the_banner_has_address_limits_a_line_to_paste_and_a_warning_if_open_to_all() -> None:
     server = Server()
-    with _listener(ServerConfig(host="127.0.0.1", port=0)) as listener:
+    with bound(ServerConfig(host="127.0.0.1", port=0)) as listener:
         port = listener.getsockname()[1]
         text = _banner(server.service, ServerConfig(port=0), listener, guarded=False)
         assert f"serves m at http://127.0.0.1:{port}/v1" in text

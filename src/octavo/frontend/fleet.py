@@ -17,9 +17,34 @@ from octavo.log import get_logger
 
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 30.0
-MAX_TRIES = 6  # starts in a row of an engine that does not last
-MANY = 16  # tries; beyond, the pause grows no more
-LASTING_SECONDS = 60.0  # an engine that ran for so long has lasted
+MAX_TRIES = 6  # starts in a row of what does not last
+LASTING_SECONDS = 60.0  # what ran for so long has lasted
+
+
+class Patience:
+    """How long to wait before something that has ended is started again: ever longer, and at most ``tries`` times.
+
+    ``tries`` counts from the last time that it lasted; None: without end.
+    """
+
+    def __init__(self, tries: int | None) -> None:
+        self._limit = tries
+        self._tries = 0
+        self._since: float | None = None
+
+    def started(self) -> None:
+        """It runs now."""
+        self._since = time.monotonic()
+
+    def pause(self) -> float | None:
+        """It has ended: the seconds to wait, None to give up."""
+        if self._since is not None and time.monotonic() - self._since > LASTING_SECONDS:
+            self._tries = 0
+        self._since = None
+        if self._limit is not None and self._tries >= self._limit:
+            return None
+        self._tries += 1
+        return min(FIRST_PAUSE_SECONDS * 2.0 ** min(self._tries - 1, 16), LONGEST_PAUSE_SECONDS)
 
 
 class Source(Protocol):
@@ -146,18 +171,17 @@ class Fleet:
 
     async def _keep(self, slot: Slot) -> None:
         """Starts the engine again whenever it has died, until that has failed too often."""
-        tries = 0
+        patience = Patience(self._source.tries)
         while not slot.given_up:
-            since = time.monotonic()
+            patience.started()
             await (await slot.dead.get()).close()
-            tries = 0 if time.monotonic() - since > LASTING_SECONDS else tries
             while slot.client is None and not slot.given_up:
-                if self._source.tries is not None and tries >= self._source.tries:
+                pause = patience.pause()
+                if pause is None:
                     self._give_up(slot)
-                    return
-                await asyncio.sleep(min(FIRST_PAUSE_SECONDS * 2**tries, LONGEST_PAUSE_SECONDS))
-                tries = min(tries + 1, MANY)
-                await self._try(slot)
+                else:
+                    await asyncio.sleep(pause)
+                    await self._try(slot)
 
     async def _try(self, slot: Slot) -> None:
         try:

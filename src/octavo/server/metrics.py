@@ -5,11 +5,13 @@ Gauges and counters are the engine's own statistics, read when asked for; histog
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from octavo.frontend.client import EngineState
@@ -37,6 +39,7 @@ _SECONDS = (
     80.0,
 )
 _LONG = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0)
+SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # where prometheus_client adds up the values of several processes
 LABELS = ("model_name", "engine")
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 
@@ -115,9 +118,14 @@ class Metrics:
             self._each.observe((times.finished_time - times.first_token_time) / (max(lengths) - 1))
 
     def text(self, engines: Sequence[EngineState]) -> bytes:
-        """The exposition format, with the state of ``engines``."""
+        """The exposition format, with the state of ``engines``; of several API processes it is the sum."""
         self._engine.engines = engines
-        return generate_latest(self._registry)
+        if SHARED_FOLDER not in os.environ:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        registry.register(self._engine)
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         made = Histogram(f"vllm:{name}", text, ["model_name"], registry=self._registry, buckets=buckets)

@@ -1,4 +1,7 @@
-"""``octavo serve``: one API process (this one) and one engine-core process, from the first to the last second."""
+"""``octavo serve`` from the first to the last second: one API process, which is this one, and its engines.
+
+With several API processes this one looks after them and the engines (`server.supervisor`), and each runs a `Session`.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
 import uvloop
@@ -28,6 +31,9 @@ from octavo.log import get_logger
 from octavo.server.app import build_app
 from octavo.server.service import Service, formats_of, served_names
 
+if TYPE_CHECKING:
+    from octavo.frontend.fleet import Source
+
 MAX_HEAD_BYTES = 64 * 2**10  # request line and headers
 ANSWER_SECONDS = 0.5  # for requests that were just aborted to write their last byte
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -39,8 +45,17 @@ def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real",
     Raises `OctavoError` for whatever prevents the start.
     """
     check_names(server.tool_call_parser, server.reasoning_parser)
-    with _listener(server) as listener:
-        code = uvloop.run(_Session(config, server, worker, listener).run())
+    if server.api_server_count != 1:
+        from octavo.server.supervisor import supervise
+
+        return supervise(config, server, worker=worker)
+    with bound(server) as listener:
+        return run(Session(config, server, worker, listener))
+
+
+def run(session: Session) -> int:
+    """Runs ``session`` in an event loop of its own; returns its exit code."""
+    code = uvloop.run(session.run())
     if _Threads.busy():
         os._exit(code)  # the interpreter would wait for them
     return code
@@ -66,13 +81,25 @@ class _Threads(ThreadPoolExecutor):
         return any(thread.is_alive() for thread in left)
 
 
-class _Session:
-    """One server, from its start to its end."""
+class Session:
+    """One API process's work, from its start to its end.
+
+    ``engines`` are those that another process looks after; by default this one starts and ends its own. ``announce``
+    is told what is served, in a few lines, once it is.
+    """
 
     def __init__(
-        self, config: EngineConfig, server: ServerConfig, worker: Literal["real", "stub"], listener: socket.socket
+        self,
+        config: EngineConfig,
+        server: ServerConfig,
+        worker: Literal["real", "stub"],
+        listener: socket.socket,
+        *,
+        engines: Source | None = None,
+        announce: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         self._config, self._server, self._worker, self._listener = config, server, worker, listener
+        self._engines, self._announce = engines, announce
         self._stop = asyncio.Event()  # a signal, or the engine's death
         self._hurry = asyncio.Event()  # a second signal
         self._drain = server.drain_seconds
@@ -80,7 +107,7 @@ class _Session:
 
     async def run(self) -> int:
         asyncio.get_running_loop().set_default_executor(_Threads())
-        with self._signals():
+        with signals(self._signalled):
             llm = await self._start()
             if llm is None:
                 return self._code
@@ -100,6 +127,7 @@ class _Session:
                 worker=self._worker,
                 log_level=self._server.log_level,
                 on_death=self._engine_died,
+                engines=self._engines,
             )
         )
         stopped = asyncio.create_task(self._stop.wait())
@@ -121,7 +149,8 @@ class _Session:
         service = Service(llm, names, formats, max_waiting=self._config.limits.max_waiting)
         key = self._server.api_key or os.environ.get("OCTAVO_API_KEY")
         app = build_app(service, api_key=key, log_requests=not self._server.disable_log_requests)
-        http = _Http(_http_config(app), _banner(service, self._server, self._listener, guarded=key is not None))
+        banner = _banner(service, self._server, self._listener, guarded=key is not None)
+        http = _Http(_http_config(app), lambda: self._announce(banner))
         ending = asyncio.create_task(self._end(service, http))
         gc.collect()
         gc.freeze()  # what is there now stays: looking through it again and again would hold up the streams
@@ -140,17 +169,6 @@ class _Session:
         await service.drained(ANSWER_SECONDS)
         http.should_exit = True
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._signalled, number)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
-
     def _signalled(self, number: int) -> None:
         if self._stop.is_set():
             self._hurry.set()
@@ -166,12 +184,25 @@ class _Session:
         self._stop.set()
 
 
+@contextlib.contextmanager
+def signals(handle: Callable[[int], None]) -> Iterator[None]:
+    """Calls ``handle`` in the running event loop with each SIGINT and SIGTERM."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, handle, number)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
 class _Http(uvicorn.Server):
     """uvicorn without its own handling of signals, and with our lines once the socket is open."""
 
-    def __init__(self, config: uvicorn.Config, banner: str) -> None:
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
-        self._banner = banner
+        self._started = started
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -179,7 +210,7 @@ class _Http(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(self._banner, file=sys.stderr, flush=True)
+        self._started()
 
 
 class _Protocol(HttpToolsProtocol):
@@ -226,11 +257,16 @@ def _http_config(app: Any) -> uvicorn.Config:
     )
 
 
-def _listener(server: ServerConfig) -> socket.socket:
-    """The bound socket, not listening yet: until the engine is ready, connections are refused and do not hang."""
+def bound(server: ServerConfig, *, shared: bool = False) -> socket.socket:
+    """The bound socket, not listening yet: until the engine is ready, connections are refused and do not hang.
+
+    ``shared``: further sockets may be bound to the same address, and the kernel shares connections out among them.
+    """
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         made.bind((server.host, server.port))
     except (OSError, OverflowError) as error:

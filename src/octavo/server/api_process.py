@@ -1,0 +1,78 @@
+"""One of several API processes: ``python -m octavo.server.api_process``, started by `server.supervisor`.
+
+One line of JSON on standard input says what to serve (`Start`). Standard output carries one line of JSON: `Up` once
+requests are taken, or `octavo.types.Dead` with what prevented it. Standard input stays open and is the tie to the
+supervisor: its end ends this process at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from typing import Literal
+
+import msgspec
+
+from octavo import log
+from octavo.config import EngineConfig, ServerConfig
+from octavo.errors import OctavoError
+from octavo.frontend.fleet import Addresses
+from octavo.server.run import Session, run
+from octavo.types import Dead
+
+
+class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the supervisor writes."""
+
+    config: EngineConfig
+    server: ServerConfig
+    worker: Literal["real", "stub"]
+    addresses: list[str]  # of the engines
+    listener: int  # file descriptor of the bound socket
+
+
+class Up(msgspec.Struct, frozen=True, tag="up"):
+    """Requests are taken; ``banner`` says which."""
+
+    banner: str
+
+
+Report = Up | Dead
+
+
+def _end_with_supervisor() -> None:
+    while os.read(0, 4096):
+        pass
+    os._exit(1)
+
+
+def main() -> int:
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 1
+    start = msgspec.json.decode(line, type=Start)
+    threading.Thread(target=_end_with_supervisor, name="octavo-supervisor-watch", daemon=True).start()
+    reports = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is log, not a report
+    log.configure(start.server.log_level)
+
+    def report(message: Report) -> None:
+        reports.write(msgspec.json.encode(message) + b"\n")
+        reports.flush()
+
+    try:
+        with socket.socket(fileno=start.listener) as listener:
+            engines = Addresses(start.addresses)
+            announce = lambda banner: report(Up(banner))  # noqa: E731
+            return run(Session(start.config, start.server, start.worker, listener, engines=engines, announce=announce))
+    except OctavoError as error:
+        report(Dead(error.cause, error.remedy, type(error).__name__, error.exit_code, error.id))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)
