@@ -173,6 +173,11 @@ def _base_len(text: Hf) -> tuple[int, str]:
     return present[key], key
 
 
+_AFTER_PADDING: Final = frozenset(
+    ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod")
+)  # they number positions from pad_token_id + 1 on, in a table of max_position_embeddings rows
+
+
 def own_length(text: Hf, layers: tuple[LayerSpec, ...]) -> tuple[int, str]:
     """The length that the model was made for, with its formula in words and numbers.
 
@@ -184,6 +189,9 @@ def own_length(text: Hf, layers: tuple[LayerSpec, ...]) -> tuple[int, str]:
         get_logger().warning("max length %d is %s; set --max-model-len", base, key)
     if "gemma3" in str(text.get("model_type")):
         return base, f"{key} {base}"
+    if text.get("model_type") in _AFTER_PADDING:
+        first = (text.get("pad_token_id") or 0 if "pad_token_id" in text else 1) + 1
+        return max(base - first, 1), f"{key} {base} - {first}, as positions begin after the padding id"
     for rope in (layer.rope for layer in layers if layer.rope is not None):
         factor = rope.params.get("factor")
         unstretched = rope.kind == "yarn" and rope.params["original_max_position_embeddings"] == base

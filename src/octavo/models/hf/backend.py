@@ -30,7 +30,7 @@ from octavo.models.hf.build import build, freeze_rope, refuse_parts
 from octavo.models.hf.generic import Generic
 from octavo.models.hf.head import ClassHead
 from octavo.models.hf.native import NativeDecoder
-from octavo.models.hf.probe import counts_from_zero
+from octavo.models.hf.probe import first_position
 from octavo.models.hf.shard import refuse_generic, shard
 from octavo.models.hf.swaps import swap
 from octavo.parallel.group import current
@@ -119,6 +119,7 @@ class TransformersModel(SelfLoading):
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self._generic is not None:
             return self._generic.forward(token_ids)
+        positions = positions + self._first_position if self._first_position else positions
         if self._native is not None:
             found: torch.Tensor = self._native(token_ids, positions)
             return found
@@ -183,8 +184,10 @@ class TransformersModel(SelfLoading):
             if isinstance(module, Layer):
                 module.finish(ops)
         body = self.model.get_submodule(self._body_name)
-        if not counts_from_zero(body, self.config, self.dtype, device):
+        first = first_position(body, self.config, self.dtype, device)
+        if first is None:
             raise trace.NotPaged(f"{type(body).__name__} numbers positions in its own way, not 0, 1, 2 …")
+        self._first_position = first
         self._native = self._replace(body)
         self.capturable = self._native is not None  # of code that is not ours nobody knows
         get_logger().info("transformers: %s", self.swapped)

@@ -39,7 +39,7 @@ def installed_classes(wanted: ModelConfig) -> Classes:
     import transformers
 
     model_type = wanted.model_type
-    name = causal_lm_class(model_type)
+    name = causal_lm_class(model_type) or _class_of_part(wanted)
     if model_type not in transformers.CONFIG_MAPPING or name is None:
         raise UnsupportedModel(
             f"Transformers {transformers.__version__} has no causal language model of model_type {model_type!r}.",
@@ -52,6 +52,15 @@ def installed_classes(wanted: ModelConfig) -> Classes:
             "Use a checkpoint of that class.",
         )
     return Classes(transformers.CONFIG_MAPPING[model_type], getattr(transformers, name))
+
+
+def _class_of_part(wanted: ModelConfig) -> str | None:
+    """The architecture that is named, if it is a language model of just this type: the text part of a larger model."""
+    import transformers
+
+    found = getattr(transformers, wanted.architecture, None) if "CausalLM" in wanted.architecture else None
+    own = getattr(getattr(found, "config_class", None), "model_type", None)
+    return wanted.architecture if own == wanted.model_type else None
 
 
 def build(wanted: ModelConfig, dtype: torch.dtype, classes: Classes | None = None) -> nn.Module:

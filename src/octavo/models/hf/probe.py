@@ -95,12 +95,20 @@ def watch(body: nn.Module, config: ModelConfig, dtype: torch.dtype, positions: t
 
 
 @torch.inference_mode()
-def counts_from_zero(body: nn.Module, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether positions 0, 1, … are what the decoder ``body`` takes when it is given none (not so in RoBERTa)."""
+def first_position(body: Any, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int | None:
+    """The number that the decoder ``body`` gives the first token when it is not told positions; None if they are not
+    consecutive numbers from 0 or, as in RoBERTa, from the padding id + 1."""
+    padding = getattr(body.config.get_text_config(), "pad_token_id", None)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, TOKENS), generator=generator).to(device)
-    outputs = []
-    for positions in (torch.arange(TOKENS, device=device).unsqueeze(0), None):
+    ids = torch.randint(config.vocab_size, (1, TOKENS), generator=generator)
+    ids[ids == padding] = 0 if padding else 1  # padding is numbered in a way of its own
+    ids = ids.to(device)
+
+    def hidden(positions: torch.Tensor | None) -> torch.Tensor:
         with small_context(config, dtype, device):
-            outputs.append(body(input_ids=ids, position_ids=positions, use_cache=False)[0])
-    return torch.equal(*outputs)
+            found: torch.Tensor = body(input_ids=ids, position_ids=positions, use_cache=False)[0]
+            return found
+
+    expected, numbers = hidden(None), torch.arange(TOKENS, device=device).unsqueeze(0)
+    firsts = (0,) if padding is None else (0, padding + 1)
+    return next((first for first in firsts if torch.equal(hidden(numbers + first), expected)), None)
