@@ -1,4 +1,4 @@
-"""Structured output as a user asks for it (`StructuredOutputsParams`) and as the core takes it (`GrammarSpec`)."""
+"""Structured output as a user asks for it (`StructuredOutputsParams`) and as the core takes it (`Guide`)."""
 
 from __future__ import annotations
 
@@ -22,6 +22,38 @@ class GrammarSpec(msgspec.Struct, frozen=True):
 
     kind: GrammarKind
     text: str
+
+
+class Opener(msgspec.Struct, frozen=True):
+    """A text after which a grammar holds.
+
+    ``pattern`` is a regex of at most a few hundred bytes, made by octavo and never by a user; what its group matches is
+    the key of the grammar in ``bodies``, "" without a group.
+    """
+
+    pattern: str
+    bodies: dict[str, GrammarSpec]
+
+
+class Guide(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an output must match, and where.
+
+    ``whole``: the answer, all of it. Else ``openers``: what follows any of them, and then text again. Nothing holds
+    inside of reasoning, which ends with one of ``reasoning_ends``; it has begun already, or, with ``reasoning_start``,
+    begins if that is the first token of the output. ``strict``: a grammar that cannot be compiled is the client's
+    error, else what it would have held is not held.
+    """
+
+    whole: GrammarSpec | None = None
+    openers: tuple[Opener, ...] = ()
+    reasoning_start: str = ""
+    reasoning_ends: tuple[str, ...] = ()
+    strict: bool = True
+
+    def specs(self) -> list[GrammarSpec]:
+        """Every grammar that is needed, once."""
+        whole = [] if self.whole is None else [self.whole]
+        return list(dict.fromkeys(whole + [spec for opener in self.openers for spec in opener.bodies.values()]))
 
 
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

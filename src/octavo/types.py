@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from octavo.errors import RequestError
-from octavo.structured import GrammarSpec, StructuredOutputsParams
+from octavo.structured import Guide, StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -166,7 +166,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    grammar: GrammarSpec | None = None
+    guide: Guide | None = None
 
     @property
     def greedy(self) -> bool:

@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from octavo.config import EngineConfig
-from octavo.core import grammar
+from octavo.core import compiler, grammar
 from octavo.core.engine import EngineCore
 from octavo.core.grammar import Constraint
 from octavo.core.vocabulary import Vocabulary
 from octavo.errors import ModelError
 from octavo.runtime.stub import VOCAB, StubWorker
-from octavo.structured import GrammarSpec, StructuredOutputsParams
-from octavo.types import TokenOutput
-from tests.core.stub_engine import collect, expected, make_request, run
+from octavo.structured import GrammarSpec, Guide, StructuredOutputsParams
+from octavo.types import Request, TokenOutput
+from tests.core import stub_engine
+from tests.core.stub_engine import collect, expected, run
 from tests.frontend.fakes import byte_level
 
 TOKENIZER = byte_level()  # ids below 256 are bytes, in the order of GPT-2's alphabet
@@ -51,6 +52,13 @@ def core(request: pytest.FixtureRequest) -> Iterator[EngineCore]:
 def make(*, overlap: bool = False, pages: int = 64, **options: Any) -> EngineCore:
     flat = {"model": "stub", "max_num_seqs": 4, "max_num_batched_tokens": 32, **options}
     return EngineCore(EngineConfig.of(**flat), StubWorker(pages, 256), overlap=overlap, vocabulary=load)
+
+
+def make_request(
+    core: EngineCore, id: str, tokens: list[int], *, grammar: GrammarSpec | None = None, **sampling: Any
+) -> Request:
+    guide = None if grammar is None else Guide(whole=grammar)
+    return stub_engine.make_request(core, id, tokens, **{"guide": guide, **sampling})
 
 
 def spec(**given: Any) -> GrammarSpec:
@@ -260,7 +268,7 @@ def test_a_slow_mask_puts_its_request_aside_and_changes_no_text(
     fill, slow = Constraint.fill, []
 
     def late(self: Constraint) -> None:
-        if self.grammar is core._grammars._cache.get(wanted["slow"]):
+        if self.stale and self._grammar is core._grammars._cache.get(wanted["slow"]):
             slow.append(threading.current_thread().name)
             time.sleep(0.08)
         fill(self)
@@ -274,13 +282,13 @@ def test_a_slow_mask_puts_its_request_aside_and_changes_no_text(
 def test_abort_while_a_grammar_compiles_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     core = make()
     go = threading.Event()
-    compile = grammar._Compiler.compile
+    compile = compiler.Compiler.compile
 
-    def wait(self: grammar._Compiler, spec: GrammarSpec) -> Any:
+    def wait(self: compiler.Compiler, spec: GrammarSpec) -> Any:
         go.wait(10)
         return compile(self, spec)
 
-    monkeypatch.setattr(grammar._Compiler, "compile", wait)
+    monkeypatch.setattr(compiler.Compiler, "compile", wait)
     core.add(make_request(core, "a", [1], grammar=spec(choice=["ok"])))
     core.add(make_request(core, "b", [1], grammar=spec(choice=["ok"])))
     assert core.has_work() and core.stats().waiting == 2
@@ -318,8 +326,8 @@ def test_a_thousand_schemas_keep_the_cache_within_its_limit(monkeypatch: pytest.
 
 def test_one_grammar_is_compiled_once_for_all_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    compile = grammar._Compiler.compile
-    monkeypatch.setattr(grammar._Compiler, "compile", lambda self, spec: (seen.append(spec), compile(self, spec))[1])
+    compile = compiler.Compiler.compile
+    monkeypatch.setattr(compiler.Compiler, "compile", lambda self, spec: (seen.append(spec), compile(self, spec))[1])
     core = make()
     ask(core, {str(i): spec(choice=["ok"]) for i in range(6)})
     ask(core, {"later": spec(choice=["ok"])})

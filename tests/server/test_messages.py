@@ -130,7 +130,7 @@ def test_a_forced_call_is_held_to_a_grammar(choice: Any) -> None:
         setup = Said('[{"name": "add", "arguments": {"a": 1}}]')
         message = await setup.anthropic.messages.create(**ASK, tools=[WEATHER, ADD], tool_choice=choice)
         assert [(block.type, block.name) for block in message.content] == [("tool_use", "add")]
-        grammar = setup.server.fake.requests[-1].sampling.grammar
+        grammar = setup.server.fake.requests[-1].sampling.guide.whole
         assert grammar is not None
         assert ("get_weather" in grammar.text) == (choice["type"] == "any")
 
@@ -158,7 +158,7 @@ def test_output_can_be_held_to_a_schema() -> None:
         setup = Said('{"a": 1}')
         form: Any = {"format": {"type": "json_schema", "schema": {"type": "object", "title": "marker"}}}
         await setup.anthropic.messages.create(**ASK, output_config=form)
-        grammar = setup.server.fake.requests[-1].sampling.grammar
+        grammar = setup.server.fake.requests[-1].sampling.guide.whole
         assert grammar is not None
         assert "marker" in grammar.text
 

@@ -266,7 +266,7 @@ def test_output_can_be_held_to_a_form(text: Any, inside: str) -> None:
     async def work() -> None:
         setup = Said("{}")
         made = await ask(setup, text=text)
-        grammar = setup.server.fake.requests[-1].sampling.grammar
+        grammar = setup.server.fake.requests[-1].sampling.guide.whole
         assert grammar is not None
         assert inside in grammar.text
         assert made.text.format.type == text["format"]["type"]
@@ -281,7 +281,7 @@ def test_a_forced_call_and_the_effort_reach_the_model() -> None:
         made = await ask(setup, tools=[WEATHER, ADD], tool_choice=choice, reasoning={"effort": "low"})
         assert [(item.type, item.name) for item in made.output] == [("function_call", "add")]
         assert setup.prompt().endswith("low")
-        grammar = setup.server.fake.requests[-1].sampling.grammar
+        grammar = setup.server.fake.requests[-1].sampling.guide.whole
         assert grammar is not None
         assert "get_weather" not in grammar.text
 

@@ -259,7 +259,7 @@ def test_a_forced_call_is_constrained_to_its_schema_and_read(choice: Any, stream
             (call,) = answer.choices[0].message.tool_calls
             name, arguments, reason = call.function.name, call.function.arguments, answer.choices[0].finish_reason
         assert (name, arguments, reason) == ("get_weather", '{"city": "Oslo"}', "tool_calls")
-        grammar = setup.server.fake.requests[-1].sampling.grammar
+        grammar = setup.server.fake.requests[-1].sampling.guide.whole
         assert grammar is not None
         names = [one["properties"]["name"]["const"] for one in json.loads(grammar.text)["items"]["anyOf"]]
         assert names == (["add", "get_weather"] if choice == "required" else ["get_weather"])

@@ -103,8 +103,8 @@ class EngineCore:
         if not 0 < length < self.info.max_model_len:
             limit = self.info.max_model_len
             return _refusal(request, f"The prompt has {length} tokens, outside [1, {limit - 1}]. Shorten it.", 400)
-        if request.sampling.grammar is not None:
-            refused = self._grammars.open(request.id, request.sampling.grammar)
+        if request.sampling.guide is not None:
+            refused = self._grammars.open(request.id, request.sampling.guide)
             if refused is not None:
                 return _refusal(request, refused, 400)
             if request.id not in self._grammars.live:
@@ -197,7 +197,7 @@ class EngineCore:
                 self._deferred.add(id)
             elif constraint.finished:
                 outputs.append(self._end(id))
-            else:
+            elif constraint.masks:
                 masked.append(item)
                 bits.append(constraint.mask)
         return TokenMask(masked, np.stack(bits)) if masked else None

@@ -20,7 +20,7 @@ import msgspec
 
 from octavo.cache.prefix import page_hashes
 from octavo.errors import RequestError
-from octavo.structured import GrammarSpec
+from octavo.structured import Guide
 from octavo.types import SEED_LIMIT, EngineInfo, Request, Sampling, SamplingParams
 
 if TYPE_CHECKING:
@@ -214,10 +214,10 @@ class InputProcessor:
             bad_words=self._bad_words(params.bad_words or []),
             logprobs=params.logprobs,
             prompt_logprobs=params.prompt_logprobs,
-            grammar=self._grammar(params),
+            guide=self._guide(params),
         )
 
-    def _grammar(self, params: SamplingParams) -> GrammarSpec | None:
+    def _guide(self, params: SamplingParams) -> Guide | None:
         if params.structured_outputs is None:
             return None
         if self.tokenizer is None:
@@ -226,7 +226,7 @@ class InputProcessor:
                 "Start without skip_tokenizer_init.",
                 param="structured_outputs",
             )
-        return params.structured_outputs.spec()
+        return Guide(whole=params.structured_outputs.spec())
 
     def _max_tokens(self, params: SamplingParams, length: int, clamp: bool) -> int:
         limit, wanted = self.info.max_model_len, params.max_tokens

@@ -3,7 +3,8 @@
 A step hands out at most ``max_tokens`` tokens: first one to every sequence that decodes, so that a long prompt cannot
 stall a stream, then chunks to prompts under way, then to waiting requests, first come, first served within a priority.
 When pages run out, the latest arrival of the lowest priority is preempted: its pages are released (their content stays
-findable until it is overwritten) and it is recomputed later. The first in line can always run: the pool holds at least
+findable until it is overwritten) and it is recomputed later. The same happens to it when a request of higher priority
+finds no row or no pages. The first in line can always run: the pool holds at least
 one longest sequence (the engine sees to that), and everybody else can be preempted.
 """
 
@@ -130,6 +131,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute now."""
+        if self._num_waiting:
+            self._make_way()
         items: list[_Item] = []
         grants: list[PageGrant] = []
         budget = self.limits.max_tokens
@@ -184,11 +187,11 @@ class Scheduler:
     # --- between a step's launch and its sampling -----------------------------------------------------------
 
     def constrained(self) -> list[tuple[int, str]]:
-        """(item, request id) of the latest plan that sample under a grammar, without those that have ended since."""
+        """(item, request id) of the latest plan that sample under a guide, without those that have ended since."""
         return [
             (index, item.seq.id)
             for index, item in enumerate(self._launched[-1])
-            if item.samples and item.seq.sampling.grammar is not None and item.seq.status is Status.RUNNING
+            if item.samples and item.seq.sampling.guide is not None and item.seq.status is Status.RUNNING
         ]
 
     def defer(self, index: int) -> None:
@@ -289,15 +292,35 @@ class Scheduler:
             if hit is None:
                 passed.append(seq)
                 continue
-            # Pages for all that is known and one token more: a smaller reserve would admit what the next step preempts.
-            needed = -(-(seq.known + 1) // self.limits.page_size) - len(hit)
-            if needed + sum(page.refs == 0 for page in hit) > self.pool.num_free:
+            if self._pages_for(seq, hit) > self.pool.num_free:
                 passed.append(seq)
                 break
             items.append(self._start(seq, hit, budget, starts))
             budget -= items[-1].count
         for seq in passed:
             self._wait(seq)
+
+    def _make_way(self) -> None:
+        """The first in line takes the place of a running request of lower priority, one in each step."""
+        if not self._running:
+            return
+        while self._waiting and self._waiting[0][1].status is not Status.WAITING:
+            heapq.heappop(self._waiting)
+        victim = max(self._running, key=lambda seq: seq.order)
+        if not self._waiting or self._waiting[0][1].order[0] >= victim.order[0]:
+            return
+        first = self._waiting[0][1]
+        hit = self._find(first)
+        if hit is not None and (not self._free_rows or self._pages_for(first, hit) > self.pool.num_free):
+            self._preempt(victim)
+
+    def _pages_for(self, seq: SequenceState, hit: list[Page]) -> int:
+        """Free pages that admitting ``seq`` takes, ``hit`` being those with its prefix.
+
+        They are for all that is known and one token more: a smaller reserve would admit what the next step preempts.
+        """
+        needed = -(-(seq.known + 1) // self.limits.page_size) - len(hit)
+        return needed + sum(page.refs == 0 for page in hit)
 
     def _find(self, seq: SequenceState) -> list[Page] | None:
         """The pages that ``seq`` can reuse. None: it is held, or waits for a token in flight or a page of another."""
@@ -430,6 +453,6 @@ class Scheduler:
 
 def _nothing_left(seq: SequenceState) -> str:
     """Why no token of ``seq`` could be sampled."""
-    if seq.sampling.grammar is None:
+    if seq.sampling.guide is None:
         return "The model produced logits that are not finite for this request. Try another prompt, or --dtype float32."
     return "No token is left that the grammar and the request's other restrictions allow, or logits are not finite."
