@@ -115,6 +115,33 @@ def test_preemption_changes_no_token(overlap: bool) -> None:
     assert texts == {id: expected(tokens, 60) for id, tokens in prompts.items()}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("scarce", ["rows", "pages"])
+def test_a_request_of_higher_priority_takes_the_place_of_lower_ones_that_run(scarce: str, overlap: bool) -> None:
+    limits = {"max_num_seqs": 2} if scarce == "rows" else {"pages": 16}
+    core = make_engine(overlap=overlap, **limits)
+    prompts = {f"late{i}": prompt(i, 40 if scarce == "rows" else 100) for i in range(2)}
+    for id, tokens in prompts.items():
+        core.add(make_request(core, id, tokens, max_tokens=60, priority=9))
+    outputs = [output for _ in range(5) for output in core.step()]
+    prompts["now"] = prompt(7, 100)
+    core.add(make_request(core, "now", prompts["now"], max_tokens=20))
+    for _ in range(32):  # 5 for its prompt, 20 for its answer
+        outputs += core.step()
+    assert [output.id for output in outputs if output.finish_reason is not None] == ["now"]
+    assert core.stats().preemptions > 0
+    lengths = {"late0": 60, "late1": 60, "now": 20}
+    assert collect(outputs + run(core)) == {id: expected(prompts[id], count) for id, count in lengths.items()}
+
+
+def test_a_request_of_equal_priority_waits_for_those_that_run() -> None:
+    core = make_engine(max_num_seqs=2)
+    for i in range(3):
+        core.add(make_request(core, f"r{i}", prompt(i, 20), max_tokens=20))
+    run(core)
+    assert core.stats().preemptions == 0
+
+
 def test_higher_priority_is_served_first() -> None:
     core = make_engine(max_num_seqs=1)
     for id, priority in (("late", 5), ("soon", 1), ("now", 0)):
