@@ -21,20 +21,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 Files = dict[str, bytes]
 
 
 @dataclass
 class Repo:
-    """``gated``: everybody sees the listing, only ``token`` gets files. ``private``: only ``token`` sees anything."""
+    """``gated``: everybody sees the listing, only ``token`` gets files. ``private``: only ``token`` sees anything.
+
+    ``refused`` is an answer to everything: (status, code, message). ``lost`` files are listed and not there.
+    """
 
     commits: dict[str, Files] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     gated: bool = False
     private: bool = False
     token: str | None = None
+    refused: tuple[int, str, str] | None = None
+    lost: set[str] = field(default_factory=set)
 
     def commit(self, revision: str) -> str | None:
         return revision if revision in self.commits else self.branches.get(revision)
@@ -45,11 +50,12 @@ class Hub:
 
     ``fail_with`` makes it answer everything with that status, ``failures`` so many times at most. With ``cdn`` weights
     are served by another host, as the real one does it; ``leaked`` counts tokens that were sent there. The next
-    ``cuts`` answers with weights break off in the middle.
+    ``cuts`` answers with weights break off in the middle. ``renamed`` repos answer with a redirect to their new name.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.renamed: dict[str, str] = {}
         self.requests: list[str] = []
         self.sent = 0
         self.fail_with: int | None = None
@@ -152,7 +158,18 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
 
     def _route(self, path: str) -> None:
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+        moved = next((old for old in self.hub.renamed if f"/{old}/" in f"{path}/"), None)
+        if moved is not None:
+            self._send(307, b"", {"Location": self.path.replace(moved, self.hub.renamed[moved], 1)})
+        elif path == "/api/models":
+            (wanted,) = parse_qs(urlsplit(self.path).query)["search"]
+            found = [name for name in self.hub.repos if wanted.lower() in name.lower()]
+            self._json([{"id": name, "modelId": name} for name in found])
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/refs", path):
+            repo = self._find(match[1], "main")[0]
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.branches.items()]
+            self._json({"branches": branches, "tags": [], "converts": []})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             repo, commit, files = self._find(match[1], match[2] or "main")
             siblings = [{"rfilename": name, "size": len(data)} for name, data in sorted(files.items())]
             info = {"id": match[1], "modelId": match[1], "sha": commit, "private": repo.private, "siblings": siblings}
@@ -172,6 +189,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _find(self, repo_id: str, revision: str) -> tuple[Repo, str, Files]:
         repo = self.hub.repos.get(repo_id)
         allowed = repo is not None and (not repo.private or self._has_token(repo))
+        if repo is not None and repo.refused is not None:
+            raise _Refused(*repo.refused)
         if repo is None or not allowed:  # the Hub does not tell a missing repo from a hidden one
             raise _Refused(404 if self.headers.get("Authorization") else 401, "RepoNotFound", "Repository not found")
         commit = repo.commit(revision)
@@ -186,7 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
         repo, commit, files = self._find(repo_id, revision)
         if repo.gated and not self._has_token(repo):
             raise _Refused(403 if self.headers.get("Authorization") else 401, "GatedRepo", "Access is restricted")
-        if name not in files:
+        if name not in files or name in repo.lost:
             raise _Refused(404, "EntryNotFound", "Entry not found")
         data = files[name]
         if self.hub.cdn and name.endswith((".safetensors", ".gguf")):

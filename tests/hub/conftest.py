@@ -83,6 +83,7 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
 def hub(clients: Clients) -> Hub:
     hub = clients.hub
     hub.repos.clear()
+    hub.renamed.clear()
     hub.requests.clear()
     hub.fail_with, hub.failures = None, 1 << 30
     hub.cdn, hub.cuts = False, 0

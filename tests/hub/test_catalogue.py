@@ -90,7 +90,7 @@ SPOILED: dict[str, Spoil] = {
     "HF050": config(quantization_config={"quant_method": "awq"}),
     "HF060": removed("tokenizer.json"),
 }
-OF_THE_HUB = {"HF003", "HF004", "HF005", "HF006"}
+OF_THE_HUB = {"HF003", "HF004", "HF005", "HF006", "HF007"}
 ELSEWHERE = {
     "HF000",  # the default of the class: nothing raises it bare
     "HF061",  # a request: tests/frontend/test_chat.py
@@ -125,13 +125,16 @@ def test_a_good_model_is_answered_with_none(good: Path) -> None:
     LLM(str(good), **OPTIONS).close()
 
 
-def test_errors_of_the_hub(hub: Hub, client: Callable[..., Any]) -> None:
+def test_errors_of_the_hub(hub: Hub, client: Callable[..., Any], tmp_path: Path) -> None:
     hub.push("owner/gated", {"config.json": b"{}", "tokenizer.json": b"{}"}, gated=True, token="t")
     found = {
         "HF003": client("owner/gated"),
         "HF004": client("owner/nothing"),
         "HF005": client("owner/offline", env={"HF_HUB_OFFLINE": "1"}),
     }
+    (tmp_path / "file").touch()
+    hub.push("owner/name", {"config.json": b"{}"})
+    found["HF007"] = client("owner/name", download_dir=str(tmp_path / "file"))
     hub.fail_with = 503
     found["HF006"] = client("owner/busy")
     assert {id: answer["id"] for id, answer in found.items()} == {id: id for id in OF_THE_HUB}

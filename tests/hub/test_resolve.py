@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 
 from octavo.errors import ModelError
+from octavo.hub.hub_errors import hub_error
+from octavo.hub.repo import Repo
 from octavo.hub.resolve import resolve
 from octavo.hub.source import wanted_files
 from tests.hub_server import Hub
@@ -246,6 +250,83 @@ def test_missing_repo_and_revision(hub: Hub, client: Client) -> None:
     assert "owner/name" in revision["cause"]
 
 
+# What the Hub answers for a repo -> id, what the cause says, whether it is asked again.
+ANSWERS = {
+    (401, "", "Invalid credentials in Authorization header"): ("HF003", "status 401", False),
+    (401, "GatedRepo", "Access is restricted"): ("HF003", "gated", False),
+    (401, "RepoNotFound", "Repository not found"): ("HF004", "not found on the Hub, or is private", False),
+    (403, "GatedRepo", "Access is restricted"): ("HF003", "gated", False),
+    (403, "", "Forbidden"): ("HF003", "status 403", False),
+    (403, "", "Access to this resource is disabled."): ("HF004", "disabled", False),
+    (404, "RepoNotFound", "Repository not found"): ("HF004", "not found on the Hub, or is private", False),
+    (404, "RevisionNotFound", "Invalid rev id"): ("HF004", "no revision", False),
+    (429, "", "slow down"): ("HF006", "limits the rate", True),
+    (500, "", "oops"): ("HF006", "status 500", True),
+    (502, "", "bad gateway"): ("HF006", "status 502", True),
+    (503, "", "busy"): ("HF006", "status 503", True),
+    (504, "", "timeout"): ("HF006", "status 504", True),
+}
+
+
+@pytest.mark.parametrize("refused", ANSWERS, ids=str)
+def test_every_answer_of_the_hub_has_its_error(refused: tuple[int, str, str], hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    hub.repos["owner/name"].refused = refused
+    id, said, again = ANSWERS[refused]
+    got = client()
+    assert got["id"] == id
+    assert said in got["cause"]
+    assert got["remedy"]
+    assert hub.requests.count("GET /api/models/owner/name") == (3 if again else 1)
+
+
+def test_a_full_disk_is_not_blamed_on_the_hub() -> None:
+    for number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+        found = hub_error(Repo("owner/name", cache="/cache"), OSError(number, os.strerror(number)), 3)
+        assert found is not None
+        assert found.id == "HF007"
+        assert f"in /cache: {os.strerror(number)}." in found.cause
+    refused = hub_error(Repo("owner/name"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), 3)
+    assert refused is not None
+    assert refused.id == "HF006"
+
+
+def test_a_renamed_repo_is_followed(hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    hub.renamed["former/name"] = "owner/name"
+    got = client("former/name")
+    assert set(got["files"]) == NEEDED
+    hub.requests.clear()
+    assert client("former/name")["path"] == got["path"]
+    assert hub.requests == []
+
+
+def test_a_listed_file_that_is_not_there_is_named(hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    hub.repos["owner/name"].lost.add("generation_config.json")
+    got = client()
+    assert got["id"] == "HF004"
+    assert "generation_config.json" in got["cause"]
+
+
+def test_a_name_that_nearly_exists_is_suggested(hub: Hub, client: Client) -> None:
+    hub.push("Owner/Some-Model-7B", FILES)
+    assert "Did you mean Owner/Some-Model-7B?" in client("other/some-model-7b")["remedy"]
+    assert client("Owner/Some-Model-7B")["kind"] == "snapshot"
+    hub.repos.clear()
+    for wrong in ("owner/some-model-7b", "Owner/Some-Modell-7B", "somebody/Some-Model-7B"):
+        assert "Did you mean Owner/Some-Model-7B?" in client(wrong)["remedy"], wrong
+        offline = client(wrong, env={"HF_HUB_OFFLINE": "1"})
+        assert "Did you mean Owner/Some-Model-7B, which is there?" in offline["remedy"]
+    assert "Did you mean" not in client("Owner/Quite-Another")["remedy"]
+
+
+def test_revisions_that_exist_are_listed(hub: Hub, client: Client) -> None:
+    for branch in ("main", "v1"):
+        hub.push("owner/name", FILES, branch=branch)
+    assert "it has main, v1." in client(revision="v2")["cause"]
+
+
 def test_repo_without_a_model(hub: Hub, client: Client) -> None:
     hub.push("owner/name", {"README.md": b"x", "data.parquet": b"y"})
     got = client()
@@ -303,6 +384,37 @@ def test_snapshot_with_config_and_weights_serves_while_the_hub_is_down(hub: Hub,
     hub.fail_with = 503
     assert client()["path"] == first["path"]
     assert client(env={"HF_HUB_OFFLINE": "1"})["path"] == first["path"]
+
+
+# --- what is asked, and of which commit -------------------------------------------------------------------------------
+
+
+def asked(hub: Hub) -> list[str]:
+    return [request for request in hub.requests if request.startswith("GET /api/")]
+
+
+def test_a_download_takes_one_listing_and_its_client_another(hub: Hub, client: Client) -> None:
+    commit = hub.push("owner/name", FILES)
+    client(weights=False)
+    assert asked(hub) == ["GET /api/models/owner/name", f"GET /api/models/owner/name/tree/{commit}"]
+    hub.requests.clear()
+    assert set(client()["files"]) == NEEDED
+    assert asked(hub) == [], "the weights come by the listing that the small files came by"
+
+
+def test_both_halves_of_a_start_get_the_same_commit(hub: Hub, client: Client) -> None:
+    old = hub.push("owner/name", FILES)
+    assert client(weights=False)["commit"] == old
+    hub.push("owner/name", {**FILES, "config.json": b"{}"})
+    assert client()["commit"] == old
+
+
+def test_a_commit_that_the_hub_has_no_more_is_given_up(hub: Hub, client: Client) -> None:
+    old = hub.push("owner/name", FILES)
+    assert client(weights=False)["commit"] == old
+    del hub.repos["owner/name"].commits[old]
+    new = hub.push("owner/name", {**FILES, "extra.json": b"{}"})
+    assert client()["commit"] == new
 
 
 # --- the way that bytes take ------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,12 +11,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from octavo.errors import ModelError
+from octavo.hub import hub_errors
 from octavo.hub.gguf_pick import GgufPick, models
 from octavo.hub.source import CONFIGS, Source, has_tokenizer, missing_files, wanted_files
 from octavo.log import get_logger
 
 RETRY_DELAYS: Final = (1.0, 3.0)  # seconds before the second and the third attempt
-MAX_RETRY_AFTER: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Repo:
                 self.id, revision=self.revision, cache_dir=self.cache, local_files_only=True, ignore_patterns=nothing
             )
         except HFValidationError:
-            raise _no_repo_id(self.id) from None
+            raise hub_errors.no_repo_id(self.id) from None
         except LocalEntryNotFoundError:
             return None
         return Path(folder)
@@ -119,23 +121,62 @@ class Repo:
         import huggingface_hub as hub
 
         if hub.is_offline_mode():
-            return self._fall_back(snapshot, missing, _offline(self, missing))
+            return self._fall_back(snapshot, missing, hub_errors.offline(self, missing))
         try:
-            names = list(self.listing()[1])
-            folder = self.call(
-                lambda: hub.snapshot_download(
-                    self.id,
-                    revision=self.revision,
-                    cache_dir=self.cache,
-                    token=self.token,
-                    allow_patterns=[_literal(name) for name in names],
-                )
-            )
+            folder = self._begun(snapshot) or self._fetch(*self._manifest())
         except ModelError as error:
             if error.id != "HF006":
                 raise
             return self._fall_back(snapshot, missing, error)
-        return self.source(Path(folder), "downloaded from the Hub" if snapshot is None else "completed from the Hub")
+        return self.source(folder, "downloaded from the Hub" if snapshot is None else "completed from the Hub")
+
+    def _begun(self, snapshot: Path | None) -> Path | None:
+        """Completes the snapshot that a download began, at its commit and by its listing: all parts are of one commit.
+
+        None if there is none, if it could do as it is, or if the Hub has that commit no more.
+        """
+        known = None if snapshot is None else self._cached_listing(snapshot)
+        if snapshot is None or known is None or not self._lacks_model(snapshot):
+            return None
+        names = self.wanted(known)
+        self._check(names, known)
+        try:
+            return self._fetch(snapshot.name, names)
+        except ModelError as error:
+            if error.id != "HF004":
+                raise
+            return None
+
+    def _manifest(self) -> tuple[str, list[str]]:
+        """(commit, needed files) as the Hub has them now."""
+        commit, sizes = self.listing()
+        self._pin(commit)
+        return commit, list(sizes)
+
+    def _fetch(self, commit: str, names: list[str]) -> Path:
+        """Fetches what the cache lacks of ``names``. The client asks for a listing of its own, with hashes, once."""
+        import huggingface_hub as hub
+
+        def fetch() -> str:
+            patterns = [_literal(name) for name in names]
+            return hub.snapshot_download(
+                self.id, revision=commit, cache_dir=self.cache, token=self.token, allow_patterns=patterns
+            )
+
+        return Path(self.call(fetch))
+
+    def _pin(self, commit: str) -> None:
+        """Notes in the cache which commit the revision is now, as the client does when it resolves one itself."""
+        revision = self.revision or "main"
+        refs = hub_errors.cache_root(self) / f"models--{self.id.replace('/', '--')}" / "refs"
+        path = refs / revision
+        if revision == commit or ".." in path.parts:
+            return
+        with contextlib.suppress(OSError):  # a cache that cannot be written to is reported by the download
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f"{path.name}.{os.getpid()}.new")
+            new.write_text(commit)
+            new.replace(path)
 
     def read(self, name: str, commit: str, count: int, *, start: int = 0) -> bytes:
         """``count`` bytes of file ``name`` from byte ``start``, fewer at its end; nothing goes into the cache."""
@@ -193,12 +234,12 @@ class Repo:
             try:
                 return request()
             except Exception as error:
-                failure = _hub_error(self, error)
+                failure = hub_errors.hub_error(self, error, 1 + len(RETRY_DELAYS))
                 if failure is None:
                     raise
                 if failure.id != "HF006" or delay is None:
                     raise failure from error
-                time.sleep(max(delay, _retry_after(error)))
+                time.sleep(max(delay, hub_errors.retry_after(error)))
         raise AssertionError("unreachable")
 
 
@@ -206,102 +247,5 @@ def _names_in(snapshot: Path) -> list[str]:
     return [p.relative_to(snapshot).as_posix() for p in snapshot.rglob("*") if p.is_file()]
 
 
-def _no_repo_id(name: str) -> ModelError:
-    if ":" in name:
-        return ModelError(
-            f"{name!r}: {name.rpartition(':')[2]!r} is no GGUF type.",
-            "Write owner/name:Q4_K_M, with the type out of the name of the file.",
-            id="HF001",
-        )
-    return ModelError(
-        f"{name!r} is no path that exists and no repo id.",
-        "A repo id is owner/name, of letters, digits, '-', '_' and '.'.",
-        id="HF001",
-    )
-
-
 def _literal(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _hub_error(repo: Repo, error: Exception) -> ModelError | None:
-    """What the client raised as one of ours; None if it is no error of the Hub or the network."""
-    from huggingface_hub import errors
-
-    sent = "a token was sent" if _has_token(repo) else "no token was sent"
-    if isinstance(error, errors.GatedRepoError):
-        return ModelError(
-            f"{repo.label} is gated and {sent}.",
-            "Request access on the model's page, then set HF_TOKEN or --hf-token.",
-            id="HF003",
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return ModelError(
-            f"{repo.id} has no revision {repo.revision!r}.", "Name a branch, tag or commit of the repo.", id="HF004"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return ModelError(
-            f"{repo.label} was not found on the Hub, or is private; {sent}.",
-            "Check the spelling; for a private repo set HF_TOKEN or --hf-token.",
-            id="HF004",
-        )
-    if isinstance(error, errors.DisabledRepoError):
-        return ModelError(f"{repo.label} was disabled by the Hub.", "Choose another model.", id="HF004")
-    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
-        return ModelError(
-            f"the Hub refused {repo.label} with status {error.response.status_code}; {sent}.",
-            "Check that the token in HF_TOKEN or --hf-token is valid and may read this repo.",
-            id="HF003",
-        )
-    # Every error of the Hub is an OSError. The HTTP library below it differs between versions of the client.
-    library = type(error).__module__.split(".")[0]
-    known = isinstance(error, OSError) or library in ("httpx", "httpx2", "httpcore", "requests", "urllib3")
-    return _unreachable(repo, error) if known else None
-
-
-def _status(error: Exception) -> int | None:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return status if isinstance(status, int) else None
-
-
-def _retry_after(error: Exception) -> float:
-    """The seconds that the Hub asks to wait, at most `MAX_RETRY_AFTER`."""
-    headers = getattr(getattr(error, "response", None), "headers", None) or {}
-    text = str(headers.get("Retry-After", ""))
-    return min(float(text), MAX_RETRY_AFTER) if text.isdigit() else 0.0
-
-
-def _unreachable(repo: Repo, error: Exception) -> ModelError:
-    status = _status(error)
-    tries = f"{1 + len(RETRY_DELAYS)} attempts"
-    if status == 429:
-        return ModelError(
-            f"the Hub limits the rate of requests: status 429 for {repo.label} after {tries}.",
-            "Wait a minute, or set HF_TOKEN: the limit is higher with a token.",
-            id="HF006",
-        )
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    what = f"status {status}" if status else f"{type(error).__name__}: {first}"
-    return ModelError(
-        f"the Hub did not give {repo.label} after {tries} ({what}), and the cache does not have it.",
-        "Check the network and HF_ENDPOINT, or name a local folder.",
-        id="HF006",
-    )
-
-
-def _offline(repo: Repo, missing: list[str]) -> ModelError:
-    from huggingface_hub import constants
-
-    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-    return ModelError(
-        f"HF_HUB_OFFLINE is set, and the cache in {repo.cache or constants.HF_HUB_CACHE} lacks "
-        f"{', '.join(missing[:5])}{more} of {repo.label}.",
-        f"With a network, run: hf download {repo.id}" + (f" --revision {repo.revision}" if repo.revision else ""),
-        id="HF005",
-    )
-
-
-def _has_token(repo: Repo) -> bool:
-    import huggingface_hub as hub
-
-    return bool(repo.token or hub.get_token())
