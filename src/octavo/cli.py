@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import octavo
 from octavo import log, plan_command
@@ -66,6 +67,13 @@ def build_parser() -> Parser:
     add_server_options(serve)
     add_log_level(serve, "info")
 
+    batch = _command(commands, "run-batch", "answer the requests of a batch file", _run_batch)
+    batch.add_argument("-i", "--input-file", type=Path, required=True, metavar="FILE", help="a request on each line")
+    batch.add_argument("-o", "--output-file", type=Path, required=True, metavar="FILE", help="for the answers")
+    add_engine_options(batch)
+    batch.add_argument("--served-model-name", metavar="NAME", help="name of the model in the file; default: MODEL")
+    add_log_level(batch, "warning")
+
     generate = _command(commands, "generate", "continue a text", _generate)
     generate.add_argument("-p", "--prompt", metavar="TEXT", help="the text (default: standard input)")
     chat = _command(commands, "chat", "talk with a model in the terminal", _chat)
@@ -105,6 +113,14 @@ def _serve(args: argparse.Namespace) -> int:
     from octavo.server.run import serve
 
     return serve(config, server)
+
+
+def _run_batch(args: argparse.Namespace) -> int:
+    config = engine_config(args)
+    from octavo.server.run_batch import run_batch
+
+    name, level = args.served_model_name, args.log_level
+    return run_batch(config, args.input_file, args.output_file, name=name, log_level=level)
 
 
 def _generate(args: argparse.Namespace) -> int:

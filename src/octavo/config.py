@@ -188,6 +188,7 @@ class ServerConfig:
     drain_seconds: float = option(0.0, "after SIGTERM, let running requests go on for so long")
     disable_log_requests: bool = option(False, "no log line for each request")
     api_server_count: int = option(1, "processes that answer HTTP and share the engines")
+    files_dir: str | None = option(None, "folder of uploaded files and batches; default: one that the end removes")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
 
 

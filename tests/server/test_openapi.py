@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
 from octavo.server.app import ROUTES
+from octavo.server.batches.routes import BatchRequest
+from octavo.server.files.store import FileStore
 from octavo.server.openapi import document, page
 from octavo.server.route import Route
 from octavo.types import Stats
 from tests.frontend.fakes import prompt_of
 from tests.server.fake import Server
 
+LINE = b'{"custom_id": "a", "url": "/v1/completions", "body": {}}'
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 BODIES: dict[str, Any] = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 5, "logprobs": 2},
@@ -34,22 +38,33 @@ def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(work(), 20))
 
 
-async def request_of(server: Server, route: Route) -> tuple[str, Any]:
-    """A path and a body that ``route`` takes; what it is about is made before."""
+async def request_of(server: Server, route: Route, folder: Path) -> dict[str, Any]:
+    """A request that ``route`` takes; what it is about is made before."""
     path, body = route.path.replace("{name:path}", "m"), BODIES.get(route.path)
+    server.service.files = FileStore(folder)
+    file = server.service.files.add(
+        b"", "in.jsonl", "batch", b'{"custom_id": "a", "url": "/v1/completions", "body": {}}'
+    )
+    batch = {"input_file_id": file.id, "endpoint": "/v1/completions", "completion_window": "24h"}
     if "/v1/responses/{id}" in path:
         background = path.endswith("/cancel")
         made = await server.post("/v1/responses", BODIES["/v1/responses"] | {"background": background})
         path = path.replace("{id}", made.json()["id"])
-    return path, body
+    if "/v1/batches/{id}" in path:
+        path = path.replace("{id}", (await server.post("/v1/batches", batch)).json()["id"])
+    if route.form:
+        return {"url": path, "data": {"purpose": "batch"}, "files": {"file": ("a.jsonl", b"x")}}
+    if route.body is BatchRequest:
+        body = batch
+    return {"url": path.replace("{id}", file.id), "json": body}
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-def test_every_answer_is_of_the_type_that_its_route_names(route: Route) -> None:
+def test_every_answer_is_of_the_type_that_its_route_names(route: Route, tmp_path: Path) -> None:
     async def work() -> None:
         server = Server(max_model_len=4096)
-        path, body = await request_of(server, route)
-        response = await server.http.request(route.method, path, json=body)
+        response = await server.http.request(route.method, **await request_of(server, route, tmp_path))
+        await asyncio.gather(*server.service.batches.values())
         assert response.status_code == 200, response.text
         if isinstance(route.answer, str):
             assert response.headers["content-type"].startswith(route.answer)

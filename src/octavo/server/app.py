@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Annotated
 
+from msgspec import Meta
 from starlette.routing import Route as HttpRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp
@@ -12,12 +14,16 @@ from octavo.server import admin, answers, chat, completions, openapi, render, st
 from octavo.server import protocol as bodies
 from octavo.server.anthropic import body as anthropic
 from octavo.server.anthropic import messages
+from octavo.server.batches import routes as batches
+from octavo.server.batches.store import Batch
+from octavo.server.files import routes as files
+from octavo.server.files.store import FileObject
 from octavo.server.guard import MAX_BODY_BYTES, Guard
 from octavo.server.responses import answer
 from octavo.server.responses import body as response
 from octavo.server.responses import events as response_events
 from octavo.server.responses import routes as responses
-from octavo.server.route import Route
+from octavo.server.route import Parameter, Route
 from octavo.server.service import Service
 
 PROMETHEUS = "text/plain"
@@ -55,6 +61,33 @@ ROUTES = (
         "POST", "/v1/messages/count_tokens", messages.count_tokens, "Count the tokens of a message's prompt.",
         body=anthropic.CountTokensRequest, answer=anthropic.TokenCount,
     ),
+    Route(
+        "POST", "/v1/files", files.upload, "Upload a file for a batch.", answer=FileObject, form=("file", "purpose")
+    ),
+    Route(
+        "GET", "/v1/files", files.listing, "The files, the latest first.", answer=files.FileList,
+        query=(
+            Parameter(name="purpose", type=str, text="only files of this purpose"),
+            Parameter(name="after", type=str, text="the list begins behind the file with this id"),
+            Parameter(name="limit", type=Annotated[int, Meta(ge=1, le=files.MAX_PAGE)], text="greatest length"),
+        ),
+    ),
+    Route("GET", "/v1/files/{id}", files.retrieve, "What is known of a file.", answer=FileObject),
+    Route("DELETE", "/v1/files/{id}", files.delete, "Delete a file.", answer=files.FileDeleted),
+    Route("GET", "/v1/files/{id}/content", files.content, "A file's content.", answer="application/octet-stream"),
+    Route(
+        "POST", "/v1/batches", batches.create, "Work on the lines of a file, after everything else.",
+        body=batches.BatchRequest, answer=Batch,
+    ),
+    Route(
+        "GET", "/v1/batches", batches.listing, "The batches, the latest first.", answer=batches.BatchList,
+        query=(
+            Parameter(name="after", type=str, text="the list begins behind the batch with this id"),
+            Parameter(name="limit", type=Annotated[int, Meta(ge=1, le=batches.MAX_PAGE)], text="greatest length"),
+        ),
+    ),
+    Route("GET", "/v1/batches/{id}", batches.retrieve, "The state of a batch.", answer=Batch),
+    Route("POST", "/v1/batches/{id}/cancel", batches.cancel, "Stop a batch.", answer=Batch),
     Route("GET", "/v1/models", admin.models, "The models that are served.", answer=answers.ModelList),
     Route("GET", "/v1/models/{name:path}", admin.model, "One of them.", answer=answers.ModelCard),
     Route(

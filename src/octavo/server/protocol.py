@@ -8,6 +8,7 @@ checked by `SamplingParams.validate`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -87,6 +88,14 @@ class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
             raise RequestError(f"priority is {self.priority}.", "Give a smaller number.", param="priority")
         if len(self.cache_salt or "") > MAX_SALT:
             raise RequestError(f"cache_salt is longer than {MAX_SALT}.", "Shorten it.", param="cache_salt")
+
+
+def check_metadata(metadata: Mapping[str, str] | None) -> None:
+    """OpenAI's bounds; raises `RequestError`."""
+    pairs = (metadata or {}).items()
+    if len(pairs) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in pairs):
+        cause = "metadata has more than 16 pairs, or a key over 64 or a value over 512 characters."
+        raise RequestError(cause, "Send less.", param="metadata")
 
 
 class _Generation(Sampled, kw_only=True, forbid_unknown_fields=True):

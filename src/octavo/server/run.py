@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import uvicorn
@@ -29,6 +32,7 @@ from octavo.frontend.chat import load_template
 from octavo.frontend.parse.registry import check_names
 from octavo.log import get_logger
 from octavo.server.app import build_app
+from octavo.server.files.store import FileStore
 from octavo.server.service import Service, formats_of, served_names
 
 if TYPE_CHECKING:
@@ -45,11 +49,15 @@ def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real",
     Raises `OctavoError` for whatever prevents the start.
     """
     check_names(server.tool_call_parser, server.reasoning_parser)
-    if server.api_server_count != 1:
-        from octavo.server.supervisor import supervise
+    with contextlib.ExitStack() as stack:
+        if server.files_dir is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="octavo-files-"))
+            server = dataclasses.replace(server, files_dir=folder)
+        if server.api_server_count != 1:
+            from octavo.server.supervisor import supervise
 
-        return supervise(config, server, worker=worker)
-    with bound(server) as listener:
+            return supervise(config, server, worker=worker)
+        listener = stack.enter_context(bound(server))
         return run(Session(config, server, worker, listener))
 
 
@@ -146,7 +154,8 @@ class Session:
         options = self._server
         formats = formats_of(llm, tool=options.tool_call_parser, reasoning=options.reasoning_parser)
         get_logger().info("tool calls: %s; reasoning: %s", formats.tool or "not read", formats.reasoning or "not read")
-        service = Service(llm, names, formats, max_waiting=self._config.limits.max_waiting)
+        files = None if options.files_dir is None else FileStore(Path(options.files_dir))
+        service = Service(llm, names, formats, max_waiting=self._config.limits.max_waiting, files=files)
         key = self._server.api_key or os.environ.get("OCTAVO_API_KEY")
         app = build_app(service, api_key=key, log_requests=not self._server.disable_log_requests)
         banner = _banner(service, self._server, self._listener, guarded=key is not None)

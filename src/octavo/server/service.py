@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from octavo.config import ModelOptions
 from octavo.frontend.parse.registry import AUTO, Formats, special_ids
 from octavo.server.errors import shutting_down, unknown_model
+from octavo.server.files.store import FileStore
 from octavo.server.metrics import Metrics
 from octavo.server.responses.store import ResponseStore
 from octavo.server.route import Route
@@ -30,10 +31,12 @@ class Service:
         formats: Formats | None = None,
         *,
         max_waiting: int | None = None,
+        files: FileStore | None = None,
     ) -> None:
         """``formats`` are those of tool calls and reasoning; default: what the model's template tells.
 
-        ``max_waiting`` is how many requests may wait in the engine, if that is known.
+        ``max_waiting`` is how many requests may wait in the engine, if that is known; without ``files`` there are no
+        batches.
         """
         self.llm = llm
         self.names = names
@@ -42,6 +45,8 @@ class Service:
         self.metrics = Metrics(names[0])
         self.responses = ResponseStore()
         self.background: dict[str, asyncio.Task[None]] = {}  # responses that nobody waits for
+        self.files = files
+        self.batches: dict[str, asyncio.Task[None]] = {}
         self.closing = False
         self.max_waiting = max_waiting
         self.routes: tuple[Route, ...] = ()

@@ -100,7 +100,12 @@ def _tools(body: CountTokensRequest) -> ToolUse:
     tools = [
         {
             "type": "function",
-            "function": {"name": tool.name, "description": tool.description or "", "parameters": tool.input_schema},
+            "function": {
+                "name": tool.name,
+                "description": tool.description or "",
+                "parameters": tool.input_schema,
+                **({"strict": True} if tool.strict else {}),
+            },
         }
         for tool in body.tools or ()
     ]

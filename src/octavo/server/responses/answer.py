@@ -71,6 +71,7 @@ def _tools(body: ResponsesRequest) -> ToolUse:
                 "name": tool.name,
                 **({} if tool.description is None else {"description": tool.description}),
                 **({} if tool.parameters is None else {"parameters": tool.parameters}),
+                **({"strict": True} if tool.strict else {}),
             },
         }
         for tool in body.tools or ()

@@ -9,7 +9,7 @@ import msgspec
 from octavo.errors import RequestError
 from octavo.server.answers import TokenLogprob
 from octavo.server.formats import JsonSchema, JsonSchemaFormat, ResponseFormat
-from octavo.server.protocol import Sampled, check_stops
+from octavo.server.protocol import Sampled, check_metadata, check_stops
 from octavo.structured import StructuredOutputsParams
 from octavo.types import MAX_LOGPROBS
 
@@ -186,10 +186,7 @@ class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
         if self.background and (self.stream or self.store is False):
             cause = "background goes neither with stream nor with store false."
             raise RequestError(cause, "Poll GET /v1/responses/{id}.", param="background")
-        metadata = self.metadata or {}
-        if len(metadata) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in metadata.items()):
-            cause = "metadata has more than 16 pairs, or a key over 64 or a value over 512 characters."
-            raise RequestError(cause, "Send less.", param="metadata")
+        check_metadata(self.metadata)
 
     def template_kwargs(self) -> dict[str, Any]:
         """Variables for the chat template."""
