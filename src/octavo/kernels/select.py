@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from octavo.kernels import reference, sampling
@@ -94,11 +96,24 @@ class FusedLayer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RowSampling:
+    """Sampling in which each row of a batch has its own settings: the functions of `kernels.sampling_triton`."""
+
+    draw: Callable[[torch.Tensor, torch.Tensor, bool, bool], torch.Tensor]
+    copy_masked: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    penalise_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], None]
+    record_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+    logprobs: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, ...]]
+    send: Callable[[npt.NDArray[np.int32], torch.device], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Ops:
     """The operators of `kernels.reference` by the same names, and what only some platforms have.
 
     ``pack_linear(weight[out, in], bias[out] | None)`` returns the packed product, or None where packing brings nothing;
     after it the caller drops ``weight``. ``fuse_layer(parts)`` returns the layer in one call, or None where it cannot.
+    Without ``row_sampling`` rows are grouped by what they need, for `kernels.sampling`.
     """
 
     name: str
@@ -114,6 +129,7 @@ class Ops:
     greedy: Callable[[torch.Tensor], torch.Tensor]
     pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
     fuse_layer: Callable[[LayerParts], FusedLayer | None]
+    row_sampling: RowSampling | None = None
 
 
 def _never_packs(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
@@ -164,7 +180,7 @@ def ops(device: torch.device, dtype: torch.dtype) -> Ops:
 def _triton() -> Ops | str:
     """The Triton kernels, or why not."""
     try:
-        from octavo.kernels import attn_triton, linear_triton, triton_ops
+        from octavo.kernels import attn_triton, linear_triton, sampling_triton, triton_ops
     except ImportError as error:
         return f"no Triton ({error}): install the package triton for many times the speed"
     return Ops(
@@ -181,6 +197,14 @@ def _triton() -> Ops | str:
         greedy=triton_ops.greedy,
         pack_linear=_never_packs,
         fuse_layer=_never_fuses,
+        row_sampling=RowSampling(
+            draw=sampling_triton.draw,
+            copy_masked=sampling_triton.copy_masked,
+            penalise_=sampling_triton.penalise_,
+            record_=sampling_triton.record_,
+            logprobs=sampling_triton.logprobs,
+            send=sampling_triton.send,
+        ),
     )
 
 

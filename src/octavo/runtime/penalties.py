@@ -7,7 +7,10 @@ import numpy.typing as npt
 import torch
 
 from octavo.kernels import sampling as kernels
+from octavo.kernels.select import RowSampling
 from octavo.types import Sampling
+
+Ints = npt.NDArray[np.int32]
 
 
 class Penalties:
@@ -22,7 +25,7 @@ class Penalties:
         self._counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)  # in the output
         self._prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
         self._history = torch.zeros((0, 256), dtype=torch.int64, device=device)  # prompt, output, filling
-        self._lengths: list[int] = []
+        self._lengths: Ints = np.zeros(0, np.int32)
         self._free: list[int] = []
 
     def start(self, tokens: list[int], prompt_len: int) -> int:
@@ -42,15 +45,30 @@ class Penalties:
     def end(self, slot: int) -> None:
         self._free.append(slot)
 
+    def lengths(self, slots: Ints) -> Ints:
+        """How many tokens each of ``slots`` has; 0 for -1, which is none."""
+        if not len(self._lengths):
+            return np.zeros(len(slots), np.int32)
+        return np.where(slots < 0, 0, self._lengths[slots])
+
     def append(self, slots: list[int], tokens: torch.Tensor) -> None:
         """``tokens[i]`` (int64) goes to the output of ``slots[i]``."""
-        lengths = [self._lengths[slot] for slot in slots]
-        self._reserve(max(lengths) + 1)
+        lengths = self._lengths[slots]
+        self._reserve(int(lengths.max()) + 1)
         where, ends = upload(np.array([slots, lengths], np.int64), tokens.device)
         self._history[where, ends] = tokens
         self._counts.index_put_((where, tokens), torch.ones_like(tokens, dtype=torch.int32), accumulate=True)
-        for slot in slots:
-            self._lengths[slot] += 1
+        self._lengths[slots] += 1
+
+    def append_rows(self, rows: RowSampling, slots: list[int], tokens: torch.Tensor, settings: torch.Tensor) -> None:
+        """As `append` of the ``tokens[S]`` whose column of ``settings`` names a slot; ``slots`` are these."""
+        self._reserve(int(self._lengths[slots].max()) + 1)
+        rows.record_(tokens, settings, self._history, self._counts)
+        self._lengths[slots] += 1
+
+    def apply_rows_(self, rows: RowSampling, x: torch.Tensor, settings: torch.Tensor, longest: int) -> None:
+        """As `apply_` of the rows whose column of ``settings`` names a slot; ``longest`` of their histories."""
+        rows.penalise_(x, settings, self._history, self._counts, self._prompt, longest)
 
     def apply_(self, x: torch.Tensor, index: list[int], slots: list[int], of: list[Sampling]) -> None:
         """Penalises the rows ``index`` of the float32 ``x[S, V]`` for the sequences in ``slots``."""
@@ -61,7 +79,7 @@ class Penalties:
         ]
         repetition, presence, frequency = upload(np.array(numbers, np.float32), x.device).unsqueeze(-1)
         where, slot = upload(np.array([index, slots], np.int64), x.device).unsqueeze(-1)
-        seen = self._history[slot.squeeze(1), : max(self._lengths[s] for s in slots)]
+        seen = self._history[slot.squeeze(1), : int(self._lengths[slots].max())]
         counts, prompt = self._counts[slot, seen], self._prompt[slot, seen]
         x[where, seen] = kernels.penalise(x[where, seen], counts, prompt, repetition, presence, frequency)
 
@@ -78,7 +96,7 @@ class Penalties:
             torch.cat((table, table.new_zeros((new, table.shape[1]))))
             for table in (self._counts, self._prompt, self._history)
         )
-        self._lengths += [0] * new
+        self._lengths = np.concatenate((self._lengths, np.zeros(new, np.int32)))
         self._free = list(range(old + new - 1, old - 1, -1))
 
 

@@ -90,6 +90,7 @@ class Runner:
                     self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
                 elif model.own_cache is None:
                     warm_up(model, cache, self._tables, platform, max_rows)
+                self._sampler.warm_up(model.dtype)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> None:

@@ -3,8 +3,9 @@
 Order, as in vLLM: log-probabilities of the unmodified logits; masks of grammars; allowed_token_ids, bad_words,
 min_tokens, logit_bias, penalties; temperature; min_p, top_k, top_p; the draw. (bad_words look at prompt and output; in
 vLLM at output alone.)
-Rows are grouped by what they need, so that a batch of greedy rows is one argmax. Whatever the next sample of a row
-depends on stays on the device, so the next step may be launched before the tokens of this one are known on the host.
+A batch of greedy rows is one argmax. Else, where the operators have `RowSampling`, all rows go through them at once;
+without it rows are grouped by what they need. Whatever the next sample of a row depends on stays on the device, so the
+next step may be launched before the tokens of this one are known on the host.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.kernels import sampling as kernels
-from octavo.kernels.select import REFERENCE, Ops
+from octavo.kernels.select import REFERENCE, Ops, RowSampling
 from octavo.runtime.base import TokenMask
 from octavo.runtime.penalties import Penalties, upload
 from octavo.types import Sampling, TokenLogprobs
@@ -72,7 +73,17 @@ class _Row:
 
 
 _PARAMETERS = np.dtype(
-    [("seed", "u8"), ("top_k", "i4"), ("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4")],
+    [
+        ("seed", "u8"),
+        ("top_k", "i4"),
+        ("temperature", "f4"),  # 0 for greedy rows, which have no filters either
+        ("top_p", "f4"),
+        ("min_p", "f4"),
+        ("slot", "i4"),  # of `Penalties`, or -1
+        ("repetition", "f4"),
+        ("presence", "f4"),
+        ("frequency", "f4"),
+    ],
 )
 
 
@@ -172,6 +183,21 @@ class Sampler:
         self._with_logprobs.discard(row)
         self._with_history.discard(row)
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Launches what a request may ask for, on logits of ``dtype``, so that none waits for a compiler."""
+        if self._ops.row_sampling is None:
+            return
+        logits = torch.zeros(2, self._vocab, dtype=dtype, device=self._device)
+        items = [SampleItem(0, 1), SampleItem(1, 1)]
+        self.start(0, [0], 1, Sampling(max_tokens=1, top_k=2, presence_penalty=0.1, logprobs=2))
+        self.start(1, [0], 1, Sampling(max_tokens=1, top_p=0.5))
+        bits = np.full((2, -(-self._vocab // 32)), -1, np.int32)
+        self.sample(logits, items, None, TokenMask([0, 1], bits)).finish()
+        self.start(0, [0], 1, Sampling(max_tokens=1, top_k=2))
+        self.sample(logits, items).finish()
+        for row in (0, 1):
+            self.end(row)
+
     def sample(
         self,
         logits: torch.Tensor,
@@ -184,14 +210,17 @@ class Sampler:
         ``best``: what `Ops.greedy` returns for these logits (and maybe more rows), where the step has found it already.
         ``mask`` counts in ``items``.
         """
+        settings = None
         if mask is None and self.is_greedy(items):
             outcome = self._ops.greedy(logits) if best is None else best
+        elif self._ops.row_sampling is not None:
+            outcome, settings = self._sample_rows(self._ops.row_sampling, logits, items, best, mask)
         else:
             chosen, finite = self._sample_groups(logits, items, mask)
             outcome = torch.stack((chosen * finite, finite)).int()
         tokens = outcome[0, : len(items)]
         if self._with_history:
-            self._record(tokens, items)
+            self._record(tokens, items, settings)
         logprobs = self._logprobs(logits, tokens, items) if self._with_logprobs else []
         return Sampled(outcome, len(items), logprobs)
 
@@ -204,11 +233,58 @@ class Sampler:
         found: list[TokenLogprobs] = []
         for first in range(0, len(targets), self._most):
             part = targets[first : first + self._most]
-            tensors = kernels.logprobs(logits[first : first + self._most], self._ids(part), count)
+            tensors = self._logprobs_of(logits[first : first + self._most], self._ids(part).int(), count)
             found += _token_logprobs(part, [count] * len(part), tensors)
         return found
 
     # --- the parts of `sample` ---
+
+    def _sample_rows(
+        self,
+        rows: RowSampling,
+        logits: torch.Tensor,
+        items: list[SampleItem],
+        best: torch.Tensor | None,
+        mask: TokenMask | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(outcome as of `kernels.sampling.greedy`, the settings of the rows on the device)."""
+        of = self._parameters[[item.row for item in items]]
+        edited = mask is not None or any(self._rows[item.row].edited for item in items)
+        packed = self._settings(of, items, mask)
+        settings = upload(packed, self._device)
+        x = logits
+        if edited:
+            bits = None if mask is None else rows.send(np.ascontiguousarray(mask.bits), self._device)
+            x = rows.copy_masked(logits, settings, bits)
+            self._edit_(x, items)
+            longest = int(packed[8].max())
+            if longest > 0:
+                self._penalties.apply_rows_(rows, x, settings, longest)
+        listed = of["top_k"] > 0
+        raced = ~listed & ((of["top_p"] < 1) | (of["min_p"] > 0))
+        outcome = rows.draw(x, settings, bool(listed.any()), bool(raced.any()))
+        if edited:  # what is not finite may have been edited away
+            raw = self._ops.greedy(logits) if best is None else best
+            outcome *= raw[1:, : len(items)]
+        return outcome, settings
+
+    def _settings(
+        self, of: npt.NDArray[np.void], items: list[SampleItem], mask: TokenMask | None
+    ) -> npt.NDArray[np.int32]:
+        """As `kernels.sampling_triton` takes them."""
+        positions = np.array([item.position for item in items], np.uint64)
+        packed = np.empty((12, len(items)), np.int32)
+        packed[:2] = kernels.noise_keys(of["seed"], positions).T
+        packed[2] = of["top_k"]
+        for at, name in enumerate(("temperature", "top_p", "min_p"), 3):
+            packed[at] = of[name].view(np.int32)
+        packed[6] = -1
+        if mask is not None:
+            packed[6, mask.items] = np.arange(len(mask.items))
+        packed[7], packed[8] = of["slot"], self._penalties.lengths(of["slot"])
+        for at, name in enumerate(("repetition", "presence", "frequency"), 9):
+            packed[at] = of[name].view(np.int32)
+        return packed
 
     def _sample_groups(
         self, logits: torch.Tensor, items: list[SampleItem], mask: TokenMask | None
@@ -226,8 +302,7 @@ class Sampler:
             for first in range(0, len(members), most):
                 part = members[first : first + most]
                 index = self._ids(part)
-                adjacent = part[-1] - part[0] + 1 == len(part)
-                x = logits[part[0] : part[-1] + 1] if adjacent else logits[index]
+                x = _taken(logits, part)
                 raw_peak = x.amax(-1)
                 if edited:
                     x = self._masked(x, [masked.get(i) for i in part], mask)
@@ -302,15 +377,16 @@ class Sampler:
                     state.edited = state.is_edited()
             if state.bias is not None:
                 x[i].index_add_(0, *state.bias)
-            if state.slot is not None:
+            if state.slot is not None and self._ops.row_sampling is None:
                 penalised.append(i)
                 slots.append(state.slot)
                 samplings.append(state.sampling)
         if penalised:
             self._penalties.apply_(x, penalised, slots, samplings)
 
-    def _record(self, tokens: torch.Tensor, items: list[SampleItem]) -> None:
+    def _record(self, tokens: torch.Tensor, items: list[SampleItem], settings: torch.Tensor | None) -> None:
         """Takes the sampled tokens into penalty counts and tails."""
+        rows = self._ops.row_sampling
         slots: list[int] = []
         counted: list[int] = []
         for i, (row, _) in enumerate(items):
@@ -322,7 +398,9 @@ class Sampler:
             if state.slot is not None:
                 slots.append(state.slot)
                 counted.append(i)
-        if slots:
+        if slots and rows is not None and settings is not None:
+            self._penalties.append_rows(rows, slots, tokens, settings)
+        elif slots:
             self._penalties.append(slots, tokens[self._ids(counted)].long())
 
     def _logprobs(self, logits: torch.Tensor, tokens: torch.Tensor, items: list[SampleItem]) -> list[_LogprobGroup]:
@@ -331,9 +409,13 @@ class Sampler:
         for first in range(0, len(wanted), self._most):
             part = wanted[first : first + self._most]
             counts = [self._rows[items[i].row].sampling.logprobs or 0 for i in part]
-            index = self._ids(part)
-            groups.append(_LogprobGroup(part, counts, kernels.logprobs(logits[index], tokens[index], max(counts))))
+            x, own = _taken(logits, part), _taken(tokens, part)
+            groups.append(_LogprobGroup(part, counts, self._logprobs_of(x, own, max(counts))))
         return groups
+
+    def _logprobs_of(self, logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        rows = self._ops.row_sampling
+        return (kernels.logprobs if rows is None else rows.logprobs)(logits, tokens, count)
 
     # --- the parts of `start` ---
 
@@ -342,8 +424,12 @@ class Sampler:
             more = np.zeros(row + 1, _PARAMETERS)
             self._parameters = np.concatenate((self._parameters, more))
         top_k = sampling.top_k if 0 < sampling.top_k < self._vocab else 0
-        seed = sampling.seed % 2**64
-        self._parameters[row] = (seed, top_k, sampling.temperature, sampling.top_p, sampling.min_p)
+        filters = (top_k, sampling.temperature, sampling.top_p, sampling.min_p)
+        if sampling.temperature < _GREEDY_BELOW:
+            filters = (0, 0.0, 1.0, 0.0)
+        slot = self._rows[row].slot
+        penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+        self._parameters[row] = (sampling.seed % 2**64, *filters, -1 if slot is None else slot, *penalties)
 
     def _bad_words(self, words: Sequence[Sequence[int]], tokens: list[int]) -> _BadWords:
         length = max(len(word) for word in words) - 1
@@ -363,6 +449,9 @@ class NoSampler(Sampler):
     """For ranks that do not sample."""
 
     def __init__(self) -> None:
+        pass
+
+    def warm_up(self, dtype: torch.dtype) -> None:
         pass
 
     def start(self, row: int, tokens: list[int], prompt_len: int, sampling: Sampling) -> None:
@@ -385,6 +474,13 @@ def _mode(sampling: Sampling) -> _Mode:
 def _is_finite(peaks: torch.Tensor) -> torch.Tensor:
     """Of the greatest logit of each row: not NaN, +inf (wrong logits) or -inf (all masked)."""
     return peaks.abs() < float("inf")
+
+
+def _taken(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """``x[rows]`` of ascending rows, without a copy where they are next to each other."""
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return x[rows[0] : rows[-1] + 1]
+    return x[upload(np.array(rows, np.int64), x.device)]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
