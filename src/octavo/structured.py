@@ -13,7 +13,7 @@ MAX_GRAMMAR_BYTES = 128 << 10  # of a grammar's text; also bounds how deep its r
 MAX_GBNF_BYTES = 32 << 10  # GBNF is translated by Python code
 GrammarKind = Literal["json_schema", "regex", "lark", "gbnf"]
 # Between the parts of JSON. Bounded: some models, once in it, would never find out of an endless indentation.
-_WHITESPACE = r"[ \t\n\r]{1,40}"
+JSON_WHITESPACE = r"[ \t\n\r]{1,40}"
 _REMEDY = "See docs/operations.md, structured output."
 
 
@@ -39,15 +39,15 @@ class Guide(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What an output must match, and where.
 
     ``whole``: the answer, all of it. Else ``openers``: what follows any of them, and then text again. Nothing holds
-    inside of reasoning, which ends with one of ``reasoning_ends``; it has begun already, or, with ``reasoning_start``,
-    begins if that is the first token of the output. ``strict``: a grammar that cannot be compiled is the client's
-    error, else what it would have held is not held.
+    inside of reasoning, which ends with what the regex ``reasoning_end`` matches; it has begun already, or, with
+    ``reasoning_start``, begins if that is the first token of the output. ``strict``: a grammar that cannot be compiled
+    is the client's error, else what it would have held is not held.
     """
 
     whole: GrammarSpec | None = None
     openers: tuple[Opener, ...] = ()
     reasoning_start: str = ""
-    reasoning_ends: tuple[str, ...] = ()
+    reasoning_end: str = ""  # as an opener's pattern
     strict: bool = True
 
     def specs(self) -> list[GrammarSpec]:
@@ -123,7 +123,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, omit_defaults=True, 
     def _whitespace(self) -> dict[str, Any]:
         if self.disable_any_whitespace:
             return {"whitespace_flexible": False}
-        return {"whitespace_pattern": self.whitespace_pattern or _WHITESPACE}
+        return {"whitespace_pattern": self.whitespace_pattern or JSON_WHITESPACE}
 
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")

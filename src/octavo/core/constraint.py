@@ -71,7 +71,7 @@ class Constraint:
         self.stale = False  # the mask must be computed
         self._guide, self._grammars, self._words = guide, grammars, words
         self._openers = [(re.compile(opener.pattern.encode()), opener.bodies) for opener in guide.openers]
-        self._ends = _any_of(guide.reasoning_ends)
+        self._end = re.compile(guide.reasoning_end.encode())
         self._seen = b""  # the end of the text that is not held
         self._matcher: Any = None
         self._buffer: Mask | None = None
@@ -124,7 +124,7 @@ class Constraint:
 
     def _begin(self) -> None:
         guide = self._guide
-        if guide.reasoning_ends and not guide.reasoning_start:
+        if guide.reasoning_end and not guide.reasoning_start:
             self._state = _State.REASONING
             return
         if guide.whole is not None:
@@ -150,7 +150,7 @@ class Constraint:
     def _read(self, text: bytes) -> None:
         self._seen = (self._seen + text)[-WINDOW:]
         if self._state is _State.REASONING:
-            found = self._ends.search(self._seen)
+            found = self._end.search(self._seen)
             if found is None:
                 return
             self._seen = self._seen[found.end() :]
@@ -208,7 +208,3 @@ class Constraint:
 
 
 _NO_MASK: Mask = np.zeros(0, np.int32)
-
-
-def _any_of(texts: Sequence[str]) -> re.Pattern[bytes]:
-    return re.compile(b"|".join(re.escape(text.encode()) for text in texts))

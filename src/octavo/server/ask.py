@@ -80,12 +80,7 @@ def readers(service: Service, conversation: Conversation, prepared: Prepared) ->
     use = conversation.use
     return [
         ChoiceReader(
-            service.formats.parser(
-                prepared.prompt or "",
-                use.schemas,
-                forced_calls=use.forced,
-                constrained=prepared.params.structured_outputs is not None,
-            ),
+            service.formats.parser(prepared.prompt or "", use.schemas, forced_calls=use.forced),
             parallel_calls=use.parallel,
             include_reasoning=conversation.include_reasoning,
         )
@@ -109,6 +104,7 @@ async def _prepare_chat(
         documents=conversation.documents,
         template_kwargs=conversation.template_kwargs,
     )
+    prepared = use.guided(service.formats, prepared)
     return dataclasses.replace(prepared, kept_ids=service.kept_ids(tools=bool(use.schemas)))
 
 

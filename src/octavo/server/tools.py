@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from typing import Any, Literal
 import msgspec
 
 from octavo.errors import RequestError
+from octavo.frontend.inputs import Prepared
 from octavo.frontend.parse import forced
+from octavo.frontend.parse.registry import Formats
 from octavo.structured import StructuredOutputsParams
 from octavo.types import SamplingParams
 
@@ -23,12 +26,14 @@ Choice = Literal["none", "auto", "required"]
 
 @dataclass(frozen=True)
 class ToolUse:
-    """``shown`` go to the template; ``schemas`` are those of the parameters of the tools that may be called."""
+    """``shown`` go to the template; ``schemas`` are those of the parameters of the tools that may be called; ``strict``
+    names those that ask for every keyword of theirs to be held."""
 
     shown: tuple[Tool, ...] = ()
     schemas: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     choice: Choice = "none"
     parallel: bool = True
+    strict: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, given: Sequence[Tool] | None, tool_choice: Any = None, *, parallel: bool | None = None) -> ToolUse:
@@ -48,7 +53,24 @@ class ToolUse:
         schemas = {name: tool["function"].get("parameters") or {} for name, tool in tools.items()}
         if named is not None:
             schemas = {named: schemas[named]}
-        return cls(tuple(tools.values()), schemas, choice, parallel is not False and named is None)
+        strict = frozenset(name for name, tool in tools.items() if tool["function"].get("strict") is True)
+        return cls(tuple(tools.values()), schemas, choice, parallel is not False and named is None, strict)
+
+    def guided(self, formats: Formats, prepared: Prepared) -> Prepared:
+        """``prepared`` with its grammars where they hold: after reasoning, or for the arguments of calls."""
+        given = prepared.requests[0].sampling.guide
+        whole = None if given is None else given.whole
+        try:
+            guide = formats.guide(prepared.prompt or "", self.schemas, whole, strict=self.strict)
+        except ValueError as error:
+            raise _bad(f"tools with strict are {error}", "Send fewer or simpler ones, or without strict.") from None
+        if guide is None:
+            return prepared
+        requests = [
+            msgspec.structs.replace(one, sampling=msgspec.structs.replace(one.sampling, guide=guide))
+            for one in prepared.requests
+        ]
+        return dataclasses.replace(prepared, requests=requests)
 
     @property
     def forced(self) -> bool:

@@ -446,19 +446,24 @@ FORCED = '[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name":"add
 def test_forced_calls_are_read_whatever_the_models_format() -> None:
     for tool in (None, "hermes", "gpt_oss"):
         for text in (FORCED, json.dumps(json.loads(FORCED), indent=4)):
-            answer = parse(tool, text, "think", prompt="<think>", forced_calls=True)
+            answer = parse(tool, text, forced_calls=True)
             assert answer == Answer("", "", [PARIS, SUM], ["id0", "id1"])
+
+
+def test_reasoning_comes_before_what_is_forced_or_constrained() -> None:
+    calls = Answer("", "Paris?", [PARIS, SUM], ["id0", "id1"])
+    assert parse("hermes", f"Paris?</think>\n{FORCED}", "think", prompt="<think>", forced_calls=True) == calls
+    assert parse("kimi_k2", f"<think>Paris?</think>{FORCED}", "think", forced_calls=True) == calls
+    text = "<|channel|>analysis<|message|>Paris?<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert parse("gpt_oss", text + FORCED, "gpt_oss", forced_calls=True) == calls
+    assert parse("hermes", 'Hm.</think>{"a": 1}', "think", prompt="<think>\n") == Answer('{"a": 1}', "Hm.")
+    assert parse("hermes", '{"a": 1}', "think") == Answer('{"a": 1}')
 
 
 def test_forced_calls_before_the_one_that_is_cut_off_are_kept() -> None:
     answer = parse("hermes", FORCED[:-20], forced_calls=True)
     assert answer.calls == [PARIS]
     assert answer.content == FORCED[FORCED.index(', {"name":"add"') + 2 : -20]
-
-
-def test_a_constrained_answer_has_no_reasoning() -> None:
-    answer = parse("hermes", '{"a": 1}', "think", prompt="<think>\n", constrained=True)
-    assert answer == Answer('{"a": 1}')
 
 
 def matches(schema: dict[str, Any], text: str) -> bool:

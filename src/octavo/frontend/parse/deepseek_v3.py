@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from octavo.frontend.parse.openings import NAME, Opening
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import Call, is_name
 
 ALL_OPEN, ALL_CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 OPEN, SEPARATOR, CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 MARKERS = (ALL_OPEN, ALL_CLOSE, OPEN, SEPARATOR, CLOSE)
+OPENINGS = (Opening(rf"{OPEN}(?:function{SEPARATOR})?{NAME}(?:{SEPARATOR}|\s*```json\s)", "arguments"),)
 
 
 def parse(text: Reader) -> Steps[None]:

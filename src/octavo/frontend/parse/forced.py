@@ -13,20 +13,29 @@ _NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}  
 
 def schema(tools: Tools, *, parallel: bool) -> dict[str, Any]:
     """The JSON schema of such a list; raises `ValueError` for parameters that are nested too deep."""
-    choices = []
-    for i, (name, parameters) in enumerate(tools.items()):
-        here = f"#/items/anyOf/{i}/properties/arguments"
-        arguments = _moved({"type": "object", **parameters}, here) if parameters else _NOTHING
-        choices.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": name}, "arguments": arguments},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
     limit = {} if parallel else {"maxItems": 1}
-    return {"type": "array", "items": {"anyOf": choices}, "minItems": 1, **limit}
+    return {"type": "array", "items": {"anyOf": call_schemas(tools, "#/items/anyOf")}, "minItems": 1, **limit}
+
+
+def call_schemas(tools: Tools, to: str) -> list[dict[str, Any]]:
+    """That of a call ``{"name": …, "arguments": {…}}`` for each tool, to stand in a list at the pointer ``to``."""
+    return [
+        {
+            "type": "object",
+            "properties": {
+                "name": {"const": name},
+                "arguments": _moved(arguments_of(parameters), f"{to}/{i}/properties/arguments"),
+            },
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for i, (name, parameters) in enumerate(tools.items())
+    ]
+
+
+def arguments_of(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a tool's arguments."""
+    return {"type": "object", **parameters} if parameters else _NOTHING
 
 
 def _moved(schema: Any, to: str, depth: int = 0) -> Any:

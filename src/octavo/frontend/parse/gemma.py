@@ -5,12 +5,14 @@ A JSON block may be meant for the user, so a call in it must name one of the req
 
 from __future__ import annotations
 
+from octavo.frontend.parse.openings import BARE_CALL
 from octavo.frontend.parse.python_call import parse_calls
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import calls_of, decode
 
 CODE, JSON, CLOSE = "```tool_code\n", "```json\n", "```"
 MARKERS: tuple[str, ...] = ()
+OPENINGS = (BARE_CALL,)
 
 
 def parse(text: Reader) -> Steps[None]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo.frontend.parse.openings import Opening
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import Call, is_name, schema_of, typed
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
 MARKERS = (OPEN, CLOSE, KEY, KEY_END, VALUE, VALUE_END)
+OPENINGS: tuple[Opening, ...] = ()  # its values are not JSON
 
 
 def parse(text: Reader) -> Steps[None]:

@@ -12,12 +12,15 @@ from __future__ import annotations
 import re
 
 from octavo.frontend.parse.events import Content, Reasoning
+from octavo.frontend.parse.openings import NAME, Opening
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import Call, is_name
 
 START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 MARKERS = (START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
+OPENINGS = (Opening(rf"to=functions\.{NAME}(?![\w.:/-])[^\n]{{0,80}}?{re.escape(MESSAGE)}", "arguments"),)
+FINAL = rf"{re.escape(CHANNEL)}final[^\n]{{0,80}}?{re.escape(MESSAGE)}"  # begins the answer
 MAX_HEADER = 512
 
 _RECIPIENT = re.compile(r"(?:^|\s)to=([^\s<]+)")

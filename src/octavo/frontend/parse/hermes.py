@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from octavo.frontend.parse.openings import Opening
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import calls_of
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MARKERS = (OPEN, CLOSE)
+OPENINGS = (Opening(OPEN, "call"),)
 
 
 def parse(text: Reader) -> Steps[None]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
+from octavo.frontend.parse.openings import NAME, Opening
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import Call, is_name
 
 ALL_OPEN, ALL_CLOSE = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 OPEN, ARGUMENTS, CLOSE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 MARKERS = (ALL_OPEN, ALL_CLOSE, OPEN, ARGUMENTS, CLOSE)
+OPENINGS = (
+    Opening(
+        rf"{re.escape(OPEN)}\s*(?:functions\.)?{NAME}(?::\d{{1,6}})?\s*{re.escape(ARGUMENTS)}",
+        "arguments",
+    ),
+)
 
 
 def parse(text: Reader) -> Steps[None]:

@@ -5,11 +5,13 @@ Nothing else tells such a call from other JSON, so it must name one of the reque
 
 from __future__ import annotations
 
+from octavo.frontend.parse.openings import BARE_CALL
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import call_of
 
 TAG = "<|python_tag|>"
 MARKERS = (TAG,)
+OPENINGS = (BARE_CALL,)
 
 
 def parse(text: Reader) -> Steps[None]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import secrets
 import string
 
+from octavo.frontend.parse.openings import NAME, Opening
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import Call, calls_of, is_name
 
 OPEN, ID, ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 MARKERS = (OPEN, ID, ARGUMENTS)
+OPENINGS = (
+    Opening(r"\[TOOL_CALLS\]\s*\[", "calls"),
+    Opening(rf"\[TOOL_CALLS\]\s*{NAME}\s*(?:\[CALL_ID\]\w{{0,64}})?\[ARGS\]", "arguments"),
+)
 
 
 def new_call_id() -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from octavo.frontend.parse.openings import Opening
 from octavo.frontend.parse.reader import Reader, Steps
 from octavo.frontend.parse.values import MAX_NAME, Call, is_name, schema_of, typed
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END, PARAMETER, PARAMETER_END = "<function=", "</function>", "<parameter=", "</parameter>"
 MARKERS = (OPEN, CLOSE)
+OPENINGS: tuple[Opening, ...] = ()  # its values are not JSON
 
 
 def parse(text: Reader) -> Steps[None]:

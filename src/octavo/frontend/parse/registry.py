@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -22,9 +23,11 @@ from octavo.frontend.parse import (
     qwen3_coder,
 )
 from octavo.frontend.parse.message import MessageParser
+from octavo.frontend.parse.openings import Opening, openers
 from octavo.frontend.parse.reader import Parse, Reader, Steps, new_call_id
 from octavo.frontend.parse.think import between
 from octavo.frontend.parse.values import Tools
+from octavo.structured import GrammarSpec, Guide
 
 if TYPE_CHECKING:
     from octavo.hub.tokenizer import Tokenizer
@@ -33,10 +36,14 @@ AUTO, NONE = "auto", "none"
 
 
 class ToolFormat(Protocol):
-    """A format's module. `MARKERS` are those of its texts that may be special tokens."""
+    """A format's module. `MARKERS` are those of its texts that may be special tokens; `OPENINGS` come before arguments
+    in JSON."""
 
     @property
     def MARKERS(self) -> tuple[str, ...]: ...  # noqa: N802
+
+    @property
+    def OPENINGS(self) -> tuple[Opening, ...]: ...  # noqa: N802
 
     def parse(self, text: Reader) -> Steps[None]: ...
 
@@ -136,28 +143,62 @@ class Formats:
         tools: Tools,
         *,
         forced_calls: bool = False,
-        constrained: bool = False,
         new_id: Callable[[], str] | None = None,
     ) -> MessageParser | None:
         """A parser of one answer to ``prompt``; None if all of any answer is content. ``new_id`` names calls.
 
-        ``forced_calls``: the answer is what `forced` reads. ``constrained``: it is what a grammar of the user says,
-        from the first token, so there is no reasoning.
+        ``forced_calls``: what follows the reasoning is what `forced` reads.
         """
         parsers: list[Parse] = []
+        if HARMONY in (self.reasoning, self.tool):
+            parsers.append(gpt_oss.parse)
+        elif self.reasoning is not None:
+            start, end = REASONING[self.reasoning]
+            breaks = self._breaks(tools) if not forced_calls else ()
+            parsers.append(between(start, end, opened=prompt.rstrip().endswith(start), breaks=breaks))
         if forced_calls:
             parsers.append(forced.parse)
-        elif HARMONY in (self.reasoning, self.tool):
-            parsers.append(gpt_oss.parse)
-        elif self.reasoning is not None and not constrained:
-            start, end = REASONING[self.reasoning]
-            breaks = _BREAKS.get(self.tool or "", ()) if tools else ()
-            parsers.append(between(start, end, opened=prompt.rstrip().endswith(start), breaks=breaks))
-        if tools and not forced_calls and self.tool is not None and self.tool != HARMONY:
+        elif tools and self.tool is not None and self.tool != HARMONY:
             parsers.append(TOOLS[self.tool].parse)
         if new_id is None:
             new_id = mistral.new_call_id if self.tool == "mistral" else new_call_id
         return MessageParser(parsers, tools, new_id) if parsers else None
+
+    def guide(
+        self, prompt: str, tools: Tools, whole: GrammarSpec | None = None, *, strict: Collection[str] = ()
+    ) -> Guide | None:
+        """What holds where in an answer to ``prompt``: ``whole`` after the reasoning, or else schemas of arguments.
+
+        Raises `ValueError` if tools in ``strict`` cannot be held to theirs.
+        """
+        if whole is not None:
+            start, end = self._reasoning(prompt, ())
+            return Guide(whole=whole, reasoning_start=start, reasoning_end=end)
+        if not tools or self.tool is None:
+            return None
+        try:
+            found = openers(TOOLS[self.tool].OPENINGS, tools, strict)
+        except ValueError:
+            if strict:
+                raise
+            found = ()
+        if not found:
+            return None
+        start, end = ("", "") if self.tool == HARMONY else self._reasoning(prompt, self._breaks(tools))
+        return Guide(openers=found, reasoning_start=start, reasoning_end=end, strict=bool(strict))
+
+    def _breaks(self, tools: Tools) -> tuple[str, ...]:
+        return _BREAKS.get(self.tool or "", ()) if tools else ()
+
+    def _reasoning(self, prompt: str, breaks: tuple[str, ...]) -> tuple[str, str]:
+        """(what begins it, empty if it has begun; regex of what ends it, empty if there is none)."""
+        if HARMONY in (self.reasoning, self.tool):
+            return "", "" if re.search(rf"{gpt_oss.FINAL}$", prompt) else gpt_oss.FINAL
+        if self.reasoning is None:
+            return "", ""
+        start, end = REASONING[self.reasoning]
+        opened = prompt.rstrip().endswith(start)
+        return "" if opened else start, "|".join(re.escape(text) for text in (end, *breaks))
 
     def markers(self, *, tools: bool) -> frozenset[str]:
         """The texts that a parser must see even where they are special tokens, which have no text otherwise."""
