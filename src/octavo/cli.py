@@ -1,4 +1,4 @@
-"""The command ``octavo``: serve, generate, chat, plan, bench. Nothing heavy is imported before a command needs it."""
+"""The command ``octavo``: serve, generate, chat, plan, verify, bench. Nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from octavo.options import (
     sampling_values,
     server_config,
 )
+from octavo.verify import command as verify_command
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_PIPE = 141  # 128 + SIGPIPE
@@ -89,6 +90,11 @@ def build_parser() -> Parser:
     plan_command.add_arguments(plan)
     add_log_level(plan, "warning")
 
+    verify = _command(commands, "verify", "compare a model's answers with those of Transformers", _verify)
+    add_engine_options(verify)
+    verify_command.add_arguments(verify)
+    add_log_level(verify, "warning")
+
     bench = _command(commands, "bench", "measure", None)
     benches = bench.add_subparsers(title="benchmarks", metavar="BENCH", parser_class=Parser, required=True)
     for name, (text, add_arguments, run) in BENCHES.items():
@@ -139,6 +145,11 @@ def _chat(args: argparse.Namespace) -> int:
 
 def _plan(args: argparse.Namespace) -> int:
     return plan_command.run(engine_config(args), gpu=args.gpu, memory=args.memory, json=args.json)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    config = engine_config(args)
+    return verify_command.run(config, prompts=args.prompts, max_tokens=args.max_tokens, json=args.json)
 
 
 def _guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ from octavo.hub.live import LiveModel
 from octavo.kernels import select
 from octavo.log import get_logger
 from octavo.models import registry
+from octavo.models.base import Model
 from octavo.parallel import group
 from octavo.runtime.base import Progress, TokenMask, WorkerBase
 from octavo.runtime.loader import LoadReport, fill_dummy, load
@@ -77,6 +78,11 @@ class Worker:
         options = self._config.parallel
         limit = options.distributed_timeout_seconds * (1 if rank == 0 else 2)  # rank 0 is the one to tell of it
         self.group = group.connect(rank, options.tensor_parallel_size, self.platform.device, folder, limit)
+
+    @property
+    def model(self) -> Model:
+        """The loaded model."""
+        return self._model
 
     def load(self, progress: Progress) -> None:
         """See `runtime.base.WorkerBase.load`."""

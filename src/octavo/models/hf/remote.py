@@ -21,13 +21,18 @@ def maker(config: ModelConfig, code: RepoCode) -> Maker:
 
     Raises `ModelError` HF010 without trust, HF011 for code that cannot be imported or is of another kind.
     """
-    config_class = _load(config, code, "AutoConfig", "PreTrainedConfig")
-    classes = Classes(config_class, _load(config, code, "AutoModelForCausalLM", "PreTrainedModel"))
+    classes = classes_of_repo(config, code)
 
     def make(config: ModelConfig, max_len: int) -> TransformersModel:
         return TransformersModel(config, max_len, build(config, getattr(torch, config.dtype), classes))
 
     return make
+
+
+def classes_of_repo(config: ModelConfig, code: RepoCode) -> Classes:
+    """The classes that ``auto_map`` of ``config`` names; raises as `maker`."""
+    config_class = _load(config, code, "AutoConfig", "PreTrainedConfig")
+    return Classes(config_class, _load(config, code, "AutoModelForCausalLM", "PreTrainedModel"))
 
 
 def _load(config: ModelConfig, code: RepoCode, auto_class: str, base: str) -> Any:
