@@ -17,9 +17,12 @@ import psutil
 STUB = (
     "import sys; from octavo import log; from octavo.config import EngineConfig, ServerConfig;"
     "from octavo.server.run import serve; log.configure('info');"
-    "config = EngineConfig.of(model=sys.argv[1], max_num_seqs=8, max_num_batched_tokens=256);"
-    "sys.exit(serve(config, ServerConfig(port=0, drain_seconds=float(sys.argv[2])), worker='stub'))"
-)
+    "model, drain, engines, apis, port = [*sys.argv[1:], *['0.0', '1', '1', '0'][len(sys.argv) - 2:]];"
+    "limits = dict(max_num_seqs=8, max_num_batched_tokens=256);"
+    "config = EngineConfig.of(model=model, data_parallel_size=int(engines), **limits);"
+    "server = ServerConfig(port=int(port), drain_seconds=float(drain), api_server_count=int(apis));"
+    "sys.exit(serve(config, server, worker='stub'))"
+)  # MODEL [DRAIN_SECONDS [ENGINES [API_PROCESSES [PORT]]]]
 START_SECONDS = 60
 
 
@@ -32,7 +35,8 @@ class Server:
         with log.open("wb") as sink:
             self.process = subprocess.Popen([sys.executable, *command], stdout=sink, stderr=sink, env=env)
         self.url = self._wait()
-        self.core = self._core()
+        self.core, *_ = self.cores = self.children("octavo.core.process")
+        self.apis = self.children("octavo.server.api_process")
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
@@ -42,9 +46,10 @@ class Server:
         return sum(map(float, re.findall(rf"^vllm:{name}{{.*}} (.*)$", text, re.MULTILINE)))
 
     def wait(self, seconds: float) -> int:
-        """The exit code of a server that is to end within ``seconds``, its engine with it."""
+        """The exit code of a server that is to end within ``seconds``, its children with it."""
+        children = self.children("")
         code = self.process.wait(seconds)
-        assert ended(self.core, seconds)
+        assert all(ended(child, seconds) for child in [*self.cores, *self.apis, *children])
         return code
 
     def _wait(self) -> str:
@@ -57,9 +62,20 @@ class Server:
             time.sleep(0.02)
         raise TimeoutError(self.log())
 
-    def _core(self) -> psutil.Process:
-        (core,) = psutil.Process(self.process.pid).children()
-        return core
+    def children(self, module: str) -> list[psutil.Process]:
+        """Those children that run ``module``, in the order of their start; none once the server has ended."""
+        try:
+            found = psutil.Process(self.process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+        return sorted((child for child in found if module in _command(child)), key=lambda child: child.pid)
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def ended(process: psutil.Process, seconds: float) -> bool:
@@ -83,4 +99,5 @@ def running(command: list[str], log: Path) -> Iterator[Server]:
     finally:
         server.process.kill()
         server.process.wait()
-        ended(server.core, 5)
+        for child in [*server.cores, *server.apis]:
+            ended(child, 5)
