@@ -12,6 +12,15 @@ from typing import Any
 
 MOST = 4
 SECONDS = 60.0
+PRELOADED = [
+    "octavo._cpu",
+    "octavo.models.hf.backend",
+    "octavo.models.llama",
+    "tools.sweep",
+    "transformers.conversion_mapping",
+    "transformers.core_model_loading",
+    "transformers.models.auto.modeling_auto",
+]
 
 
 def _serve(rank: int, folder: Path, commands: Connection) -> None:
@@ -42,12 +51,13 @@ class Ranks:
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        spawn = multiprocessing.get_context("spawn")
+        server = multiprocessing.get_context("forkserver")  # which imports once for all
+        server.set_forkserver_preload(PRELOADED)
         self._commands: list[Connection] = []
         self._processes = []
         for rank in range(MOST):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, Path(self._folder.name), theirs), daemon=True)
+            ours, theirs = server.Pipe()
+            process = server.Process(target=_serve, args=(rank, Path(self._folder.name), theirs), daemon=True)
             process.start()
             self._commands.append(ours)
             self._processes.append(process)

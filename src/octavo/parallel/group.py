@@ -93,12 +93,14 @@ class TorchGroup(Group):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
-        self._wait(lambda: self._backend.allreduce([x], self._sum))
+        if not x.is_meta:  # a model is traced without memory
+            self._wait(lambda: self._backend.allreduce([x], self._sum))
         return x
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.new_empty(self.size * x.numel())
-        self._wait(lambda: self._backend._allgather_base(parts, x.reshape(-1), self._gather))
+        if not x.is_meta:
+            self._wait(lambda: self._backend._allgather_base(parts, x.reshape(-1), self._gather))
         return parts.view(self.size, *x.shape).movedim(0, -2).flatten(-2)
 
     def broadcast_(self, x: torch.Tensor) -> None:

@@ -176,9 +176,18 @@ class TransformersModel(SelfLoading):
             self.swapped = self._generic.prove(self.config.vocab_size, self.max_len, self.dtype, device)
             get_logger().warning("transformers: %s", self.swapped)
 
+    def _adopt_late(self, device: torch.device) -> None:
+        """Traces the loaded model itself."""
+        try:
+            self._adopt(self.model, device)
+        except (OctavoError, trace.NotPaged):
+            raise
+        except Exception as error:
+            raise trace.NotPaged(f"it could not be traced ({type(error).__name__}: {error})") from error
+
     def _finish_adopted(self, device: torch.device) -> None:
         if self._body is None:
-            self._adopt(self.model, device)
+            self._adopt_late(device)
         ops = select.ops(device, self.dtype)
         for module in self.model.modules():
             if isinstance(module, Layer):

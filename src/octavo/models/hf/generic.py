@@ -74,7 +74,10 @@ class Generic:
         """
         count = min(sum(PIECES), max_len)
         trial = torch.randint(vocab_size, (2, count), generator=torch.Generator().manual_seed(0)).to(device)
-        wanted = [self._unmodified(tokens) for tokens in trial]
+        try:
+            wanted = [self._unmodified(tokens) for tokens in trial]
+        except Exception as error:  # code that is not ours
+            raise self._refused(f"tokens alone are not enough for it ({type(error).__name__}: {error})") from error
         floor = _difference(self._unmodified(trial[0, :PREFIX]), wanted[0][:PREFIX])
         if not floor <= SAME[dtype]:
             raise self._refused("what it says of a token depends on later ones, or is not a number")

@@ -26,6 +26,8 @@ from octavo.layers.rotary import shared_rotaries
 from octavo.models.hf.attention import PagedAttention
 from octavo.models.hf.probe import Call, same, small_context
 from octavo.models.llama import LlamaDecoderLayer
+from octavo.parallel.group import current
+from octavo.parallel.shards import heads_of_rank
 
 
 class NativeDecoder(nn.Module):
@@ -60,6 +62,9 @@ class Prover:
         for rotary in self._rotaries:
             if rotary is not None:
                 rotary.materialise(self._device)
+
+        self._ranks = current().size
+        self._whole = config if self._ranks == 1 else _whole(config, geometry)
 
     def native(self, layer: nn.Module, seen: Mapping[nn.Module, Call]) -> LlamaDecoderLayer | None:
         """The native layer that computes what ``layer`` does, or None."""
@@ -121,6 +126,8 @@ class Prover:
         shape, spec = attention.shape, self._config.layers[attention.index]
         if (shape.kv_heads, shape.head_dim, shape.key_dim) != (spec.kv_heads, spec.head_dim, shape.value_dim):
             return None
+        if heads_of_rank(self._whole.layers[attention.index], self._ranks) != spec:
+            return None  # each rank has all heads
         parts = _parts(layer)
         norm = _norm_formula(parts) if parts is not None else None
         if parts is None or norm is None:
@@ -128,7 +135,7 @@ class Prover:
         rotary = self._rotaries[attention.index] if rotates else None
         try:
             made = LlamaDecoderLayer(
-                _wired(self._config, self._geometry, parts, norm.eps), attention.index, rotary, dtype
+                _wired(self._whole, self._geometry, parts, norm.eps, self._ranks), attention.index, rotary, dtype
             )
         except OctavoError:  # an activation that the native layer does not have
             return None
@@ -184,7 +191,16 @@ def _parts(layer: nn.Module) -> Parts | None:
     return parts if used == {id(p) for p in layer.parameters()} else None
 
 
-def _wired(config: ModelConfig, geometry: ModelConfig, parts: Parts, eps: float) -> ModelConfig:
+def _whole(config: ModelConfig, geometry: ModelConfig) -> ModelConfig:
+    """``config``, whose layers are those of one rank, with the heads of all."""
+    layers = tuple(
+        dataclasses.replace(own, heads=whole.heads, kv_heads=whole.kv_heads)
+        for own, whole in zip(config.layers, geometry.layers, strict=False)
+    )
+    return dataclasses.replace(config, layers=layers)
+
+
+def _wired(config: ModelConfig, geometry: ModelConfig, parts: Parts, eps: float, ranks: int) -> ModelConfig:
     """A config under which the native layer has the optional parameters that ``parts`` have."""
     qkv_bias, o_bias, mlp_bias = (
         getattr(parts[name][0], "bias", None) is not None
@@ -195,7 +211,7 @@ def _wired(config: ModelConfig, geometry: ModelConfig, parts: Parts, eps: float)
     return dataclasses.replace(
         config,
         architecture=f"{family}ForCausalLM",
-        intermediate_size=down.shape[1],
+        intermediate_size=down.shape[1] * ranks,
         norm_eps=eps,
         hidden_act=geometry.hidden_act,
         hf={"attention_bias": qkv_bias, "mlp_bias": mlp_bias},

@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 # The linear layers of a block, all of them, with their styles. What else is in it has no parameters.
+# Code of an attention without a plan may count on all heads, so they are gathered between its products.
+_GATHERED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise_gather_output")
 _BLOCKS: tuple[dict[str, str], ...] = (
-    {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"},
-    {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "out_proj": "rowwise"},
-    {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "dense": "rowwise"},
+    *({**_GATHERED, name: "rowwise_split_input"} for name in ("o_proj", "out_proj", "dense")),
     {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"},
     {"up_proj": "colwise", "down_proj": "rowwise"},
     {"fc1": "colwise", "fc2": "rowwise"},
@@ -18,10 +18,7 @@ _BLOCKS: tuple[dict[str, str], ...] = (
 
 
 def derived(model: Any) -> dict[str, str] | None:
-    """Styles by module name for the blocks that are known; None unless every decoder layer has two of them.
-
-    A norm of whole queries inside the attention, for one, makes a block unknown: it would see a part of them.
-    """
+    """Styles by module name for the blocks that are known; None unless every decoder layer has two of them."""
     plan: dict[str, str] = {}
     found = 0
     for name, module in model.named_modules():

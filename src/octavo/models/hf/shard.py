@@ -270,7 +270,7 @@ def _plan(model: Any) -> dict[str, str]:
             raise _refusal(
                 model, "Transformers has no plan for it, and what its modules do does not show in their names"
             )
-        plan |= inner
+        plan |= {_generic(name): style for name, style in inner.items()}
     if type(head) is nn.Linear and isinstance(embedding, nn.Embedding):
         plan[names[head]] = "colwise_gather_output"
         plan[names[embedding]] = "embedding_rowwise"

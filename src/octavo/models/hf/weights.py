@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import nn
 
 from octavo.errors import ModelError
 from octavo.hub.safetensors_file import TensorInfo
+from octavo.models.hf.shard import Cuts, ParameterCut
 
-Read = Callable[[str], torch.Tensor]
-"""From a checkpoint name to a CPU tensor that is only to be read."""
+Read = Callable[[str, tuple[slice, ...] | None], torch.Tensor]
+"""From a checkpoint name, and slices of it, to a CPU tensor that is only to be read."""
 
 LISTED = 10  # names that a message lists
 READERS = 4
@@ -36,10 +37,12 @@ class Group:
     targets: list[str]
     sources: list[tuple[str, str]] = field(default_factory=list)  # (checkpoint name, pattern it matched)
     transform: Any = None
+    source_cut: ParameterCut | None = None  # what this rank reads of each source …
+    target_cuts: dict[str, ParameterCut] = field(default_factory=dict)  # … or keeps of what is made of whole ones
 
 
-def plan(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[list[Group], list[str]]:
-    """The groups that fill ``model``, and the checkpoint tensors that it ignores.
+def plan(model: Any, tensors: Mapping[str, TensorInfo], cuts: Cuts) -> tuple[list[Group], list[str]]:
+    """The groups that fill ``model``, and the checkpoint tensors that it ignores. ``cuts`` is what `shard` returned.
 
     Raises `ModelError`: HF042 for tensors that have no place, HF043 for parameters without tensors, HF044 for shapes
     that differ, HF050 for types that are not plain floats.
@@ -68,7 +71,9 @@ def plan(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[list[Group], li
             group = groups.setdefault(target, Group(_targets(target, converter), [], copy.deepcopy(converter)))
             group.sources.append((name, pattern))
     ignored = _check_names(model, wanted, groups, spare)
-    _check_plain(wanted, groups, tensors)
+    _check_plain(wanted, groups, tensors, cuts)
+    for group in groups.values():
+        _cut(group, tensors, cuts)
     return list(groups.values()), ignored
 
 
@@ -108,7 +113,9 @@ def _optional(model: Any, name: str, filled: set[str]) -> bool:
     return bool(partners & filled) or (is_buffer and ignorable)
 
 
-def _check_plain(wanted: Mapping[str, Any], groups: Mapping[str, Group], tensors: Mapping[str, TensorInfo]) -> None:
+def _check_plain(
+    wanted: Mapping[str, Any], groups: Mapping[str, Group], tensors: Mapping[str, TensorInfo], cuts: Cuts
+) -> None:
     wrong = []
     for group in groups.values():
         for name, _ in group.sources:
@@ -119,12 +126,14 @@ def _check_plain(wanted: Mapping[str, Any], groups: Mapping[str, Group], tensors
                     id="HF050",
                 )
         name, target = group.sources[0][0], group.targets[0]
-        if group.transform is None and tuple(tensors[name].shape) != tuple(wanted[target].shape):
-            wrong.append(_shapes(name, tensors[name].shape, wanted[target].shape))
+        shape = tuple(wanted[target].shape)
+        shape = cuts[target].whole(shape) if target in cuts else shape
+        if group.transform is None and tuple(tensors[name].shape) != shape:
+            wrong.append(_shapes(name, tensors[name].shape, shape))
     _refuse_shapes(wrong)
 
 
-def _shapes(name: str, found: tuple[int, ...], needed: torch.Size) -> str:
+def _shapes(name: str, found: tuple[int, ...], needed: tuple[int, ...]) -> str:
     return f"{name} is {list(found)} where the model needs {list(needed)}"
 
 
@@ -145,23 +154,51 @@ def _listed(names: list[str], candidates: list[str]) -> str:
     return ", ".join(shown) + (", …" if len(names) > LISTED else "")
 
 
+_MERGING = frozenset(("MergeModulelist", "Concatenate"))
+"""Conversions that put tensors of experts side by side, so that their parts can be cut before."""
+
+
+def _cut(group: Group, tensors: Mapping[str, TensorInfo], cuts: Cuts) -> None:
+    """Sets what this rank reads for ``group``: where possible, its part of each source."""
+    own = cuts.get(group.targets[0])
+    if group.transform is None:
+        group.source_cut = own
+        return
+    shapes = {tensors[name].shape for name, _ in group.sources}
+    merges = {type(operation).__name__ for operation in group.transform.operations} <= _MERGING
+    if own is not None and merges and len(group.targets) == 1 and len(shapes) == 1:
+        shape, dim = shapes.pop(), own.own.dim - 1
+        if 0 <= dim < len(shape) and shape[dim] == own.own.whole:
+            group.source_cut = ParameterCut(replace(own.own, dim=dim))
+            return
+    group.target_cuts = {target: cuts[target] for target in group.targets if target in cuts}
+
+
+def _read_part(read: Read, name: str, part: ParameterCut | None) -> torch.Tensor:
+    if part is None:
+        return read(name, None)
+    pieces = [read(name, slices) for slices in part.slices()]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=part.own.dim)
+
+
 def fill(model: Any, groups: list[Group], read: Read, device: torch.device, loaded: Callable[[Group], None]) -> None:
     """Executes ``groups``; ``loaded`` is told of each. Raises `ModelError` HF044 for shapes that conversion shows."""
     with ThreadPoolExecutor(READERS, "octavo-load") as pool:
-        for group, futures in _ahead(groups, lambda name: pool.submit(read, name)):
+        for group, futures in _ahead(groups, lambda name, part: pool.submit(_read_part, read, name, part)):
             for target, tensor in _convert(model, group, futures).items():
-                assign(model, target, tensor, device)
+                own = group.target_cuts.get(target)
+                assign(model, target, tensor if own is None else own.of(tensor), device)
             loaded(group)
     model.tie_weights(missing_keys=_on_meta(model), recompute_mapping=False)
 
 
 def _ahead(
-    groups: list[Group], submit: Callable[[str], Future[torch.Tensor]]
+    groups: list[Group], submit: Callable[[str, ParameterCut | None], Future[torch.Tensor]]
 ) -> Iterator[tuple[Group, list[Future[torch.Tensor]]]]:
     """Each group with its tensors on the way, those of the next group being read while one is converted."""
     pending: deque[tuple[Group, list[Future[torch.Tensor]]]] = deque()
     for group in groups:
-        pending.append((group, [submit(name) for name, _ in group.sources]))
+        pending.append((group, [submit(name, group.source_cut) for name, _ in group.sources]))
         if len(pending) > READERS:
             yield pending.popleft()
     yield from pending
