@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
+import statistics
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
 from bench import make_workload
 from octavo import cli
-from octavo.bench import offline, report, serve
+from octavo.bench import offline, plot, report, serve
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import OctavoError
@@ -148,6 +152,57 @@ def test_serve_reports_totals_and_percentiles(url: str, tmp_path: Path) -> None:
     totals, *times = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert (totals["requests"], totals["failed"]) == (8, 0)
     assert {row["what"]: row["samples"] for row in times} == {"TTFT": 8, "TPOT": 8, "ITL": 16, "E2E": 8}
+
+
+def test_serve_runs_each_rate_counts_goodput_and_draws_the_times(url: str, tmp_path: Path) -> None:
+    out, picture = tmp_path / "rows.json", tmp_path / "times.svg"
+    goals = ("--goodput", "ttft:60000", "e2e:0")
+    assert bench_serve(url, out, "--request-rate", "300,900", "--plot", str(picture), *goals, "--burstiness", "2") == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    totals = [row for row in rows if "wall_s" in row]
+    assert [row["case"].rpartition(" at ")[2] for row in totals] == ["300/s", "900/s"]
+    assert [row["goodput_s"] for row in totals] == [0, 0]
+    tree = ET.parse(picture)
+    lines = list(tree.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert len(lines) == 4 * 2
+    texts = [one.text for one in tree.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"TTFT, ms", "TPOT, ms", "ITL, ms", "E2E, ms", totals[0]["case"]} <= set(texts)
+
+
+def test_goodput_counts_requests_that_keep_every_goal() -> None:
+    fast = serve.Answer(prompt_tokens=1, output_tokens=3, times=[0.1, 0.2, 0.3], seconds=0.3)
+    slow = serve.Answer(prompt_tokens=1, output_tokens=3, times=[0.1, 0.2, 0.9], seconds=0.9)
+    rows = serve.summary("x", [fast, slow], 2.0, {"ttft": 150, "itl": 500})
+    assert rows[0]["goodput_s"] == 0.5
+    assert serve.summary("x", [fast, slow], 2.0, {"ttft": 150})[0]["goodput_s"] == 1.0
+    assert serve.summary("x", [fast, slow], 2.0, {"tpot": 99})[0]["goodput_s"] == 0
+
+
+def test_arrivals_have_the_rate_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def gaps(burstiness: float) -> list[float]:
+        loop, clock, times = asyncio.get_running_loop(), [0.0], []
+        monkeypatch.setattr(loop, "time", lambda: clock[0])
+
+        async def sleep(seconds: float) -> None:
+            clock[0] += seconds
+
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        async for _ in serve._paced(serve.Load([[1]] * 4000, 1, 50.0, burstiness, 0)):
+            times.append(clock[0])
+        monkeypatch.undo()
+        return [b - a for a, b in itertools.pairwise(times)]
+
+    for burstiness, spread in ((1.0, 1.0), (0.25, 2.0)):
+        found = asyncio.run(gaps(burstiness))
+        assert statistics.fmean(found) == pytest.approx(1 / 50, rel=0.1)
+        assert statistics.stdev(found) == pytest.approx(spread / 50, rel=0.15)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.03, 1, 7, 99.5, 1234])
+def test_an_axis_holds_every_value_in_few_steps(most: float) -> None:
+    step, end = plot._scale(most)
+    assert end >= most
+    assert end / step <= 6.000001
 
 
 def test_serve_fails_when_a_request_does(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """Mean and nearest-rank percentiles of many samples."""
     ordered = sorted(values)
-    ranks = {f"p{p}": ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)] for p in (50, 90, 99)}
+    ranks = {f"p{p}": ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)] for p in (50, 90, 95, 99)}
     return {"mean": statistics.fmean(ordered), **ranks, "max": ordered[-1]}
 
 
