@@ -1,16 +1,18 @@
-"""Offline figures on one GPU: well-known shapes with dummy weights, four workloads, greedy, every output token counted.
+"""Offline figures on one GPU: well-known shapes with dummy weights, greedy, every output token counted.
 
-    python bench/gpu.py --models llama-3.2-1b,qwen3-0.6b --workloads mixed,single,decode64,prefill --json out.json
+    python bench/gpu.py --impls native,transformers --extra --sampling --trace --json out.json
 
-One process a model; a warm-up first; the prefix cache is forgotten before each timed run; best of ``--repeats``. The
-floor is bytes that must be read over the card's measured copy rate plus prompt operations over its matrix rate.
+One process a model and implementation; a warm-up first; the prefix cache is forgotten before each timed run; best of
+``--repeats`` (`mixed` once). Tokens of three requests of each workload are judged against Transformers' own model (tie
+rule: `gpu_reference`). The floor is bytes that must be read over the card's measured copy rate plus operations of
+prompts over its matrix rate. The table ends with the ratio to the yardstick, which is of another card where the name
+of this one differs: then compare shares of the floor.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -19,84 +21,28 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import gpu_work
+from gpu_work import CONFIGS, VLLM, YARDSTICK, Card, Work
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+WORKLOADS = "single,decode64,prefill,mixed"
+EXTRA = "shared,long,small"
+ROWS = 256  # sequences in a step at most
+DRAWN = {"temperature": 0.8}
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": DRAWN,
+    "top_k": {**DRAWN, "top_k": 50},
+    "top_p": {**DRAWN, "top_p": 0.9},
+    "penalties": {**DRAWN, "repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1},
+    "logprobs": {"temperature": 0.0, "logprobs": 5},
+    "mask": {**DRAWN, "mask": True},
 }
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-    "rms_norm_eps": 1e-5,
-    "dtype": "bfloat16",
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": {
-        **_LLAMA,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "rope_scaling": LLAMA3,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        **_LLAMA,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "head_dim": 128,
-        "rope_scaling": {**LLAMA3, "factor": 8.0},
-        "tie_word_embeddings": False,
-    },
-    "qwen3-0.6b": {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rope_theta": 1000000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "dtype": "bfloat16",
-    },
-}
-Work = list[tuple[list[int], int]]
 
 
-def workload(name: str, vocab: int) -> Work:
-    """(prompt, output tokens) of each request; seeds are fixed."""
-    seeds = {"mixed": 0, "single": 1, "decode64": 2, "prefill": 3}
-    rng = random.Random(seeds[name])
-
-    def ids(count: int) -> list[int]:
-        return [rng.randrange(100, vocab - 100) for _ in range(count)]
-
-    if name == "mixed":
-        return [(ids(rng.randint(100, 1024)), rng.randint(100, 1024)) for _ in range(256)]
-    if name == "single":
-        return [(ids(128), 256)]
-    if name == "decode64":
-        return [(ids(128), 512) for _ in range(64)]
-    return [(ids(4096), 1) for _ in range(32)]
-
-
-def rates() -> tuple[float, float]:
-    """(bytes a second of a copy, read and write; operations a second of a bf16 product) of this card."""
+def rates() -> Card:
+    """Of this card, measured now."""
     import torch
 
     def best(work: Any, repeats: int = 10) -> float:
@@ -113,47 +59,85 @@ def rates() -> tuple[float, float]:
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * source.numel() / best(lambda: target.copy_(source)), 2 * 8192**3 / best(lambda: a @ b)
+    return Card(2 * source.numel() / best(lambda: target.copy_(source)), 2 * 8192**3 / best(lambda: a @ b))
 
 
-def floor(config: dict[str, Any], work: Work, bandwidth: float, flops: float) -> float:
-    """Seconds that the card needs at the least: weights and K/V read once a decode step, prompts at the matrix rate."""
-    hidden, layers, kv = config["hidden_size"], config["num_hidden_layers"], config["num_key_value_heads"]
-    dim, heads = config["head_dim"], config["num_attention_heads"]
-    layer = hidden * dim * (heads + 2 * kv) + heads * dim * hidden + 3 * hidden * config["intermediate_size"]
-    body, head = layers * layer, config["vocab_size"] * hidden
-    per_token = 2 * layers * 2 * kv * dim  # bytes of K and V
-    steps = max(count for _, count in work) - 1
-    read = steps * 2 * (body + head)
-    read += sum(per_token * (len(p) + i) for p, count in work for i in range(1, count))
-    prompt = sum(2 * body * len(p) + 2 * layers * heads * dim * len(p) ** 2 for p, _ in work)
-    return read / bandwidth + prompt / flops
+class Engine:
+    """One model, and runs over it."""
 
+    def __init__(self, model: str, impl: str, cache: str) -> None:
+        import numpy as np
 
-def run(core: Any, work: Work, tag: str) -> tuple[float, list[list[int]]]:
-    """(seconds, tokens of each request)."""
-    from octavo.types import Request, Sampling
+        from octavo.config import EngineConfig
+        from octavo.core.engine import EngineCore
+        from octavo.runtime.base import TokenMask
+        from octavo.runtime.worker import Worker
 
-    requests = [
-        Request(
-            id=f"{tag}{i}",
-            token_ids=array("i", prompt).tobytes(),
-            page_hashes=b"",
-            sampling=Sampling(max_tokens=count, temperature=0.0),
+        vocab = CONFIGS[model]["vocab_size"]
+
+        class MaskingWorker(Worker):
+            """With ``masking``, each row of each step may sample one half of the tokens, picked at random."""
+
+            masking = False
+            bits = np.random.default_rng(0).integers(-(2**31), 2**31, (4, ROWS, -(-vocab // 32)), dtype=np.int32)
+            turn = 0
+
+            def step(self, plan: Any) -> None:
+                super().step(plan)
+                self.items = [item for item, samples in enumerate(plan.samples) if samples]
+
+            def sample(self, mask: TokenMask | None = None) -> Any:
+                if self.masking:
+                    self.turn += 1
+                    mask = TokenMask(self.items, self.bits[self.turn % 4, : len(self.items)])
+                return super().sample(mask)
+
+        folder = Path(tempfile.mkdtemp()) / model
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
+        config = EngineConfig.of(
+            model=str(folder),
+            model_impl=impl,
+            load_format="dummy",
+            max_model_len=20000,
+            max_num_seqs=ROWS,
+            max_num_batched_tokens=8192,
+            gpu_memory_utilization=0.5,
+            kv_cache_dtype=cache,
         )
-        for i, (prompt, count) in enumerate(work)
-    ]
-    answers: dict[str, list[int]] = {request.id: [] for request in requests}
-    start = time.perf_counter()
-    for request in requests:
-        core.add(request)
-    while core.has_work():
-        for output in core.step():
-            answers[output.id] += output.token_ids
-    seconds = time.perf_counter() - start
-    for request, (_, count) in zip(requests, work, strict=True):
-        assert len(answers[request.id]) == count, f"{request.id}: {len(answers[request.id])} tokens, not {count}"
-    return seconds, [answers[request.id] for request in requests]
+        self.worker = MaskingWorker()
+        self.core = EngineCore(config, self.worker)
+        self._runs = 0
+
+    def run(self, work: Work, mask: bool = False, **wishes: Any) -> tuple[float, list[list[int]]]:
+        """(seconds, tokens of each request), nothing of an earlier run being reused."""
+        from octavo.cache.prefix import page_hashes
+        from octavo.types import Request, Sampling
+
+        self.core.reset_prefix_cache()
+        self._runs += 1
+        self.worker.masking = mask
+        wishes = {"temperature": 0.0, **wishes}
+        requests = [
+            Request(
+                id=f"{self._runs}-{i}",
+                token_ids=array("i", prompt).tobytes(),
+                page_hashes=page_hashes(self.core.info.hash_key, b"", array("i", prompt).tobytes(), 16),
+                sampling=Sampling(max_tokens=count, seed=i, **wishes),
+            )
+            for i, (prompt, count) in enumerate(work)
+        ]
+        answers: dict[str, list[int]] = {request.id: [] for request in requests}
+        start = time.perf_counter()
+        for request in requests:
+            self.core.add(request)
+        while self.core.has_work():
+            for output in self.core.step():
+                answers[output.id] += output.token_ids
+        seconds = time.perf_counter() - start
+        for request, (_, count) in zip(requests, work, strict=True):
+            assert len(answers[request.id]) == count, f"{request.id}: {len(answers[request.id])} tokens, not {count}"
+        return seconds, [answers[request.id] for request in requests]
 
 
 class Compiled:
@@ -169,9 +153,8 @@ class Compiled:
         self.names.append(str(details["repr"])[:200])
 
 
-def idle_share(trace: Any) -> float:
-    """Of the time between the first and the last kernel, how much the card did nothing."""
-    spans = sorted((e.time_range.start, e.time_range.end) for e in trace.events() if e.device_type.name == "CUDA")
+def idle_share(spans: list[tuple[float, float]]) -> float:
+    """Of the time between the first and the last of ``spans``, sorted, how much is in none."""
     busy, reached = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, reached))
@@ -179,102 +162,145 @@ def idle_share(trace: Any) -> float:
     return 1 - busy / (reached - spans[0][0])
 
 
-def kernels(core: Any, work: Work, tag: str) -> list[str]:
-    """What the card did in a run over ``work`` of at most 64 tokens each, the costliest kernels first."""
+def traced(engine: Engine, work: Work) -> list[str]:
+    """What the card did in a run over ``work`` cut to 64 tokens each, in microseconds a step, the costliest first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     shorter = [(prompt, min(count, 64)) for prompt, count in work]
-    core.reset_prefix_cache()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        seconds, _ = run(core, shorter, tag)
+        seconds, _ = engine.run(shorter)
         torch.cuda.synchronize()
+    steps = max(count for _, count in shorter)
+    events = sorted(
+        (e.time_range.start, e.time_range.end, e.name) for e in trace.events() if e.device_type.name == "CUDA"
+    )
+    prompts = max((end for _, end, name in events if "_prefill_kernel" in name), default=0.0)
+    decode = [(start, end) for start, end, _ in events if start > prompts]
+    idle = f"idle {idle_share([e[:2] for e in events]):.1%}, after the prompts {idle_share(decode):.1%}"
+    lines = [f"  {seconds:.3f} s with the tracer, {idle}; of each step:"]
     rows = sorted(trace.key_averages(), key=lambda row: -row.self_device_time_total)
-    busy = sum(row.self_device_time_total for row in rows) / 1e6
-    lines = [f"  {seconds:.3f} s, kernels {busy:.3f} s, idle {idle_share(trace):.1%}"]
-    return lines + [f"  {r.self_device_time_total / 1e3:9.2f} ms {r.count:6} x {r.key[:90]}" for r in rows[:14]]
+    return lines + [
+        f"  {r.self_device_time_total / steps:9.1f} us {r.count / steps:6.1f} x {r.key[:90]}" for r in rows[:18]
+    ]
 
 
-def measure(model: str, names: list[str], repeats: int, profile: bool) -> dict[str, Any]:
-    """All workloads on one engine."""
+def measure(args: argparse.Namespace, model: str, impl: str) -> dict[str, Any]:
+    """All that is asked for, on one engine."""
     begin = time.perf_counter()
     from octavo import log
-    from octavo.config import EngineConfig
-    from octavo.core.engine import EngineCore
-    from octavo.runtime.worker import Worker
 
     log.configure()
-    folder = Path(tempfile.mkdtemp()) / model
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
-    config = EngineConfig.of(
-        model=str(folder),
-        load_format="dummy",
-        max_model_len=20000,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
-        gpu_memory_utilization=0.5,
-    )
-    imported = time.perf_counter() - begin
-    core = EngineCore(config, Worker())
+    engine = Engine(model, impl, args.kv_cache_dtype)
     ready = time.perf_counter() - begin
-    result: dict[str, Any] = {"model": model, "ready_s": ready, "phases": {"imports": imported, **core.phases}}
-    print(model, "ready", {name: round(seconds, 2) for name, seconds in result["phases"].items()}, flush=True)
-    compiled = Compiled()
-    bandwidth, flops = rates()
-    result |= {"copy_GBps": bandwidth / 1e9, "matrix_TFLOPs": flops / 1e12, "workloads": {}}
-    vocab = CONFIGS[model]["vocab_size"]
-    run(core, [([5 + i] * (16 + i), 16) for i in range(32)], "warm")
+    phases = {name: round(seconds, 2) for name, seconds in engine.core.phases.items()}
+    result: dict[str, Any] = {"model": model, "impl": impl, "ready_s": ready, "phases": phases, "workloads": {}}
+    print(model, impl, f"ready after {ready:.2f} s", phases, flush=True)
+    card, compiled = rates(), Compiled()
+    result |= {"copy_GBps": card.bandwidth / 1e9, "matrix_TFLOPs": card.flops / 1e12}
+    engine.run([([5 + i] * (16 + i), 16) for i in range(32)])
+    names = args.workloads.split(",") + (EXTRA.split(",") if args.extra else [])
+    answers = {}
     for name in names:
-        work = workload(name, vocab)
-        times = []
-        for repeat in range(1 if name == "mixed" else repeats):
-            core.reset_prefix_cache()
-            seconds, answers = run(core, work, f"{name}{repeat}-")
-            times.append(seconds)
-        least = floor(CONFIGS[model], work, bandwidth, flops)
-        if profile:
-            result.setdefault("profile", {})[name] = kernels(core, work, f"{name}p-")
-            print(model, name, *result["profile"][name], sep="\n", flush=True)
+        work = gpu_work.workload(name, CONFIGS[model]["vocab_size"])
+        runs = [engine.run(work) for _ in range(1 if name == "mixed" else args.repeats)]
+        seconds, answers[name] = min(runs, key=lambda run: run[0])
+        least = gpu_work.floor(CONFIGS[model], work, card, ROWS)
         result["workloads"][name] = {
-            "seconds": min(times),
-            "all": times,
+            "seconds": seconds,
+            "all": [run[0] for run in runs],
             "floor_s": least,
-            "share": least / min(times),
+            "share": least / seconds,
             "compiled": len(compiled.names),
-            "distinct": len({token for answer in answers for token in answer}),
         }
-        print(model, name, result["workloads"][name], flush=True)
+        print(model, impl, name, result["workloads"][name], flush=True)
+    if args.sampling:
+        result["sampling"] = sampling_costs(engine, model, args.repeats)
+    if args.trace:
+        result["trace"] = traced(engine, gpu_work.workload("decode64", CONFIGS[model]["vocab_size"]))
+        print(model, impl, "trace of decode64", *result["trace"], sep="\n", flush=True)
     for line in sorted(set(compiled.names)):
         print("compiled after the start:", line)
+    judge(result, engine, answers)
     return result
 
 
-def main() -> None:
+def sampling_costs(engine: Engine, model: str, repeats: int) -> dict[str, float]:
+    """`decode64` with wishes over the same greedy, as ratios; each round takes all in turn."""
+    work = gpu_work.workload("decode64", CONFIGS[model]["vocab_size"])
+    cases = {
+        **SAMPLINGS,
+        "all": {name: value for wishes in list(SAMPLINGS.values())[1:] for name, value in wishes.items()},
+    }
+    cases["all"] |= DRAWN
+    times = {name: min(engine.run(work, **wishes)[0] for _ in range(repeats)) for name, wishes in cases.items()}
+    ratios = {name: seconds / times["greedy"] for name, seconds in times.items()}
+    print(model, "sampling over greedy", {name: f"{ratio:.3f}" for name, ratio in ratios.items()}, flush=True)
+    return ratios
+
+
+def judge(result: dict[str, Any], engine: Engine, answers: dict[str, list[list[int]]]) -> None:
+    """Puts into each workload what the reference says of its first, middle and last request."""
+    from gpu_reference import Reference, joined
+
+    config = CONFIGS[result["model"]]
+    reference = Reference(config, engine.worker.model, result["impl"])
+    for name, found in answers.items():
+        work = gpu_work.workload(name, config["vocab_size"])
+        picked = sorted({0, len(work) // 2, len(work) - 1})
+        verdict = joined([reference.judge(work[i][0], found[i]) for i in picked])
+        result["workloads"][name] |= {"verdict": str(verdict), "passed": verdict.passed}
+        print(result["model"], result["impl"], name, "against Transformers:", verdict, flush=True)
+
+
+def table(results: list[dict[str, Any]]) -> list[str]:
+    """One line a model and workload, the implementations side by side."""
+    native = {r["model"]: r["workloads"] for r in results if r["impl"] == "native"}
+    adopted = {r["model"]: r["workloads"] for r in results if r["impl"] == "transformers"}
+    lines = [
+        f"{'model':13} {'workload':9} {'seconds':>8} {'floor':>7} {'share':>6}   {YARDSTICK}: seconds, share, ratio"
+    ]
+    for model, workloads in (native or adopted).items():
+        for name, row in workloads.items():
+            line = f"{model:13} {name:9} {row['seconds']:8.3f} {row['floor_s']:7.3f} {row['share']:6.0%}   "
+            if (model, name) in VLLM:
+                seconds, share = VLLM[model, name]
+                line += f"{seconds:7.3f} {share:5.0%} {seconds / row['seconds']:5.2f}x  "
+            if native and name in adopted.get(model, {}):
+                other = adopted[model][name]["seconds"]
+                line += f"transformers {other:7.3f} s = {row['seconds'] / other:.1%} of native  "
+            lines.append(line + row.get("verdict", ""))
+    return lines
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(CONFIGS))
-    parser.add_argument("--workloads", default="single,decode64,prefill,mixed")
+    parser.add_argument("--impls", default="native", help="native, transformers or both")
+    parser.add_argument("--workloads", default=WORKLOADS)
+    parser.add_argument("--extra", action="store_true", help=f"these workloads too: {EXTRA}")
+    parser.add_argument("--sampling", action="store_true", help="what wishes cost in decode64, against greedy")
+    parser.add_argument("--trace", action="store_true", help="the costliest kernels of decode64, and how much is idle")
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--profile", action="store_true", help="list the costliest kernels of each workload")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    models = args.models.split(",")
-    if len(models) == 1:
-        results = [measure(models[0], args.workloads.split(","), args.repeats, args.profile)]
-    else:
-        results = []
-        for model in models:
-            with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                options = ["--models", model, "--workloads", args.workloads, "--repeats", str(args.repeats)]
-                subprocess.run([sys.executable, __file__, *options, "--json", file.name], check=True)
-                results += json.loads(Path(file.name).read_text())
+    pairs = [(model, impl) for model in args.models.split(",") for impl in args.impls.split(",")]
+    results = [measure(args, *pairs[0])] if len(pairs) == 1 else [result for pair in pairs for result in _apart(*pair)]
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-    for result in results:
-        for name, row in result["workloads"].items():
-            times = f"{row['seconds']:8.3f} s   floor {row['floor_s']:7.3f} s   {row['share']:.0%}"
-            print(f"{result['model']:14} {name:9} {times}")
+    print(*table(results), sep="\n")
+    return 0 if all(row.get("passed", True) for result in results for row in result["workloads"].values()) else 1
+
+
+def _apart(model: str, impl: str) -> list[dict[str, Any]]:
+    """The result of a process of its own, with the options of this one."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        last = ["--models", model, "--impls", impl, "--json", file.name]  # later options win
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], *last], check=False)
+        text = Path(file.name).read_text()
+        return json.loads(text) if text else []
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
