@@ -74,6 +74,37 @@ SHRINK: tuple[tuple[str, Any], ...] = (
     ("mamba_d_state|ssm_state_size|state_size", 16),
     ("laurel_rank|altup_num_inputs", 4),
 )
+HYBRID = ["linear_attention", "full_attention"] * 2
+DOTS3 = {
+    "head_dim": 24,
+    **{f"swa_{key}": 4 for key in ("num_attention_heads", "num_key_value_heads")},
+    **{f"swa_{key}": 24 for key in ("q_lora_rank", "kv_lora_rank", "head_dim")},
+    **{f"swa_{key}": 16 for key in ("qk_nope_head_dim", "v_head_dim")},
+}
+DRAFTER = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+}
+QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 500,
+    "hc_lowrank": 8,
+    **{f"linear_num_{kind}_heads": count for kind, count in (("key", 2), ("value", 4))},
+    **{f"linear_{kind}_head_dim": 16 for kind in ("key", "value")},
+}
 # What the defaults of a class imply beside its sizes.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0, "altup_num_inputs": 2, "intermediate_size": [96] * 4},
@@ -89,9 +120,65 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "bailing_hybrid": {"layer_types": HYBRID},
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 500,
+        "encoder_config": {"hidden_size": 64, "hidden_size_global": 64},
+        "decoder_config": {"hidden_size": 64, "hidden_size_global": 64},
+        "global_config": {"hidden_size": 64},
+        "patch_in_forward": False,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")
+        },
+    },
+    "dots3_note": {
+        "text_config": DOTS3,
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
+    "dots3_note_text": DOTS3,
+    "gemma4_assistant": {"text_config": DRAFTER, "backbone_hidden_size": 64},
+    "gemma4_unified_assistant": {"text_config": DRAFTER, "backbone_hidden_size": 64},
+    "granitemoehybrid": {"layer_types": HYBRID, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "kimi_linear": {"layer_types": HYBRID},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"head_dim": 16, "num_heads": 8, "n_groups": 2},
     "phi3": {"original_max_position_embeddings": 256},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
+    "recurrent_gemma": {"num_hidden_layers": 6},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "lsh"] * 2,
+        "local_attn_chunk_length": 16,
+        "lsh_attn_chunk_length": 16,
+        "num_buckets": 4,
+    },
+    "xlm": {"emb_dim": 64, "causal": True},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_dt_rank": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "layer_types": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_headdim": 16,
+        "kv_channels": 16,
+        "num_query_groups": 4,
+    },
 }
 
 
@@ -115,7 +202,18 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[model_type]
-    return cls(**{**_shrunk(cls().to_dict()), **SPECIAL.get(model_type, {}), **overrides})
+    try:
+        small = _shrunk(cls().to_dict())
+    except Exception:  # a class that refuses its own defaults
+        small = {}
+    return cls(**{**_merged(small, SPECIAL.get(model_type, {})), **overrides})
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {
+        key: _merged(below[key], value) for key, value in above.items() if key.endswith("_config") and key in below
+    }
+    return {**below, **above, **inner}
 
 
 def _shrunk(defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -225,7 +323,9 @@ def run(model_type: str) -> Row:
         architecture = causal_lm_class(model_type) or ""
         wanted = _small_reference(model_type)
     except Exception as error:
-        return Row(model_type, architecture, "untested", f"no tiny model: {_told(error)}")
+        known = _refusal(model_type, architecture)
+        status, why = ("refused", known) if known else ("untested", f"no tiny model: {_told(error)}")
+        return Row(model_type, architecture, status, why)
     try:
         with tempfile.TemporaryDirectory() as folder:
             wanted.config.architectures = [architecture]
@@ -243,6 +343,19 @@ def run(model_type: str) -> Row:
     return Row(model_type, architecture, status, detail, worst, time.perf_counter() - start)
 
 
+def _refusal(model_type: str, architecture: str) -> str:
+    """Why the backend cannot build the model of the shrunk config either; empty if it can, or there is no config."""
+    try:
+        hf = {**tiny_config(model_type).to_dict(), "architectures": [architecture]}
+        config = model_config(hf, dtype="float32", generation={}, traced=True)
+        registry.choose(config, "transformers")[0](config, MAX_LEN)
+    except OctavoError as error:
+        return f"{error.id}: {error.cause}"
+    except Exception:
+        return ""
+    return ""
+
+
 def _small_reference(model_type: str) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -251,9 +364,7 @@ def _small_reference(model_type: str) -> Any:
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > MAX_PARAMETERS:
         raise ValueError(f"the shrunk defaults still have {size / 1e6:.0f} million parameters")
-    model = reference(tiny_config(model_type))
-    oracle(model, [5, 6, 7])  # that it runs at all
-    return model
+    return reference(tiny_config(model_type))
 
 
 def _told(error: Exception) -> str:

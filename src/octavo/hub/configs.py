@@ -182,7 +182,7 @@ def model_config(
     layers, inner = _layers(text, traced)
     max_len, max_len_reason = own_length(text, layers)
     chosen, dtype_reason = choose_dtype(hf, dtype, device, fast_bfloat16=fast_bfloat16)
-    hidden = size(text, "hidden_size")
+    hidden = 0 if traced and lookup(text, "hidden_size") is None else size(text, "hidden_size")
     return ModelConfig(
         architecture=architectures[0],
         model_type=str(hf.get("model_type", "")),

@@ -12,7 +12,7 @@ from octavo.log import get_logger
 
 # What different families call the same number; the first one present counts.
 _NAMES: Final[Mapping[str, tuple[str, ...]]] = {
-    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model", "emb_dim"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads"),
     "num_key_value_heads": (
