@@ -1,0 +1,161 @@
+"""Native models divided among processes, against the same on one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo.errors import ConfigError
+from octavo.hub.checkpoint import Array, SafetensorsCheckpoint, Slices, open_checkpoint
+from octavo.hub.configs import model_config, read_hf_dict
+from octavo.hub.resolve import resolve
+from octavo.models.base import Model
+from octavo.models.llama import LlamaForCausalLM
+from octavo.parallel.group import SINGLE, Group
+from octavo.runtime import loader
+from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
+from tests.models.harness import Paged
+from tests.parallel.ranks import Ranks
+from tools import tiny
+
+PROMPT = [5, 9, 200, 17, 41, 300, 8, 77, 23]
+
+
+class Counting(SafetensorsCheckpoint):
+    """Counts the bytes that are read of each tensor."""
+
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        super().__init__(paths)
+        self.read_bytes: Counter[str] = Counter()
+
+    def read(self, name: str, slices: Slices | None = None) -> Array:
+        found = super().read(name, slices)
+        self.read_bytes[name] += found.data.nbytes
+        return found
+
+
+def built(folder: Path) -> Model:
+    config = model_config(read_hf_dict(resolve(str(folder)), {}), dtype="float32", generation={})
+    return LlamaForCausalLM(config, 128)
+
+
+def answer(model: Model) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and the logits of a prompt."""
+    paged = Paged(model)
+    tokens = paged.greedy(paged.start(), PROMPT, 12)
+    row = paged.start()
+    return tokens, paged.step({row: PROMPT})[row]
+
+
+def loaded(group: Group, folder: Path, load_format: str = "auto") -> tuple[list[int], torch.Tensor]:
+    model = built(folder)
+    checkpoint = open_checkpoint(resolve(str(folder)), load_format, pytorch=PyTorchCheckpoint)
+    loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None)
+    return answer(model)
+
+
+def assert_same(found: list[tuple[list[int], torch.Tensor]], wanted: tuple[list[int], torch.Tensor]) -> None:
+    for tokens, logits in found:
+        assert tokens == wanted[0]
+        torch.testing.assert_close(logits, wanted[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 4])  # with four, there are two heads of K and V
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_tokens_and_logits_equal_those_of_one_rank(family: str, size: int, ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, family)
+    assert_same(ranks.call(size, loaded, folder), loaded(SINGLE, folder))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"attention_bias": True, "mlp_bias": True},
+        {"vocab_size": 387},  # ranks have 97, 97, 97 and 96
+        {"tie_word_embeddings": True, "vocab_size": 387},
+        {"num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_biases_odd_vocabularies_and_shared_heads(overrides: dict[str, Any], ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "llama", **overrides)
+    assert_same(ranks.call(4, loaded, folder), loaded(SINGLE, folder))
+
+
+def test_pickled_files_can_be_divided_too(ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "qwen2")
+    wanted = loaded(SINGLE, folder)
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert_same(ranks.call(2, loaded, folder, "pt"), wanted)
+
+
+def dummy(group: Group, folder: Path) -> tuple[list[int], torch.Tensor]:
+    model = built(folder)
+    loader.fill_dummy(model, 3)
+    return answer(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_dummy_weights_do_not_depend_on_the_number_of_ranks(family: str, ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, family)
+    wanted = dummy(SINGLE, folder)
+    assert wanted[1].std() > 0.01
+    assert_same(ranks.call(2, dummy, folder), wanted)
+
+
+def bytes_read(group: Group, folder: Path) -> Counter[str]:
+    checkpoint = Counting((folder / "model.safetensors",))
+    loader.load(built(folder), checkpoint, torch.device("cpu"), lambda phase, share: None)
+    return checkpoint.read_bytes
+
+
+def test_two_ranks_read_the_file_once_and_norms_twice(ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "llama")
+    total = sum((found for found in ranks.call(2, bytes_read, folder)), Counter[str]())
+    for name, info in SafetensorsCheckpoint((folder / "model.safetensors",)).tensors().items():
+        assert total[name] == info.nbytes * (2 if "norm" in name else 1), name
+
+
+def test_heads_of_keys_and_values_are_read_by_each_rank_that_has_them(ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "llama")
+    total = sum((found for found in ranks.call(4, bytes_read, folder)), Counter[str]())
+    for name, info in SafetensorsCheckpoint((folder / "model.safetensors",)).tensors().items():
+        times = 4 if "norm" in name else 2 if "k_proj" in name or "v_proj" in name else 1
+        assert total[name] == info.nbytes * times, name
+
+
+def parameters(group: Group, folder: Path) -> tuple[int, int]:
+    model = built(folder)
+    return sum(p.numel() for p in model.parameters()), model.config.kv_bytes_per_token
+
+
+def test_each_rank_holds_its_share(ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "llama")
+    whole, cache = parameters(SINGLE, folder)
+    for count, own_cache in ranks.call(2, parameters, folder):
+        assert 0.5 * whole < count < 0.52 * whole
+        assert own_cache == cache // 2
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides", "cause", "remedy"),
+    [
+        (3, {}, "does not divide the 4 of attention heads; neither divides the 2 K/V heads", "Give one of 1, 2, 4."),
+        (4, {"intermediate_size": 90}, "does not divide the 90 of intermediate_size", "Give one of 1, 2."),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named_with_what_would_work(
+    size: int, overrides: dict[str, Any], cause: str, remedy: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    folder = tiny.make(tmp_path, "llama", **overrides)
+    with pytest.raises(ConfigError) as error:
+        ranks.call(size, parameters, folder)
+    assert cause in error.value.cause
+    assert error.value.remedy == remedy
