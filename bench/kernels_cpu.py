@@ -53,7 +53,7 @@ def linear(seconds: float) -> None:
     for size, out in shapes:
         copies = max(1, 160_000_000 // (size * out * 2))
         weights = [torch.randn(out, size).to(torch.bfloat16) for _ in range(copies)]
-        own = [cpu.PackedLinear(weight, None) for weight in weights]
+        own = [cpu.pack_linear(weight) for weight in weights]
         onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, 1) for weight in weights]
         for rows in (1, 2, 4, 8, 16, 32, 64, 256, 2048 if size * out < 4e6 else 512):
             x = torch.randn(rows, size).to(torch.bfloat16)

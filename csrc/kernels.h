@@ -13,8 +13,27 @@ using isize = std::ptrdiff_t;
 enum class DType { f32, bf16 };
 
 // Weights are kept in panels of 16 output columns: bf16 panels are [in / 2][16][2], so that one 64-byte line holds one
-// pair of inputs for 16 outputs; f32 panels are [in][16].
+// pair of inputs for 16 outputs; f32 panels are [in][16]; those of blocks are described in blocks.h.
 constexpr isize kPanel = 16;
+
+// What a weight's numbers are. Of blocks: so many bits each, m where a minimum is stored beside the scale.
+enum class Format { bf16, q4, q4m, q5, q5m, q6, q8 };
+
+// Rows of a weight that lie below one another and are of one format.
+struct Part {
+    Format format;
+    const void* panels;
+    isize out;
+};
+
+// A packed weight: what a checkpoint keeps in several tensors is several parts, if they are blocks.
+constexpr int kMaxParts = 3;
+struct Weight {
+    Part parts[kMaxParts];
+    int count;
+    const void* bias;  // [out] in the type of the activations; may be null
+    isize in, out;
+};
 
 struct NormArgs {
     const void *x, *residual, *weight;  // residual may be null
@@ -47,12 +66,18 @@ struct StoreArgs {
     isize tokens, heads, dim, page_size, pages, key_stride, value_stride, element;
 };
 
-struct LinearArgs {
-    const void* x;       // [rows, in] bf16
-    const void* panels;  // packed weight
-    const void* bias;    // [out] bf16 or null
-    void* out;           // [rows, out]
-    isize rows, in, out_features, x_stride, out_stride;
+// x [rows, in] times weight: out [rows, weight.out], dense. Activations are bf16, or f32 if all parts are blocks.
+struct ProductArgs {
+    const void* x;
+    void* out;
+    isize rows, x_stride;
+};
+
+// `weight[ids]`, a row each: out [count, weight.in], dense.
+struct GatherArgs {
+    const int32_t* ids;
+    void* out;
+    isize count;
 };
 
 struct AttentionArgs {
@@ -69,12 +94,6 @@ struct ArgmaxArgs {
     const void* x;  // [rows, cols]
     int64_t* out;   // [rows]
     isize rows, cols, x_stride;
-};
-
-// A packed weight.
-struct Weight {
-    const void *panels, *bias;  // bias may be null
-    isize in, out;
 };
 
 // One decoder layer in bf16: norm, attention, norm, gated MLP, with the residual kept apart.
@@ -102,7 +121,8 @@ struct Kernels {
     void (*gate)(DType, const GateArgs&);
     const char* (*rotary)(DType, const RotaryArgs&);
     const char* (*store)(const StoreArgs&);
-    void (*linear)(const LinearArgs&);
+    void (*product)(DType, const Weight&, const ProductArgs&);
+    const char* (*gather)(DType, const Weight&, const GatherArgs&);
     void (*argmax)(DType, const ArgmaxArgs&);
     const char* (*attention)(DType, const AttentionArgs&);
     const char* (*layer)(const LayerArgs&, const LayerInput&);
@@ -111,12 +131,14 @@ struct Kernels {
 const Kernels& baseline_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
+const Kernels& avx2_vnni_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
 #endif
 
 // A buffer of the calling thread, 64-byte aligned, that lives until the thread asks for a larger one of the same slot.
-enum class Scratch { items, partials, tile, layer, count };
+enum class Scratch { items, partials, tile, layer, quantised, count };
 void* scratch(Scratch slot, std::size_t bytes);
 
 }  // namespace octavo

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "blocks.h"
 #include "pool.h"
 
 namespace nb = nanobind;
@@ -47,9 +48,13 @@ std::vector<const Kernels*> supported() {
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_kernels());
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (vnni && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_kernels());
+    if (vnni) tables.push_back(&avx512_vnni_kernels());
     if (avx512) tables.push_back(&avx512_kernels());
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) tables.push_back(&avx2_kernels());
+    if (avx2 && __builtin_cpu_supports("avxvnni")) tables.push_back(&avx2_vnni_kernels());
+    if (avx2) tables.push_back(&avx2_kernels());
 #endif
     tables.push_back(&baseline_kernels());
     return tables;
@@ -105,28 +110,43 @@ void store(address cache, address key, address value, address slots, isize token
                          key_stride, value_stride, element}));
 }
 
-void linear(address x, address panels, address bias, address out, isize rows, isize in, isize out_features,
-            isize x_stride) {
-    active->linear({at(x), at(panels), at(bias), at(out), rows, in, out_features, x_stride, out_features});
+using part = std::tuple<std::string, address, isize>;  // "bf16" or a block type's name, panels, outputs
+
+Format format_of(const std::string& name) {
+    if (name == "bf16") return Format::bf16;
+    if (const BlockType* type = block_type(name.c_str())) return type->format;
+    throw std::invalid_argument("there are no panels of the type '" + name + "'");
+}
+
+void make_weight(Weight* self, const std::vector<part>& parts, address bias, isize in) {
+    if (parts.empty() || parts.size() > kMaxParts) throw std::invalid_argument("a weight has one to three parts");
+    new (self) Weight{{}, 0, at(bias), in, 0};
+    for (const part& p : parts) {
+        self->parts[self->count++] = {format_of(std::get<0>(p)), at(std::get<1>(p)), std::get<2>(p)};
+        self->out += std::get<2>(p);
+    }
+}
+
+void product(const Weight& self, bool bf16, address x, address out, isize rows, isize x_stride) {
+    active->product(type_of(bf16), self, {at(x), at(out), rows, x_stride});
+}
+
+void gather(const Weight& self, bool bf16, address ids, address out, isize count) {
+    raise(active->gather(type_of(bf16), self, {at<int32_t>(ids), at(out), count}));
+}
+
+isize bytes_of_panels(const std::string& type, isize out, isize in) { return panel_bytes(format_of(type), out, in); }
+
+void pack(const std::string& type, address blocks, isize out, isize in, address panels) {
+    pack_blocks(*block_type(type.c_str()), at(blocks), out, in, at(panels));
+}
+
+void quantise(bool bf16, address weight, isize out, isize in, address panels) {
+    pack_int8(type_of(bf16), at(weight), out, in, at(panels));
 }
 
 void argmax(bool bf16, address x, address out, isize rows, isize cols, isize x_stride) {
     active->argmax(type_of(bf16), {at(x), at<int64_t>(out), rows, cols, x_stride});
-}
-
-// Rows of a bf16 weight, out of its panels.
-void gather(address panels, address ids, address out, isize count, isize in, isize out_features) {
-    auto* from = at<const uint32_t>(panels);
-    auto* to = at<uint32_t>(out);
-    auto* id = at<const int32_t>(ids);
-    const isize pairs = in / 2;
-    for (isize t = 0; t < count; t++)
-        if (id[t] < 0 || id[t] >= out_features) raise("a token id is outside of the vocabulary");
-    auto copy = [=](isize t) {
-        const uint32_t* panel = from + id[t] / kPanel * pairs * kPanel + id[t] % kPanel;
-        for (isize k = 0; k < pairs; k++) to[t * pairs + k] = panel[k * kPanel];
-    };
-    for (isize t = 0; t < count; t++) copy(t);
 }
 
 void attention(bool bf16, address query, address cache, address out, address query_start, address seq_lens, address rows,
@@ -139,13 +159,10 @@ void attention(bool bf16, address query, address cache, address out, address que
                         page_size, pages, table_rows, table_width, query_stride, tokens, window, scale, softcap}));
 }
 
-using weight = std::tuple<address, address, isize, isize>;  // panels, bias, in, out
-Weight weight_of(const weight& w) { return {at(std::get<0>(w)), at(std::get<1>(w)), std::get<2>(w), std::get<3>(w)}; }
-
-void make_layer(LayerArgs* self, weight qkv, weight o, weight gate_up, weight down, address input_norm,
-                address post_norm, address q_norm, address k_norm, float eps, bool silu) {
-    new (self) LayerArgs{weight_of(qkv), weight_of(o), weight_of(gate_up), weight_of(down), at(input_norm),
-                         at(post_norm), at(q_norm), at(k_norm), eps, silu ? Gate::silu : Gate::gelu_tanh};
+void make_layer(LayerArgs* self, const Weight& qkv, const Weight& o, const Weight& gate_up, const Weight& down,
+                address input_norm, address post_norm, address q_norm, address k_norm, float eps, bool silu) {
+    new (self) LayerArgs{qkv, o, gate_up, down, at(input_norm), at(post_norm), at(q_norm), at(k_norm), eps,
+                         silu ? Gate::silu : Gate::gelu_tanh};
 }
 
 // The part of a layer's input that all layers of one kind share in a step.
@@ -168,6 +185,7 @@ void layer(const LayerArgs& self, LayerInput in, address x, address residual, ad
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+    nb::set_leak_warnings(false);  // a model may live until the interpreter ends
     using unlocked = nb::call_guard<nb::gil_scoped_release>;
     m.doc() = "Kernels for processors. Arguments are addresses; octavo.kernels.cpu checks them and is the only caller.";
     m.def("names", &names, "The instruction sets this processor can run, best first.");
@@ -179,10 +197,15 @@ NB_MODULE(_cpu, m) {
     m.def("gate", &gate, unlocked());
     m.def("rotary", &rotary, unlocked());
     m.def("store", &store, unlocked());
-    m.def("linear", &linear, unlocked());
     m.def("argmax", &argmax, unlocked());
-    m.def("gather", &gather, unlocked());
     m.def("attention", &attention, unlocked());
+    m.def("panel_bytes", &bytes_of_panels, "Of a weight [out, in] of this block type.");
+    m.def("pack", &pack, unlocked(), "Blocks of GGUF's into panels.");
+    m.def("quantise", &quantise, unlocked(), "A weight into panels of Q8_0.");
+    nb::class_<Weight>(m, "Weight")
+        .def("__init__", &make_weight)
+        .def("product", &product, unlocked())
+        .def("gather", &gather, unlocked());
     nb::class_<LayerInput>(m, "Step").def("__init__", &make_step);
     nb::class_<LayerArgs>(m, "Layer").def("__init__", &make_layer).def("run", &layer, unlocked());
 }

@@ -5,9 +5,6 @@
 
 namespace octavo::OCTAVO_ISA {
 
-// Below this many elements a second thread costs more than it saves.
-constexpr isize kParallelFrom = 16384;
-
 template <class T>
 OCTAVO_INLINE void norm_row(const T* x, const T* residual, const T* weight, T* out, T* total, isize cols,
                             float eps) {

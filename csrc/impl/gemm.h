@@ -110,33 +110,68 @@ struct Unit {
     isize first_row, rows, first_panel;
 };
 
-template <int PANELS>
-OCTAVO_INLINE void finish(const LinearArgs& a, isize row, isize column, const vf* acc) {
-    bf16* out = (bf16*)a.out + row * a.out_stride + column;
-    auto* bias = a.bias ? (const bf16*)a.bias + column : nullptr;
-    for (int v = 0; v < PANELS * kPanelVecs; v++) {
-        isize left = a.out_features - column - v * kLanes;
+// x [rows, in] bf16 times the panels of `out` outputs, to rows of `to` that are `to_stride` apart.
+struct LinearArgs {
+    const bf16 *x, *panels, *bias;  // bias may be null
+    bf16* to;
+    isize rows, in, out, x_stride, to_stride;
+};
+
+// A row of PANELS x 16 sums, of which the first `left` are outputs, with their bias added.
+template <class T, int PANELS>
+OCTAVO_INLINE void finish_row(const vf* acc, const T* bias, T* out, isize left) {
+    for (int v = 0; v < PANELS * kPanelVecs; v++, left -= kLanes) {
         if (left >= kLanes) {
             store(out + v * kLanes, bias ? acc[v] + load(bias + v * kLanes) : acc[v]);
             continue;
         }
         for (isize i = 0; i < left; i++)
-            out[v * kLanes + i] = narrow<bf16>(acc[v][i] + (bias ? widen(bias[v * kLanes + i]) : 0.0f));
+            out[v * kLanes + i] = narrow<T>(acc[v][i] + (bias ? widen(bias[v * kLanes + i]) : 0.0f));
     }
+}
+
+template <int PANELS>
+OCTAVO_INLINE void finish(const LinearArgs& a, isize row, isize column, const vf* acc) {
+    finish_row<bf16, PANELS>(acc, a.bias ? a.bias + column : nullptr, a.to + row * a.to_stride + column, a.out - column);
+}
+
+// Shares out all panels in groups of MOST; what is left after every thread had the same number of groups, evenly. f gets
+// a group's first panel and, as a constant, how many it has.
+template <int MOST, class F>
+OCTAVO_INLINE void each_group(isize panels, F f) {
+    const isize workers = threads(), groups = panels / MOST / workers * workers, rest = panels - groups * MOST;
+    isize width = (rest + workers - 1) / workers;
+    width = width < 1 ? 1 : width > MOST ? MOST : width;
+    parallel(true, groups + (rest + width - 1) / width, [&](isize u) {
+        if (u < groups) return f(u * MOST, std::integral_constant<int, MOST>{});
+        const isize first = groups * MOST + (u - groups) * width;
+        with_panels(panels - first < width ? panels - first : width, [&](auto count) { f(first, count); });
+    });
+}
+
+// Shares out blocks of rows and groups of MOST panels; f gets a unit and, as a constant, how many panels it has.
+template <int MOST, class F>
+OCTAVO_INLINE void each_unit(isize panels, isize rows, F f) {
+    const isize groups = (panels + MOST - 1) / MOST, blocks = (rows + kBlockRows - 1) / kBlockRows;
+    parallel(true, groups * blocks, [&](isize u) {
+        const isize first = u / groups * kBlockRows, panel = u % groups * MOST;
+        const Unit unit{first, rows - first < kBlockRows ? rows - first : kBlockRows, panel};
+        with_panels(panels - panel < MOST ? panels - panel : MOST, [&](auto count) { f(unit, count); });
+    });
 }
 
 template <int PANELS>
 void run_unit(const LinearArgs& a, Unit unit) {
     constexpr int kVecs = PANELS * kPanelVecs;
     const isize steps = a.in / 2, panel_stride = steps * kLine<bf16>;
-    const bf16* weight = (const bf16*)a.panels + unit.first_panel * panel_stride;
+    const bf16* weight = a.panels + unit.first_panel * panel_stride;
     const bool blocked = steps > kBlockSteps;
     auto* partial = blocked ? (float*)scratch(Scratch::tile, kBlockRows * kVecs * kLanes * 4) : nullptr;
     for (isize from = 0; from < steps; from += kBlockSteps) {
         const isize count = steps - from < kBlockSteps ? steps - from : kBlockSteps;
         const bool last = from + count == steps;
         for (isize r = 0; r < unit.rows; r += kTileRows) {
-            const bf16* x = (const bf16*)a.x + (unit.first_row + r) * a.x_stride + from * 2;
+            const bf16* x = a.x + (unit.first_row + r) * a.x_stride + from * 2;
             with_rows(int(unit.rows - r < kTileRows ? unit.rows - r : kTileRows), [&](auto height) {
                 constexpr int ROWS = decltype(height)::value;
                 vf acc[ROWS][kVecs] = {};
@@ -165,8 +200,7 @@ constexpr isize kAhead = 96;  // steps
 template <int ROWS, int PANELS>
 OCTAVO_INLINE void stream_panels(const LinearArgs& a, isize first) {
     const isize steps = a.in / 2, stride = steps * kLine<bf16>;
-    const bf16* w = (const bf16*)a.panels + first * stride;
-    const bf16* x = (const bf16*)a.x;
+    const bf16 *w = a.panels + first * stride, *x = a.x;
     vf acc[ROWS][PANELS * kPanelVecs] = {};
     const isize near = steps > kAhead ? steps - kAhead : 0;
     for (isize k = 0; k < steps; k++) {
@@ -186,34 +220,19 @@ OCTAVO_INLINE void stream_panels(const LinearArgs& a, isize first) {
     for (int r = 0; r < ROWS; r++) finish<PANELS>(a, r, first * kPanel, acc[r]);
 }
 
-// All panels in groups of kTilePanels; what is left after every thread had the same number of groups, evenly.
-template <int ROWS>
-inline void stream(const LinearArgs& a) {
-    const isize panels = (a.out_features + kPanel - 1) / kPanel, workers = threads();
-    const isize groups = panels / kTilePanels / workers * workers, rest = panels - groups * kTilePanels;
-    isize width = (rest + workers - 1) / workers;
-    width = width < 1 ? 1 : width > kTilePanels ? kTilePanels : width;
-    parallel(true, groups + (rest + width - 1) / width, [&](isize u) {
-        if (u < groups) return stream_panels<ROWS, kTilePanels>(a, u * kTilePanels);
-        const isize first = groups * kTilePanels + (u - groups) * width;
-        with_panels(panels - first < width ? panels - first : width,
-                    [&](auto count) { stream_panels<ROWS, decltype(count)::value>(a, first); });
-    });
-}
-
 inline void linear(const LinearArgs& a) {
-    const isize panels = (a.out_features + kPanel - 1) / kPanel;
-    if (a.rows <= kTileRows && a.rows <= 4) {
-        with_rows(int(a.rows), [&](auto height) { stream<decltype(height)::value>(a); });
+    const isize panels = (a.out + kPanel - 1) / kPanel;
+    if (a.rows > 4) {
+        each_unit<kTilePanels>(panels, a.rows,
+                               [&](Unit unit, auto count) { run_unit<decltype(count)::value>(a, unit); });
         return;
     }
-    const isize groups = (panels + kTilePanels - 1) / kTilePanels;
-    const isize blocks = (a.rows + kBlockRows - 1) / kBlockRows;
-    parallel(true, groups * blocks, [&](isize u) {
-        isize first = u / groups * kBlockRows, panel = u % groups * kTilePanels;
-        Unit unit{first, a.rows - first < kBlockRows ? a.rows - first : kBlockRows, panel};
-        with_panels(panels - panel < kTilePanels ? panels - panel : kTilePanels,
-                    [&](auto width) { run_unit<decltype(width)::value>(a, unit); });
+    with_rows(int(a.rows), [&](auto height) {
+        constexpr int ROWS = decltype(height)::value;
+        if constexpr (ROWS <= 4)
+            each_group<kTilePanels>(panels, [&](isize first, auto count) {
+                stream_panels<ROWS, decltype(count)::value>(a, first);
+            });
     });
 }
 

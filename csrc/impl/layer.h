@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "product.h"
 
 namespace octavo::OCTAVO_ISA {
 
@@ -43,8 +44,8 @@ inline const char* check(const LayerInput& in) {
     return check(a);
 }
 
-OCTAVO_INLINE void product(const Weight& w, const bf16* x, bf16* out, isize rows) {
-    linear({x, w.panels, w.bias, out, rows, w.in, w.out, w.in, w.out});
+inline void multiply(const Weight& w, const bf16* x, bf16* out, isize rows) {
+    product(DType::bf16, w, {x, out, rows, w.in});
 }
 
 inline const char* layer(const LayerArgs& l, const LayerInput& in) {
@@ -59,15 +60,15 @@ inline const char* layer(const LayerArgs& l, const LayerInput& in) {
     const void* before = in.residual ? sum : in.x;
 
     norm(DType::bf16, {in.x, in.residual, l.input_norm, hidden, sum, rows, size, size, size, l.eps});
-    product(l.qkv, hidden, projected, rows);
+    multiply(l.qkv, hidden, projected, rows);
     place_heads(l, in, projected, l.qkv.out);
     a.query = projected, a.query_stride = l.qkv.out, a.out = mixed;
     attention_of<bf16>(a);
-    product(l.o, mixed, hidden, rows);
+    multiply(l.o, mixed, hidden, rows);
     norm(DType::bf16, {hidden, before, l.post_norm, hidden, in.sum, rows, size, size, size, l.eps});
-    product(l.gate_up, hidden, projected, rows);
+    multiply(l.gate_up, hidden, projected, rows);
     gate(DType::bf16, {projected, mixed, rows, inner, 2 * inner, l.gate});
-    product(l.down, mixed, (bf16*)in.out, rows);
+    multiply(l.down, mixed, (bf16*)in.out, rows);
     return nullptr;
 }
 

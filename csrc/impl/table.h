@@ -6,6 +6,6 @@
 
 namespace octavo::OCTAVO_ISA {
 
-inline const Kernels table = {OCTAVO_NAME, norm, gate, rotary, store_kv, linear, argmax, attention, layer};
+inline const Kernels table = {OCTAVO_NAME, norm, gate, rotary, store_kv, product, gather, argmax, attention, layer};
 
 }  // namespace octavo::OCTAVO_ISA

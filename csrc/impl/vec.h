@@ -161,6 +161,9 @@ OCTAVO_INLINE vf vexp(vf x) {
 }
 OCTAVO_INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (1.0f + vexp(2.0f * x)); }
 
+// Below this many elements a second thread costs more than it saves.
+constexpr isize kParallelFrom = 16384;
+
 // f(i) for every i below count, by several threads if that is worth it.
 template <class F>
 OCTAVO_INLINE void parallel(bool worth, isize count, F f) {

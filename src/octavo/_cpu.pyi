@@ -1,8 +1,6 @@
 # The C++ extension (csrc/); arguments named `*_at` are addresses, strides count elements.
 # Only octavo.kernels.cpu calls it.
 
-from typing import TypeAlias
-
 def names() -> list[str]: ...
 def use(name: str, /) -> None: ...
 def active() -> str: ...
@@ -52,19 +50,10 @@ def store(
     element: int,
     /,
 ) -> None: ...
-def linear(
-    x_at: int,
-    panels_at: int,
-    bias_at: int,
-    out_at: int,
-    rows: int,
-    in_features: int,
-    out_features: int,
-    x_stride: int,
-    /,
-) -> None: ...
 def argmax(bf16: bool, x_at: int, out_at: int, rows: int, cols: int, x_stride: int, /) -> None: ...
-def gather(panels_at: int, ids_at: int, out_at: int, count: int, in_features: int, out_features: int, /) -> None: ...
+def panel_bytes(kind: str, out_features: int, in_features: int, /) -> int: ...
+def pack(kind: str, blocks_at: int, out_features: int, in_features: int, panels_at: int, /) -> None: ...
+def quantise(bf16: bool, weight_at: int, out_features: int, in_features: int, panels_at: int, /) -> None: ...
 def attention(
     bf16: bool,
     query_at: int,
@@ -91,7 +80,10 @@ def attention(
     /,
 ) -> None: ...
 
-_Weight: TypeAlias = tuple[int, int, int, int]  # addresses of panels and bias (or 0), inputs, outputs
+class Weight:
+    def __init__(self, parts: list[tuple[str, int, int]], bias_at: int, in_features: int, /) -> None: ...
+    def product(self, bf16: bool, x_at: int, out_at: int, rows: int, x_stride: int, /) -> None: ...
+    def gather(self, bf16: bool, ids_at: int, out_at: int, count: int, /) -> None: ...
 
 class Step:
     def __init__(
@@ -123,10 +115,10 @@ class Step:
 class Layer:
     def __init__(
         self,
-        qkv: _Weight,
-        o: _Weight,
-        gate_up: _Weight,
-        down: _Weight,
+        qkv: Weight,
+        o: Weight,
+        gate_up: Weight,
+        down: Weight,
         input_norm_at: int,
         post_norm_at: int,
         q_norm_at: int,

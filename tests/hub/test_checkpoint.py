@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from octavo.errors import ModelError
-from octavo.hub.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint, safetensors_paths
+from octavo.hub.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, open_checkpoint, safetensors_paths
 from octavo.hub.source import Source
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from tests.gguf_files import HEADS, KV_HEADS, llama_order, tiny_metadata, tiny_tensors, write_gguf
@@ -324,8 +324,10 @@ def test_raw_blocks_of_a_query_projection_are_in_the_order_of_transformers(tmp_p
     path = write_gguf(tmp_path / "m.gguf", {"blk.0.attn_q.weight": (stored, kind)}, tiny_metadata())
     checkpoint = open_checkpoint(source(tmp_path), "gguf")  # a folder with one GGUF file
     name = "model.layers.0.self_attn.q_proj.weight"
-    blocks, type_name = checkpoint.read_raw(name)  # type: ignore[attr-defined]
-    assert type_name == "Q8_0"
+    assert isinstance(checkpoint, GgufCheckpoint)
+    assert checkpoint.block_types() == {name: "Q8_0"}
+    blocks = checkpoint.read_raw(name)
+    np.testing.assert_array_equal(checkpoint.read_raw(name, slice(3, 20)), blocks[3:20])
     np.testing.assert_array_equal(blocks.reshape(len(blocks), -1), gguf.quants.quantize(weight, kind))
     np.testing.assert_array_equal(
         open_checkpoint(source(path, "gguf")).read(name, (slice(3, 20), slice(5, 30))).data,

@@ -4,14 +4,16 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from octavo.config import ModelConfig
 from octavo.errors import ModelError
-from octavo.hub.checkpoint import Array, Checkpoint, open_checkpoint
-from octavo.hub.configs import model_config
+from octavo.hub.checkpoint import Array, Checkpoint, GgufCheckpoint, open_checkpoint
+from octavo.hub.configs import model_config, read_hf_dict
+from octavo.hub.gguf import GgufReader
 from octavo.hub.patches import normalise
 from octavo.hub.resolve import resolve
 from octavo.hub.safetensors_file import TensorInfo
@@ -19,6 +21,7 @@ from octavo.kernels import select
 from octavo.models.llama import LlamaForCausalLM
 from octavo.runtime import loader
 from octavo.runtime.loader import LoadReport, fill_dummy, load
+from tests.gguf_files import HEADS, HIDDEN, KV_HEADS, llama_order, tiny_metadata, tiny_tensors, write_gguf
 from tools import tiny
 
 CPU = torch.device("cpu")
@@ -251,3 +254,67 @@ def test_dummy_weights_depend_on_the_seed_and_the_name_only() -> None:
     assert torch.equal(down[0], down[3])
     assert not torch.equal(down[0], down[2])
     assert not torch.equal(down[0], first.model.layers[2].mlp.down_proj.weight)
+
+
+def gguf_checkpoint(folder: Path, kinds: Mapping[str, str], default: str = "Q8_0") -> GgufCheckpoint:
+    """A tiny model whose matrices are in ``kinds`` (by a part of the name) or ``default``."""
+    tensors: dict[str, object] = {}
+    for name, value in tiny_tensors().items():
+        kind = next((kinds[part] for part in kinds if part in name), default)
+        if value.ndim == 2 and kind != "F32":
+            quantised = getattr(gguf.GGMLQuantizationType, kind)
+            value = (
+                llama_order(value, HEADS if "attn_q" in name else KV_HEADS)
+                if "attn_q" in name or "attn_k" in name
+                else value
+            )
+            tensors[name] = (gguf.quants.quantize(np.ascontiguousarray(value), quantised), quantised)
+        else:
+            tensors[name] = value
+    return GgufCheckpoint(GgufReader(write_gguf(folder / "m.gguf", tensors, tiny_metadata())))  # type: ignore[arg-type]
+
+
+def gguf_models(
+    source: GgufCheckpoint, folder: Path, dtype: str
+) -> tuple[LlamaForCausalLM, LlamaForCausalLM, LoadReport]:
+    """The model with its blocks as they are, and with their values in ``dtype``."""
+    made = model_config(read_hf_dict(resolve(str(folder / "m.gguf")), {}), dtype=dtype)
+    kept, plain = LlamaForCausalLM(made, 64), LlamaForCausalLM(made, 64)
+    report = load(kept, source, CPU, lambda phase, share: None, keep_blocks=True)
+    run(plain, source)
+    return kept, plain, report
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_of_a_gguf_file_stay_as_they_are_and_compute_nearly_the_same(tmp_path: Path, dtype: str) -> None:
+    pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
+    source = gguf_checkpoint(tmp_path, {"attn_v": "Q5_1", "ffn": "Q4_1"})
+    kept, plain, report = gguf_models(source, tmp_path, dtype)
+    assert report.kinds == ("Q4_1", "Q5_1", "Q8_0")
+    assert "Q4_1, Q5_1, Q8_0 kept as they are" in str(report)
+    stored = sum(source.read_raw(name).nbytes for name in source.block_types())
+    assert stored < report.nbytes < stored + 2000  # and the norms
+    assert not any(parameter.dim() == 2 for parameter in kept.parameters())
+    layer, expected = kept.model.layers[0].self_attn.qkv_proj, plain.model.layers[0].self_attn.qkv_proj
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0)).to(kept.dtype)
+    torch.testing.assert_close(layer(x), expected(x), atol=0.2, rtol=0.02)
+    ids = torch.tensor([3, 0, 39])
+    torch.testing.assert_close(kept.model.embed_tokens(ids), plain.model.embed_tokens(ids), atol=0, rtol=0)
+
+
+def test_a_layer_with_a_part_that_is_not_in_blocks_is_dequantised(tmp_path: Path) -> None:
+    pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
+    source = gguf_checkpoint(tmp_path, {"attn_v": "F32", "ffn_up": "Q4_0"})
+    kept, plain, report = gguf_models(source, tmp_path, "float32")
+    assert report.kinds == ("Q4_0", "Q8_0")
+    for name in ("self_attn.qkv_proj", "mlp.gate_up_proj"):
+        layer, expected = (m.model.layers[1].get_submodule(name) for m in (kept, plain))
+        x = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(1))
+        exact = name == "self_attn.qkv_proj"
+        assert torch.equal(layer(x), expected(x)) is exact
+        torch.testing.assert_close(layer(x), expected(x), atol=0.2, rtol=0.02)
+
+
+def test_blocks_are_dequantised_unless_asked_for(tmp_path: Path) -> None:
+    _, plain, _ = gguf_models(gguf_checkpoint(tmp_path, {}), tmp_path, "float32")
+    assert plain.model.layers[0].self_attn.o_proj.weight.dtype is torch.float32

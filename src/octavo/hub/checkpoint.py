@@ -91,14 +91,19 @@ class GgufCheckpoint:
         tensor = self._reader.tensors[self._names[name]]
         return Array(tensor.read(slices, attention_rows(self._reader, tensor)), "float32")
 
-    def read_raw(self, name: str) -> tuple[Bytes, str]:
-        """The blocks as stored, uint8 [*rows, blocks in a row, bytes of a block], and their ggml type.
+    def block_types(self) -> dict[str, str]:
+        """The ggml type of every matrix."""
+        tensors = {name: self._reader.tensors[own] for name, own in self._names.items()}
+        return {name: tensor.format.name for name, tensor in tensors.items() if len(tensor.shape) == 2}
+
+    def read_raw(self, name: str, rows: slice = slice(None)) -> Bytes:
+        """``rows`` of the blocks as stored, uint8 [*rows, blocks in a row, bytes of a block].
 
         A view of the file, but for query and key projections of the architectures whose rows must be reordered.
         """
         tensor = self._reader.tensors[self._names[name]]
-        rows = attention_rows(self._reader, tensor)
-        return tensor.blocks if rows is None else tensor.blocks[rows], tensor.format.name
+        order = attention_rows(self._reader, tensor)
+        return tensor.blocks[rows] if order is None else tensor.blocks[order[rows]]
 
 
 # --- which files ----------------------------------------------------------------------------------------------------

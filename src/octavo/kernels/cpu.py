@@ -6,6 +6,8 @@ does not take goes to the reference. Indices inside tensors (slots, pages, posit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from octavo import _cpu
@@ -218,55 +220,115 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
 
 
 class PackedLinear:
-    """A bfloat16 weight in panels of 16 outputs: ``[out / 16, in / 2, 16, 2]``, the last panel filled up with zeros."""
+    """A weight in panels of 16 outputs, the layout of which only the extension knows (csrc/kernels.h, csrc/blocks.h).
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.out_features, self.in_features = weight.shape
-        missing = -self.out_features % PANEL
-        if missing:
-            weight = torch.cat((weight, weight.new_zeros(missing, self.in_features)))
-        pairs = weight.contiguous().view(torch.int32)
-        self.panels = pairs.view(-1, PANEL, self.in_features // 2).transpose(1, 2).contiguous()
-        self.bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
+    ``parts`` are what lies one below the other in it: (type, panels, outputs), where the type is "bf16" or one of
+    `BLOCK_TYPES`. It takes activations of ``dtype``, which is bfloat16 unless all parts are blocks.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[str, torch.Tensor, int]],
+        in_features: int,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype = dtype
+        self.in_features = in_features
+        self.out_features = sum(out for _, _, out in parts)
+        self.bias = None if bias is None else bias.to(dtype).contiguous()
+        self.panels = [panels for _, panels, _ in parts]  # whose addresses the extension holds
+        self.native = _cpu.Weight(
+            [(kind, panels.data_ptr(), out) for kind, panels, out in parts],
+            0 if self.bias is None else self.bias.data_ptr(),
+            in_features,
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x[..., in] @ weight.T + bias``; another type or width than the weight's is a ValueError."""
-        if x.dtype is not torch.bfloat16 or x.shape[-1] != self.in_features:
-            raise ValueError(f"x is {x.dtype} {tuple(x.shape)}; the weight takes bfloat16 [..., {self.in_features}]")
+        if x.dtype is not self.dtype or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x is {x.dtype} {tuple(x.shape)}; the weight takes {self.dtype} [..., {self.in_features}]"
+            )
         flat = _rows_of(x)
-        out = torch.empty((*x.shape[:-1], self.out_features), dtype=torch.bfloat16)
-        _cpu.linear(
-            flat.data_ptr(),
-            self.panels.data_ptr(),
-            0 if self.bias is None else self.bias.data_ptr(),
-            out.data_ptr(),
-            flat.shape[0],
-            self.in_features,
-            self.out_features,
-            flat.stride(0),
-        )
+        out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype)
+        self.native.product(x.dtype is torch.bfloat16, flat.data_ptr(), out.data_ptr(), flat.shape[0], flat.stride(0))
         return out
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """``weight[ids]``: ``[T, in]``. Raises IndexError for an id outside of the weight."""
         ids = ids.to(torch.int32).contiguous()
-        out = torch.empty((ids.numel(), self.in_features), dtype=torch.bfloat16)
-        _cpu.gather(
-            self.panels.data_ptr(),
-            ids.data_ptr(),
-            out.data_ptr(),
-            ids.numel(),
-            self.in_features,
-            self.out_features,
-        )
+        out = torch.empty((ids.numel(), self.in_features), dtype=self.dtype)
+        self.native.gather(self.dtype is torch.bfloat16, ids.data_ptr(), out.data_ptr(), ids.numel())
         return out.view(*ids.shape, self.in_features)
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear | None:
     """The packed product of ``weight[out, in]``, or None where F.linear stays (float32, odd ``in``)."""
-    if weight.dtype is not torch.bfloat16 or weight.shape[1] % 2 or weight.numel() == 0:
+    out, size = weight.shape
+    if weight.dtype is not torch.bfloat16 or size % 2 or weight.numel() == 0:
         return None
-    return PackedLinear(weight, bias)
+    missing = -out % PANEL
+    if missing:
+        weight = torch.cat((weight, weight.new_zeros(missing, size)))
+    # [out / 16, in / 2, 16, 2]
+    panels = weight.contiguous().view(torch.int32).view(-1, PANEL, size // 2).transpose(1, 2).contiguous()
+    return PackedLinear([("bf16", panels, out)], size, bias, torch.bfloat16)
+
+
+# Types of GGUF that are multiplied as they are, to (values, bytes) of a block.
+BLOCK_TYPES = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
+MAX_PARTS = 3
+
+
+def pack_blocks(
+    parts: Sequence[tuple[str, torch.Tensor]], bias: torch.Tensor | None, dtype: torch.dtype
+) -> PackedLinear:
+    """The product of a weight in blocks of few bits, for activations of ``dtype`` (bfloat16 or float32).
+
+    ``parts`` lie one below the other: (type, of `BLOCK_TYPES`; uint8 ``[out, bytes of a row]``). Activations are
+    rounded to int8 in groups of 32 (Q6_K: 16), each by its greatest. The scales of Q4_K, Q5_K and Q6_K, which are
+    products of two numbers in the file, are rounded to float16. Raises ValueError for parts that do not fit together.
+    """
+    if not 0 < len(parts) <= MAX_PARTS or dtype not in _TYPES:
+        raise ValueError(f"{len(parts)} parts for activations of {dtype}; 1 to {MAX_PARTS} of blocks are packed")
+    sizes, packed = set(), []
+    for kind, blocks in parts:
+        values, nbytes = BLOCK_TYPES[kind]
+        out, row = blocks.shape
+        if blocks.dtype is not torch.uint8 or not blocks.is_contiguous() or not out or not row or row % nbytes:
+            raise ValueError(f"blocks of {kind} are {blocks.dtype} {tuple(blocks.shape)}, not dense rows of bytes")
+        size = row // nbytes * values
+        panels = torch.empty(_cpu.panel_bytes(kind, out, size), dtype=torch.uint8)
+        _cpu.pack(kind, blocks.data_ptr(), out, size, panels.data_ptr())
+        packed.append((kind, panels, out))
+        sizes.add(size)
+    if len(sizes) != 1:
+        raise ValueError(f"parts of one weight take {sorted(sizes)} inputs")
+    return PackedLinear(packed, sizes.pop(), bias, dtype)
+
+
+def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear | None:
+    """The product of ``weight[out, in]`` rounded to int8 in groups of 32 inputs (GGUF's Q8_0); see `pack_blocks`.
+
+    None for a weight that is not bfloat16 or float32, or whose inputs are no multiple of 32.
+    """
+    out, size = weight.shape
+    if weight.dtype not in _TYPES or size % 32 or weight.numel() == 0:
+        return None
+    weight = weight.contiguous()
+    panels = torch.empty(_cpu.panel_bytes("Q8_0", out, size), dtype=torch.uint8)
+    _cpu.quantise(weight.dtype is torch.bfloat16, weight.data_ptr(), out, size, panels.data_ptr())
+    return PackedLinear([("Q8_0", panels, out)], size, bias, weight.dtype)
 
 
 def describe() -> str:

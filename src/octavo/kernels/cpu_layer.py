@@ -6,8 +6,6 @@ which checks its tensors and allocates an output. Here weights are checked once,
 
 from __future__ import annotations
 
-import atexit
-
 import torch
 
 from octavo import _cpu
@@ -23,6 +21,8 @@ def fuse_layer(parts: LayerParts) -> FusedLayer | None:
     products = [p for p in (parts.qkv, parts.o, parts.gate_up, parts.down) if isinstance(p, PackedLinear)]
     norms = [n for n in (parts.input_norm, parts.post_norm, parts.q_norm, parts.k_norm) if n is not None]
     if len(products) < 4 or parts.activation not in _GATES or not _fits(parts, *products):
+        return None
+    if any(p.dtype is not torch.bfloat16 for p in products):
         return None
     if any(n.dtype is not torch.bfloat16 or not n.is_contiguous() for n in norms):
         return None
@@ -54,10 +54,10 @@ class _Layer:
         self._size = qkv.in_features
         self._products = (qkv, o, gate_up, down)
         self._layer = _cpu.Layer(
-            _weight(qkv),
-            _weight(o),
-            _weight(gate_up),
-            _weight(down),
+            qkv.native,
+            o.native,
+            gate_up.native,
+            down.native,
             parts.input_norm.data_ptr(),
             parts.post_norm.data_ptr(),
             0 if parts.q_norm is None else parts.q_norm.data_ptr(),
@@ -96,11 +96,6 @@ class _Layer:
             total.data_ptr(),
         )
         return out, total
-
-
-def _weight(product: PackedLinear) -> tuple[int, int, int, int]:
-    bias = 0 if product.bias is None else product.bias.data_ptr()
-    return product.panels.data_ptr(), bias, product.in_features, product.out_features
 
 
 class _Step:
@@ -168,10 +163,5 @@ class _Steps:
             step = self._by_kind[kind] = _Step(parts, positions, cache, meta)
         return step
 
-    def forget(self) -> None:
-        """Lets go of the last step."""
-        self._meta, self._positions, self._by_kind = None, None, {}
-
 
 _steps = _Steps()
-atexit.register(_steps.forget)  # or the binding, which ends before this module, warns that it leaks

@@ -5,7 +5,7 @@ Layers call the functions of the `Ops` that `ops` returns; nobody else asks what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -77,6 +77,25 @@ class LayerParts:
     cos_sin: torch.Tensor | None  # [max_len, rotated], as `reference.rotary` takes it; None: nothing is rotated
 
 
+class PackBlocks(Protocol):
+    """Packs a weight that is stored in blocks of few bits."""
+
+    def __call__(
+        self, parts: Sequence[tuple[str, torch.Tensor]], bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> PackedLinear:
+        """``parts``, at most `MAX_PARTS`, lie one below the other: (type, uint8 ``[out, bytes of a row]``)."""
+        ...
+
+
+MAX_PARTS = 3
+
+
+def _no_blocks(
+    parts: Sequence[tuple[str, torch.Tensor]], bias: torch.Tensor | None, dtype: torch.dtype
+) -> PackedLinear:
+    raise NotImplementedError("these operators take no blocks; see Ops.block_types")
+
+
 class FusedLayer(Protocol):
     """A decoder layer in one call."""
 
@@ -113,7 +132,9 @@ class Ops:
 
     ``pack_linear(weight[out, in], bias[out] | None)`` returns the packed product, or None where packing brings nothing;
     after it the caller drops ``weight``. ``fuse_layer(parts)`` returns the layer in one call, or None where it cannot.
-    Without ``row_sampling`` rows are grouped by what they need, for `kernels.sampling`.
+    ``block_types`` are GGUF's names of the types that ``pack_blocks`` takes, whose weights need not be dequantised.
+    Without ``row_sampling`` rows are grouped by what they need, for `kernels.sampling`. ``rehearse(work)`` compiles what
+    ``work`` launches and runs no kernel of it; it does nothing where nothing is compiled.
     """
 
     name: str
@@ -130,6 +151,9 @@ class Ops:
     pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
     fuse_layer: Callable[[LayerParts], FusedLayer | None]
     row_sampling: RowSampling | None = None
+    rehearse: Callable[[Callable[[], None]], None] = lambda work: None
+    block_types: frozenset[str] = frozenset()
+    pack_blocks: PackBlocks = _no_blocks
 
 
 def _never_packs(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
@@ -180,7 +204,7 @@ def ops(device: torch.device, dtype: torch.dtype) -> Ops:
 def _triton() -> Ops | str:
     """The Triton kernels, or why not."""
     try:
-        from octavo.kernels import attn_triton, linear_triton, sampling_triton, triton_ops
+        from octavo.kernels import attn_triton, linear_triton, rehearsal, sampling_triton, triton_ops
     except ImportError as error:
         return f"no Triton ({error}): install the package triton for many times the speed"
     return Ops(
@@ -205,6 +229,7 @@ def _triton() -> Ops | str:
             logprobs=sampling_triton.logprobs,
             send=sampling_triton.send,
         ),
+        rehearse=rehearsal.rehearse,
     )
 
 
@@ -230,6 +255,8 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         greedy=sampling.greedy,
         pack_linear=cpu.pack_linear,
         fuse_layer=cpu_layer.fuse_layer,
+        block_types=frozenset(cpu.BLOCK_TYPES),
+        pack_blocks=cpu.pack_blocks,
     )
 
 

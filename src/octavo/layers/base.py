@@ -7,6 +7,7 @@ other parameters, other rules and another `finish`; the loader stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,13 +25,22 @@ summand of it."""
 @dataclass(frozen=True, slots=True)
 class LoadRule:
     """Tensor ``source`` of the checkpoint, or the ``cut`` of it that this rank holds, is rows ``start : start + rows``
-    of the layer's ``parameter``."""
+    of the layer's ``parameter``. ``raw``: its blocks as they are stored, bytes a row, and not the values in them."""
 
     source: str
     parameter: str
     start: int
     rows: int
     cut: Cut | None = None
+    raw: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """A tensor of the checkpoint that is stored in blocks of few bits: GGUF's name of the type, bytes of a row."""
+
+    kind: str
+    row_bytes: int
 
 
 class Layer(nn.Module):
@@ -49,6 +59,13 @@ class Layer(nn.Module):
             LoadRule(f"{name}.{parameter}", parameter, 0, tensor.shape[0])
             for parameter, tensor in self.named_parameters(recurse=False)
         ]
+
+    def use_blocks(self, name: str, blocks: Mapping[str, Blocks]) -> None:
+        """Replaces the layer's weight by ``blocks``, if it can multiply by them and all of its weight is among them.
+
+        ``blocks`` are by the name in the checkpoint and of types that the operators take; ``name`` is as in
+        `load_rules`, whose rules differ after it. Called before `materialise`.
+        """
 
     def materialise(self, device: torch.device) -> None:
         """Gives the layer's own parameters memory on ``device``; their content is undefined."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
 from octavo.kernels.select import Ops, PackedLinear
-from octavo.layers.base import Layer, LoadRule, parameter
+from octavo.layers.base import Blocks, Layer, LoadRule, parameter
 from octavo.parallel.group import Group, current
 from octavo.parallel.shards import Cut, cut
 
@@ -25,6 +27,8 @@ class Embedding(Layer):
         self.cut = vocab_cut(vocab_size, self.group)
         self.weight = parameter(vocab_size if self.cut is None else self.cut.size, size, dtype=dtype)
         self._packed: PackedLinear | None = None
+        self.dtype = dtype
+        self.kind: str | None = None  # of blocks0, which stands in the place of weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.cut is None:
@@ -47,10 +51,24 @@ class Embedding(Layer):
         return gather_vocab(own, self.vocab_size, self.group)
 
     def load_rules(self, name: str) -> list[LoadRule]:
-        return [LoadRule(f"{name}.weight", "weight", 0, self.weight.shape[0], self.cut)]
+        rows = self.vocab_size if self.cut is None else self.cut.size
+        if self.kind is not None:
+            return [LoadRule(f"{name}.weight", "blocks0", 0, rows, self.cut, raw=True)]
+        return [LoadRule(f"{name}.weight", "weight", 0, rows, self.cut)]
+
+    def use_blocks(self, name: str, blocks: Mapping[str, Blocks]) -> None:
+        found = blocks.get(f"{name}.weight")
+        if found is not None:
+            self.kind, rows = found.kind, self.weight.shape[0]
+            self.blocks0 = parameter(rows, found.row_bytes, dtype=torch.uint8)
+            del self.weight
 
     def finish(self, ops: Ops) -> None:
         super().finish(ops)
+        if self.kind is not None:
+            self._packed = ops.pack_blocks([(self.kind, self.blocks0.data)], None, self.dtype)
+            del self.blocks0
+            return
         self._packed = ops.pack_linear(self.weight, None) if self.tied else None
         if self._packed is not None:
             del self.weight

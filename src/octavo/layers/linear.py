@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from octavo.kernels.select import Ops, PackedLinear
-from octavo.layers.base import Layer, LoadRule, Shard, parameter
+from octavo.kernels.select import MAX_PARTS, Ops, PackedLinear
+from octavo.layers.base import Blocks, Layer, LoadRule, Shard, parameter
 from octavo.parallel.group import current
 from octavo.parallel.shards import Cut, cut
 
@@ -46,6 +46,8 @@ class Linear(Layer):
         self.weight = parameter(out_size, in_size, dtype=dtype)
         self.bias = parameter(out_size, dtype=dtype) if bias else None
         self.packed: PackedLinear | None = None
+        self.dtype = dtype
+        self.kinds: list[str] = []  # of blocks0, blocks1, …, which stand in the place of weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.ops.linear(x, self.weight, self.bias) if self.packed is None else self.packed(x)
@@ -55,18 +57,37 @@ class Linear(Layer):
         parent = name.rpartition(".")[0]
         prefix = f"{parent}." if parent else ""
         rules, start = [], 0
-        for part, rows in self.parts.items():
+        for i, (part, rows) in enumerate(self.parts.items()):
             own = self.cuts.get(part)
-            rules.append(LoadRule(f"{prefix}{part}.weight", "weight", start, rows, own or self.in_cut))
+            if self.kinds:
+                rules.append(LoadRule(f"{prefix}{part}.weight", f"blocks{i}", 0, rows, own, raw=True))
+            else:
+                rules.append(LoadRule(f"{prefix}{part}.weight", "weight", start, rows, own or self.in_cut))
             if self.bias is not None:  # a bias has no columns to cut
                 rules.append(LoadRule(f"{prefix}{part}.bias", "bias", start, rows, own))
             start += rows
         return rules
 
+    def use_blocks(self, name: str, blocks: Mapping[str, Blocks]) -> None:
+        sources = [rule.source for rule in self.load_rules(name) if rule.parameter == "weight"]
+        if self.in_cut is not None or len(sources) > MAX_PARTS or any(source not in blocks for source in sources):
+            return
+        self.kinds = [blocks[source].kind for source in sources]
+        for i, (source, rows) in enumerate(zip(sources, self.parts.values(), strict=True)):
+            setattr(self, f"blocks{i}", parameter(rows, blocks[source].row_bytes, dtype=torch.uint8))
+        del self.weight
+
     def finish(self, ops: Ops) -> None:
         super().finish(ops)
         if self.in_cut is not None and self.group.rank > 0:
             self.bias = None  # a sum over ranks has it once
+        if self.kinds:
+            parts = [(kind, self.get_parameter(f"blocks{i}").data) for i, kind in enumerate(self.kinds)]
+            self.packed = ops.pack_blocks(parts, self.bias, self.dtype)
+            for i in range(len(parts)):
+                delattr(self, f"blocks{i}")
+            del self.bias
+            return
         self.packed = ops.pack_linear(self.weight, self.bias)
         if self.packed is not None:  # which is now the only copy
             del self.weight, self.bias

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from octavo.errors import ModelError
-from octavo.hub.checkpoint import Array, Checkpoint
+from octavo.hub.checkpoint import Array, Checkpoint, GgufCheckpoint
 from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
-from octavo.layers.base import Layer, LoadRule
+from octavo.kernels.select import Ops
+from octavo.layers.base import Blocks, Layer, LoadRule
 from octavo.log import get_logger
 from octavo.models.base import Model, SelfLoading, as_tensor
 from octavo.runtime.base import Progress
@@ -44,15 +45,23 @@ class LoadReport:
     nbytes: int
     seconds: float
     unused: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()  # types of blocks that are multiplied as they are
 
     def __str__(self) -> str:
         rate = self.nbytes / max(self.seconds, 1e-9)
         text = f"{self.tensors} tensors, {self.nbytes / 1e9:.2f} GB in {self.seconds:.2f} s ({rate / 1e9:.2f} GB/s)"
+        if self.kinds:
+            text += f"; {', '.join(self.kinds)} kept as they are (--dtype float32 or bfloat16 would dequantise them)"
         return f"{text}; not needed: {', '.join(self.unused[:LISTED])}" if self.unused else text
 
 
-def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: Progress) -> LoadReport:
+def load(
+    model: Model, checkpoint: Checkpoint, device: torch.device, progress: Progress, *, keep_blocks: bool = False
+) -> LoadReport:
     """Fills ``model``, built without memory, on ``device``.
+
+    ``keep_blocks``: weights of a GGUF file stay in the types that the operators of ``device`` multiply as they are;
+    otherwise they become values of the model's type.
 
     Raises `ModelError`: HF042 for tensors that the model has no place for, HF043 for parameters that the checkpoint
     lacks, HF044 for shapes that differ, HF050 for types that are not plain floats.
@@ -70,6 +79,9 @@ def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: P
     _check_shapes(plan, tensors)
 
     ops = select.ops(device, model.dtype)
+    if keep_blocks and isinstance(checkpoint, GgufCheckpoint):
+        tensors = _use_blocks(model, checkpoint, tensors, ops)
+        plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
     total = sum(_nbytes(rule, tensors) for _, rules in plan for rule in rules)
     arrays = _read_ahead(checkpoint, [piece for _, rules in plan for rule in rules for piece in _pieces(rule, tensors)])
     done = 0
@@ -83,7 +95,24 @@ def load(model: Model, checkpoint: Checkpoint, device: torch.device, progress: P
             progress("load", done / total)
         layer.finish(ops)
     count = sum(len(rules) for _, rules in plan)
-    return LoadReport(count, total, time.perf_counter() - start, tuple(unused))
+    kinds = sorted({tensors[rule.source].dtype for _, rules in plan for rule in rules if rule.raw})
+    return LoadReport(count, total, time.perf_counter() - start, tuple(unused), tuple(kinds))
+
+
+def _use_blocks(
+    model: Model, checkpoint: GgufCheckpoint, tensors: Mapping[str, TensorInfo], ops: Ops
+) -> Mapping[str, TensorInfo]:
+    """Lets layers take tensors as they are stored; returns what will be read, of these the type and size of blocks."""
+    stored, blocks = dict(tensors), {}
+    for name, kind in checkpoint.block_types().items():
+        if kind in ops.block_types:
+            raw = checkpoint.read_raw(name, slice(0, 1))
+            blocks[name] = Blocks(kind, raw.nbytes)
+            stored[name] = TensorInfo(kind, tensors[name].shape, raw.nbytes * tensors[name].shape[0])
+    for name, layer in _layers(model):
+        layer.use_blocks(name, blocks)
+    taken = {rule.source for name, layer in _layers(model) for rule in layer.load_rules(name) if rule.raw}
+    return {name: stored[name] if name in taken else info for name, info in tensors.items()}
 
 
 def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> LoadReport:
@@ -139,19 +168,20 @@ class _Piece(NamedTuple):
     source: str
     slices: tuple[slice, ...]  # of the source
     target: slice  # rows of the rule's part of the parameter
+    raw: bool
 
 
 def _pieces(rule: LoadRule, tensors: Mapping[str, TensorInfo]) -> list[_Piece]:
     """What a rule reads, in pieces of whole rows, or of the rank's part of each row."""
     runs = _runs(tensors[rule.source])
     if rule.cut is None:
-        return [_Piece(rule.source, (rows,), rows) for rows in runs]
+        return [_Piece(rule.source, (rows,), rows, rule.raw) for rows in runs]
     if rule.cut.dim == 1:
-        return [_Piece(rule.source, (rows, *rule.cut.slices()[1:]), rows) for rows in runs]
+        return [_Piece(rule.source, (rows, *rule.cut.slices()[1:]), rows, rule.raw) for rows in runs]
     first, last = rule.cut.first, rule.cut.first + rule.cut.size
     own = [slice(max(rows.start, first), min(rows.stop, last)) for rows in runs]
     return [
-        _Piece(rule.source, (rows,), slice(rows.start - first, rows.stop - first))
+        _Piece(rule.source, (rows,), slice(rows.start - first, rows.stop - first), rule.raw)
         for rows in own
         if rows.start < rows.stop
     ]
@@ -185,11 +215,18 @@ def _read_ahead(checkpoint: Checkpoint, pieces: Iterable[_Piece]) -> Iterator[Ar
     pending: deque[Future[Array]] = deque()
     with ThreadPoolExecutor(READERS, "octavo-load") as pool:
         for piece in pieces:
-            pending.append(pool.submit(checkpoint.read, piece.source, piece.slices))
+            pending.append(pool.submit(_read, checkpoint, piece))
             if len(pending) > READERS:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _read(checkpoint: Checkpoint, piece: _Piece) -> Array:
+    if not piece.raw or not isinstance(checkpoint, GgufCheckpoint):
+        return checkpoint.read(piece.source, piece.slices)
+    blocks = checkpoint.read_raw(piece.source, piece.slices[0])
+    return Array(blocks.reshape(blocks.shape[0], -1), "uint8")
 
 
 def _layers(model: Model) -> list[tuple[str, Layer]]:

@@ -103,7 +103,8 @@ class Worker:
         if options.load_format == "dummy":
             return fill_dummy(self._model, options.seed, self.platform.device)
         checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
-        return load(self._model, checkpoint, self.platform.device, progress)
+        # Who names a type wants the values in it.
+        return load(self._model, checkpoint, self.platform.device, progress, keep_blocks=options.dtype == "auto")
 
     def plan_memory(self, announce: Callable[[], None] | None = None) -> tuple[int, int]:
         """See `runtime.base.WorkerBase.plan_memory`; for ``announce`` see `Runner`."""

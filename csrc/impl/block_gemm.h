@@ -1,0 +1,294 @@
+// Products with weights in blocks (see blocks.h). Activations become int8 too, each group by its own greatest value, and
+// groups are added up in integers; y = sum over groups of a * d * (q . x) + a * m * sum(x), a being the scale of x.
+// A row's result does not depend on how many rows there are: every form adds the same terms in the same order.
+#pragma once
+
+#include "../blocks.h"
+#include "dot8.h"
+#include "gemm.h"
+
+namespace octavo::OCTAVO_ISA {
+
+// Activations in int8: q [rows, in], and for each row and group a and the rest's factor, which is a * sum(q) where the
+// weight stores a minimum, else -zero * a * sum(q).
+struct Quantised {
+    const int8_t* q;
+    const float* scales;
+    isize in, groups;
+};
+
+OCTAVO_INLINE vf absolute(vf v) { return (vf)((vu)v & 0x7fffffff); }
+
+template <class T, int GROUP>
+OCTAVO_INLINE void quantise_group(const T* x, float zero, int8_t* q, float* scales) {
+    constexpr int kVecs = GROUP / kLanes;
+    vf v[kVecs], most{};
+    for (int i = 0; i < kVecs; i++) v[i] = load(x + i * kLanes), most = vmax(most, absolute(v[i]));
+    const float largest = max(most), a = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
+    vi total{};
+    for (int i = 0; i < kVecs; i++) {
+        vf n = v[i] * inverse + 12582912.0f;  // rounds to the nearest integer, which is then in the low bits
+        vi integer = (vi)n - 0x4b400000;
+        total += integer;
+        typedef int8_t vb __attribute__((vector_size(kLanes)));
+        vb bytes = __builtin_convertvector(integer, vb);
+        std::memcpy(q + i * kLanes, &bytes, sizeof bytes);
+    }
+    float factor = a * sum(__builtin_convertvector(total, vf));
+    scales[0] = a, scales[1] = zero != 0 ? -zero * factor : factor;
+}
+
+template <class T>
+Quantised quantise(const void* x, isize rows, isize in, isize stride, const BlockShape& shape) {
+    const isize groups = in / shape.group, bytes = (rows * in + 63) / 64 * 64;
+    auto* q = (int8_t*)scratch(Scratch::quantised, bytes + rows * groups * 2 * sizeof(float));
+    auto* scales = (float*)(q + bytes);
+    parallel(rows > 1 && rows * in >= kParallelFrom, rows, [&](isize r) {
+        const T* row = (const T*)x + r * stride;
+        for (isize g = 0; g < groups; g++) {
+            const isize at = g * shape.group;
+            float* to = scales + (r * groups + g) * 2;
+            if (shape.group == 16) quantise_group<T, 16>(row + at, shape.zero, q + r * in + at, to);
+            else quantise_group<T, 32>(row + at, shape.zero, q + r * in + at, to);
+        }
+    });
+    return {q, scales, in, groups};
+}
+
+OCTAVO_INLINE vf load_half(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    vh half;
+    std::memcpy(&half, p, sizeof half);
+    vu bits = __builtin_convertvector(half, vu);
+    vf size = (vf)((bits & 0x7fff) << 13) * 0x1p112f;  // see half_to_float
+    return (vf)((vu)size | (bits & 0x8000) << 16);
+#endif
+}
+
+// Reads a record of a packed weight.
+template <Format F>
+struct Packed {
+    static constexpr BlockShape kShape = block_shape(F);
+    static constexpr isize kBytes = record_bytes(kShape);
+
+    OCTAVO_DOT static vf scale(const uint8_t* r, int v) { return load_half(r + v * kLanes * 2); }
+    OCTAVO_DOT static vf minimum(const uint8_t* r, int v) { return load_half(r + 32 + v * kLanes * 2); }
+    OCTAVO_DOT static vu quad(const uint8_t* r, int i, int v) {
+        const uint8_t* line = r + lines_at(kShape) + v * kLanes * 4;
+        if constexpr (kShape.bits == 8) return load_u32(line + i * 64);
+        vu low = load_u32(line + i / 2 * 64);
+        low = (i % 2 ? low >> 4 : low) & 0x0f0f0f0f;
+        if constexpr (kShape.bits == 4) return low;
+        constexpr int kBits = kShape.bits - 4;
+        const vu rest = load_u32(r + rest_at(kShape) + v * kLanes * 4);
+        const int shift = 4 - i * kBits;
+        return low | ((shift >= 0 ? rest << shift : rest >> -shift) & (kBits == 1 ? 0x10101010u : 0x30303030u));
+    }
+};
+
+// The same once unpacked for many rows: 16 d, 16 m (float), then the quads a byte each. F is the plainest of the formats
+// that are alike then.
+template <Format F>
+struct Unpacked {
+    static constexpr BlockShape kShape = block_shape(F);
+    static constexpr isize kBytes = 128 + kShape.group * 16;
+
+    OCTAVO_DOT static vf scale(const uint8_t* r, int v) { return load((const float*)r + v * kLanes); }
+    OCTAVO_DOT static vf minimum(const uint8_t* r, int v) { return load((const float*)r + 16 + v * kLanes); }
+    OCTAVO_DOT static vu quad(const uint8_t* r, int i, int v) { return load_u32(r + 128 + i * 64 + v * kLanes * 4); }
+};
+
+// `groups` records of format F -> as Unpacked reads them.
+template <Format F>
+void unpack(const uint8_t* from, isize groups, uint8_t* to) {
+    using R = Packed<F>;
+    for (; groups; groups--, from += R::kBytes, to += 128 + R::kShape.group * 16)
+        for (int v = 0; v < kPanelVecs; v++) {
+            store((float*)to + v * kLanes, R::scale(from, v));
+            if constexpr (R::kShape.minimum) store((float*)to + 16 + v * kLanes, R::minimum(from, v));
+#pragma GCC unroll 8
+            for (int i = 0; i < R::kShape.group / 4; i++) {
+                const vu w = R::quad(from, i, v);
+                std::memcpy(to + 128 + i * 64 + v * kLanes * 4, &w, sizeof w);
+            }
+        }
+}
+
+// Of ROWS rows from `row` on, groups from … to, with PANELS panels, `stride` bytes apart; AHEAD: asks for the records
+// that many bytes further.
+template <class R, int ROWS, int PANELS, isize AHEAD = 0>
+OCTAVO_INLINE void add_groups(const Quantised& x, isize row, isize from, isize to, const uint8_t* w, isize stride,
+                              vf (&acc)[ROWS][PANELS * kPanelVecs]) {
+    constexpr int kVecs = PANELS * kPanelVecs;
+    const int8_t* q = x.q + row * x.in;
+    const float* scales = x.scales + row * x.groups * 2;
+    for (isize g = from; g < to; g++, w += R::kBytes) {
+        if constexpr (AHEAD > 0)
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 12
+                for (isize line = 0; line < R::kBytes; line += 64) __builtin_prefetch(w + p * stride + AHEAD + line, 0, 2);
+        vi sums[ROWS][kVecs] = {};
+#pragma GCC unroll 8
+        for (int i = 0; i < R::kShape.group / 4; i++)
+#pragma GCC unroll 4
+            for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 4
+                for (int v = 0; v < kPanelVecs; v++) {
+                    const vu quad = R::quad(w + p * stride, i, v);
+#pragma GCC unroll 8
+                    for (int r = 0; r < ROWS; r++) {
+                        const vi four = splat_quad(q + r * x.in + g * R::kShape.group + i * 4);
+                        vi& sum = sums[r][p * kPanelVecs + v];
+                        sum = dot8<R::kShape.bits>(sum, quad, four);
+                    }
+                }
+#pragma GCC unroll 4
+        for (int p = 0; p < PANELS; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < kPanelVecs; v++) {
+                const vf d = R::scale(w + p * stride, v);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; r++) {
+                    const float a = scales[(r * x.groups + g) * 2], rest = scales[(r * x.groups + g) * 2 + 1];
+                    const int n = p * kPanelVecs + v;
+                    vf dot = __builtin_convertvector(sums[r][n], vf) * a;
+                    if constexpr (R::kShape.minimum) acc[r][n] += R::minimum(w + p * stride, v) * rest;
+                    else dot += rest;
+                    acc[r][n] += dot * d;
+                }
+            }
+    }
+}
+
+// One part of a product.
+struct BlockProduct {
+    DType type;
+    Quantised x;
+    const uint8_t* panels;
+    isize record, rows, out;  // bytes of a record
+    const void* bias;         // of the part's first output; may be null
+    void* to;
+    isize to_stride;
+    void (*unpack)(const uint8_t*, isize, uint8_t*);
+};
+
+template <class T, int PANELS>
+OCTAVO_INLINE void finish_as(const BlockProduct& b, isize row, isize column, const vf* acc) {
+    const T* bias = b.bias ? (const T*)b.bias + column : nullptr;
+    finish_row<T, PANELS>(acc, bias, (T*)b.to + row * b.to_stride + column, b.out - column);
+}
+template <int PANELS>
+void finish_blocks(const BlockProduct& b, isize row, isize column, const vf* acc) {
+    if (b.type == DType::f32) finish_as<float, PANELS>(b, row, column, acc);
+    else finish_as<bf16, PANELS>(b, row, column, acc);
+}
+
+constexpr isize kBlocksAhead = 6144;  // bytes
+constexpr isize kBlockFew = 8;        // rows; more are faster unpacked
+
+// Few rows: straight from the packed records, one panel after the other, so that memory is read in order; two rows at a
+// time, the second time from the cache.
+template <Format F>
+void stream_blocks(const BlockProduct& b, isize panel) {
+    using R = Packed<F>;
+    const isize groups = b.x.groups, stride = groups * R::kBytes;
+    const uint8_t* w = b.panels + panel * stride;
+    isize row = 0;
+    for (; row + 2 <= b.rows; row += 2) {
+        vf acc[2][kPanelVecs] = {};
+        add_groups<R, 2, 1, kBlocksAhead>(b.x, row, 0, groups, w, stride, acc);
+        for (int r = 0; r < 2; r++) finish_blocks<1>(b, row + r, panel * kPanel, acc[r]);
+    }
+    if (row == b.rows) return;
+    vf acc[1][kPanelVecs] = {};
+    add_groups<R, 1, 1, kBlocksAhead>(b.x, row, 0, groups, w, stride, acc);
+    finish_blocks<1>(b, row, panel * kPanel, acc[0]);
+}
+
+#if defined(__AVX512F__)
+constexpr int kBlockTileRows = 6, kBlockTilePanels = 2;
+#else
+constexpr int kBlockTileRows = 2, kBlockTilePanels = 1;
+#endif
+constexpr isize kBlockGroups = 64;  // x 2 x 640 bytes: what is unpacked stays in the second-level cache
+// Many rows: the panels are unpacked once for up to kBlockRows of them.
+template <Format F, int PANELS>
+void block_unit(const BlockProduct& b, Unit unit) {
+    using R = Unpacked<F>;
+    constexpr int kVecs = PANELS * kPanelVecs;
+    constexpr isize kStride = kBlockGroups * R::kBytes, kPartial = kBlockRows * kVecs * kLanes * 4;
+    const isize groups = b.x.groups, panel = groups * b.record;
+    auto* partial = (float*)scratch(Scratch::tile, kPartial + PANELS * kStride);
+    auto* unpacked = (uint8_t*)partial + kPartial;
+    for (isize from = 0; from < groups; from += kBlockGroups) {
+        const isize count = groups - from < kBlockGroups ? groups - from : kBlockGroups;
+        for (isize p = 0; p < PANELS; p++)
+            b.unpack(b.panels + (unit.first_panel + p) * panel + from * b.record, count, unpacked + p * kStride);
+        for (isize r = 0; r < unit.rows; r += kBlockTileRows)
+            with_rows(int(unit.rows - r < kBlockTileRows ? unit.rows - r : kBlockTileRows), [&](auto height) {
+                constexpr int ROWS = decltype(height)::value;
+                if constexpr (ROWS <= kBlockTileRows) {
+                    vf acc[ROWS][kVecs] = {};
+                    float* sums = partial + r * kVecs * kLanes;
+                    if (from)
+                        for (int i = 0; i < ROWS * kVecs; i++) acc[i / kVecs][i % kVecs] = load(sums + i * kLanes);
+                    add_groups<R, ROWS, PANELS>(b.x, unit.first_row + r, from, from + count, unpacked, kStride, acc);
+                    for (int i = 0; i < ROWS; i++) {
+                        if (from + count == groups)
+                            finish_blocks<PANELS>(b, unit.first_row + r + i, unit.first_panel * kPanel, acc[i]);
+                        else
+                            for (int v = 0; v < kVecs; v++) store(sums + (i * kVecs + v) * kLanes, acc[i][v]);
+                    }
+                }
+            });
+    }
+}
+
+// F: of the records. PLAIN: what they are alike to once unpacked.
+template <Format F, Format PLAIN>
+void block_part(BlockProduct b) {
+    const isize panels = (b.out + kPanel - 1) / kPanel;
+    b.record = Packed<F>::kBytes, b.unpack = unpack<F>;
+    if (b.rows > kBlockFew) {
+        each_unit<kBlockTilePanels>(panels, b.rows, [&](Unit unit, auto count) {
+            block_unit<PLAIN, decltype(count)::value>(b, unit);
+        });
+        return;
+    }
+    parallel(true, panels, [&](isize panel) { stream_blocks<F>(b, panel); });
+}
+
+inline Quantised quantise(DType type, const Weight& w, const ProductArgs& a, const BlockShape& shape) {
+    if (type == DType::f32) return quantise<float>(a.x, a.rows, w.in, a.x_stride, shape);
+    return quantise<bf16>(a.x, a.rows, w.in, a.x_stride, shape);
+}
+
+inline void block_product(DType type, const Weight& w, const ProductArgs& a) {
+    const isize size = type == DType::f32 ? 4 : 2;
+    Quantised x{};
+    BlockShape made{};
+    isize first = 0;
+    for (int i = 0; i < w.count; first += w.parts[i++].out) {
+        const Part& part = w.parts[i];
+        const BlockShape shape = block_shape(part.format);
+        if (shape.group != made.group || shape.zero != made.zero) x = quantise(type, w, a, shape), made = shape;
+        const void* bias = w.bias ? (const char*)w.bias + first * size : nullptr;
+        const BlockProduct b{type, x, (const uint8_t*)part.panels, 0, a.rows, part.out, bias,
+                             (char*)a.out + first * size, w.out, nullptr};
+        switch (part.format) {
+            case Format::q4: block_part<Format::q4, Format::q4>(b); break;
+            case Format::q4m: block_part<Format::q4m, Format::q4m>(b); break;
+            case Format::q5: block_part<Format::q5, Format::q4>(b); break;
+            case Format::q5m: block_part<Format::q5m, Format::q4m>(b); break;
+            case Format::q6: block_part<Format::q6, Format::q6>(b); break;
+            default: block_part<Format::q8, Format::q8>(b);
+        }
+    }
+}
+
+}  // namespace octavo::OCTAVO_ISA
