@@ -331,7 +331,7 @@ def run(model_type: str) -> Row:
             wanted.config.architectures = [architecture]
             wanted.save_pretrained(folder)
             model = adopted(Path(folder))
-        worst, case = divergence(model, wanted)
+        worst, case = divergence(model, wanted, min(384, model.config.vocab_size))
     except UnsupportedModel as refusal:
         return Row(model_type, architecture, "refused", f"{refusal.id}: {refusal.cause}")
     except OctavoError as known:
