@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+from octavo.log import get_logger
+from octavo.parallel.peer import PeerSum
+
 
 class LostPeer(RuntimeError):
     """A collective failed: another rank ended, or did not come in time."""
@@ -76,13 +79,13 @@ def use(group: Group) -> Iterator[None]:
 class TorchGroup(Group):
     """Ranks joined by a process group of torch.distributed: gloo on CPUs, NCCL on NVIDIA GPUs."""
 
-    def __init__(self, backend: Any, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, backend: Any, rank: int, size: int, device: torch.device, peers: PeerSum | None = None) -> None:
         from torch.distributed import distributed_c10d
 
         c10d: Any = distributed_c10d  # whose stubs lack some of its options
         self.rank, self.size, self._device = rank, size, device
-        self._backend = backend
-        self.name = str(backend.name())
+        self._backend, self._peers = backend, peers
+        self.name = str(backend.name()) + (", and sums over peer memory" if peers is not None else "")
         self._sum, self._min = c10d.AllreduceOptions(), c10d.AllreduceOptions()
         self._min.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
         self._from_first = c10d.BroadcastOptions()
@@ -93,6 +96,8 @@ class TorchGroup(Group):
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
+        if self._peers is not None and self._peers.takes(x):
+            return self._peers(x)
         if not x.is_meta:  # a model is traced without memory
             self._wait(lambda: self._backend.allreduce([x], self._sum))
         return x
@@ -143,4 +148,15 @@ def connect(rank: int, size: int, device: torch.device, folder: Path, seconds: f
         backend = made.ProcessGroupGloo(store, rank, size, options)
     group = TorchGroup(backend, rank, size, device)
     group.least(0)  # connects now, not in the first step
-    return group
+    if device.type != "cuda":
+        return group
+    peers = _peers(made.PrefixStore("peers", store), rank, size, device)
+    return TorchGroup(backend, rank, size, device, peers if group.least(int(peers is not None)) else None)
+
+
+def _peers(store: Any, rank: int, size: int, device: torch.device) -> PeerSum | None:
+    try:
+        return PeerSum(store, rank, size, device)
+    except (RuntimeError, ImportError, AttributeError) as error:
+        get_logger().warning("rank %d: sums go through NCCL alone: %s", rank, error)
+        return None

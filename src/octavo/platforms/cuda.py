@@ -69,7 +69,7 @@ class CudaPlatform:
             work()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graph_memory, stream=stream):
+        with torch.cuda.graph(graph, pool=self._graph_memory, stream=stream, capture_error_mode="thread_local"):
             result = work()
         self._graph_memory = graph.pool()
 

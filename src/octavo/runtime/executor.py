@@ -34,6 +34,7 @@ from octavo.log import get_logger
 from octavo.types import StepPlan
 
 LENGTH = struct.Struct("<I")
+POLL_SECONDS = 2e-5  # between looks at the device; other threads of the process run meanwhile
 BETTER_REASON_SECONDS = 1.0  # how long a rank that lost another one waits to hear how that one ended
 _ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, OctavoError)}
 
@@ -202,6 +203,7 @@ class Executor:
             self.check()
             if time.monotonic() > deadline:
                 raise self.reason(f"nothing came for {self._seconds} s")
+            time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         """Ends the followers at once; may be called twice."""
