@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import io
+import json
+import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,6 +116,124 @@ def test_a_message_that_does_not_fit_is_an_error(fake: Fake) -> None:
     with pytest.raises(RequestError, match="max_model_len"):
         terminal.chat(CONFIG, {}, "z" * 600, None)
     assert client.closed
+
+
+THINKING = TEMPLATE + "{# <think> #}"
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_what_the_model_thinks_is_no_part_of_the_answer(
+    fake: Fake, tokenizer: FakeTokenizer, capsys: pytest.CaptureFixture[str], show: bool
+) -> None:
+    tokenizer.chat_template = THINKING
+    fake("<think>\nhm, well\n</think>\n\nhello")
+    assert terminal.chat(CONFIG, {}, "hi", None, show_reasoning=show) == 0
+    out, err = capsys.readouterr()
+    assert out == "hello\n"
+    assert ("hm, well" in err) == show
+
+
+def test_thoughts_whose_markers_are_special_tokens_are_found_too(
+    fake: Fake, tokenizer: FakeTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.chat_template = THINKING
+    tokenizer.lib.add_special_tokens(["<think>", "</think>"])
+    tokenizer.special_ids |= {tokenizer.token_to_id(one) for one in ("<think>", "</think>")}
+    fake("<think>hm</think>hello")
+    terminal.chat(CONFIG, {}, "hi", None)
+    out, err = capsys.readouterr()
+    assert out == "hello\n"
+    assert "hm\n" in err
+
+
+@pytest.fixture
+def type_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Makes standard input a terminal at which somebody types."""
+
+    def typed(*lines: str) -> None:
+        left = iter(lines)
+
+        def read(question: str) -> str:
+            line = next(left, None)
+            if line is None:
+                raise EOFError
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys, "stdin", _Screen())
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+        monkeypatch.setattr(atexit, "register", lambda *args: None)
+
+    return typed
+
+
+def test_commands_of_a_conversation(
+    fake: Fake,
+    tokenizer: FakeTokenizer,
+    type_lines: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    client, saved = fake("ok"), tmp_path / "talk.json"
+    type_lines("one", "two", "/undo", "three", "/retry", f"/save {saved}", "/history", "/new", "//four", "/no", "/help")
+    assert terminal.chat(CONFIG, {}, None, "s") == 0
+    one = "[system]s[user]one"
+    assert prompts(client, tokenizer) == [
+        one,
+        f"{one}[assistant]ok[user]two",
+        f"{one}[assistant]ok[user]three",
+        f"{one}[assistant]ok[user]three",
+        "[system]s[user]/four",
+    ]
+    messages = json.loads(saved.read_text(encoding="utf-8"))["messages"]
+    assert [message["content"] for message in messages] == ["s", "one", "ok", "three", "ok"]
+    err = capsys.readouterr().err
+    assert "user: three\nassistant: ok" in err
+    assert "/no is no command" in err
+    assert "/retry" in err
+    assert (tmp_path / "octavo").stat().st_mode & 0o777 == 0o700
+
+
+def test_reasoning_can_be_hidden_and_shown_again(
+    fake: Fake, tokenizer: FakeTokenizer, type_lines: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer.chat_template = THINKING
+    fake("<think>hm</think>ok")
+    type_lines("/reasoning", "one")
+    terminal.chat(CONFIG, {}, None, None)
+    hidden = capsys.readouterr().err
+    type_lines("/reasoning", "/reasoning", "one")
+    terminal.chat(CONFIG, {}, None, None)
+    assert "hm" not in hidden
+    assert "hm" in capsys.readouterr().err
+
+
+def test_a_conversation_goes_on_after_a_message_that_does_not_fit(
+    fake: Fake, tokenizer: FakeTokenizer, type_lines: Callable[..., None]
+) -> None:
+    client = fake("ok")
+    type_lines("z" * 600, "one")
+    assert terminal.chat(CONFIG, {}, None, None) == 0
+    assert prompts(client, tokenizer) == ["[user]one"]
+
+
+def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
+    fake: Fake, tokenizer: FakeTokenizer, type_lines: Callable[..., None]
+) -> None:
+    client = fake("hello world")
+    script = client._script
+
+    def interrupted(request: Request) -> Any:
+        yield from script(request)[:3]
+        client._script = script
+        os.kill(os.getpid(), signal.SIGINT)
+        yield TokenOutput(id=request.id)
+
+    client._script = interrupted  # type: ignore[assignment]
+    type_lines("one", "two")
+    assert terminal.chat(CONFIG, {}, None, None) == 0
+    said = tokenizer.decode(tokenizer.encode("hello world")[:3])
+    assert prompts(client, tokenizer)[1] == f"[user]one[assistant]{said}[user]two"
 
 
 class _Screen(io.StringIO):

@@ -80,6 +80,7 @@ def build_parser() -> Parser:
     chat = _command(commands, "chat", "talk with a model in the terminal", _chat)
     chat.add_argument("-m", "--message", metavar="TEXT", help="one message; without it, one for each line of input")
     chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--hide-reasoning", action="store_true", help="do not show what the model thinks")
     for command in (generate, chat):
         add_engine_options(command)
         add_sampling_options(command)
@@ -140,7 +141,8 @@ def _chat(args: argparse.Namespace) -> int:
     config, sampling = engine_config(args), sampling_values(args)
     from octavo.terminal import chat
 
-    return chat(config, sampling, args.message, args.system, args.log_level)
+    show = not args.hide_reasoning
+    return chat(config, sampling, args.message, args.system, args.log_level, show_reasoning=show)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
+import dataclasses
 import importlib
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, TextIO
 
 import msgspec
@@ -17,9 +21,13 @@ from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.errors import RequestError
 from octavo.frontend.inputs import Prepared
+from octavo.frontend.parse.events import Content, Event, Reasoning
+from octavo.frontend.parse.message import MessageParser
+from octavo.frontend.parse.registry import Formats, special_ids
 from octavo.types import RequestOutput, SamplingParams
 
 DEFAULT_MAX_TOKENS = 512  # of an answer when --max-tokens is not given; at most half of the context
+MAX_LINES = 1000  # kept for the arrow keys
 ANSWER, FAINT, RESET = "\x1b[36m", "\x1b[2m", "\x1b[0m"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model writes must not drive the terminal
 
@@ -38,33 +46,148 @@ def chat(
     message: str | None,
     system: str | None,
     log_level: str = "warning",
+    *,
+    show_reasoning: bool = True,
 ) -> int:
     """Answers ``message``; without one, each line of standard input until it ends, remembering what was said.
 
-    On a terminal a request that fails (a conversation that has grown too long) is told and can be followed by another.
+    What the model thinks goes to standard error. On a terminal a request that fails (a conversation that has grown too
+    long) is told and can be followed by another, Ctrl-C ends an answer, and lines that begin with / are commands.
     """
-    history = [{"role": "system", "content": system}] if system else []
     interactive = message is None and sys.stdin.isatty()
     with _Session(config, sampling, log_level) as session:
+        talk = _Chat(session, system, show_reasoning=show_reasoning, interactive=interactive)
         for line in _lines(interactive) if message is None else [message]:
-            turn = [*history, {"role": "user", "content": line}]
-            try:
-                output = session.show(session.prepare_chat(turn))
-            except RequestError as error:
-                if not interactive:
-                    raise
-                print(f"{error.cause} {error.remedy}", file=sys.stderr)
-                continue
-            history = [*turn, {"role": "assistant", "content": output.outputs[0].text}]
+            talk.take(line)
     return 0
+
+
+class _Chat:
+    """A conversation and what can be done with it."""
+
+    def __init__(self, session: _Session, system: str | None, *, show_reasoning: bool, interactive: bool) -> None:
+        self._session = session
+        self._start = [{"role": "system", "content": system}] if system else []
+        self._said: list[dict[str, Any]] = []  # a user's message and an answer in turn
+        self._show_reasoning = show_reasoning
+        self._interactive = interactive
+        self._commands: dict[str, tuple[str, Callable[[str], None]]] = {
+            "/new": ("forget the conversation", self._new),
+            "/undo": ("forget the last message and its answer", self._undo),
+            "/retry": ("answer the last message again", self._retry),
+            "/history": ("show the conversation", self._history),
+            "/save": ("FILE: write the conversation there, as JSON", self._save),
+            "/reasoning": ("show what the model thinks, or hide it", self._reasoning),
+            "/help": ("this list; Ctrl-C ends an answer, Ctrl-D the conversation", self._help),
+        }
+
+    def take(self, line: str) -> None:
+        """A message, or, on a terminal, a command; // begins a message with one /."""
+        if not self._interactive or not line.startswith("/") or line.startswith("//"):
+            self._say(line[1:] if self._interactive and line.startswith("//") else line)
+            return
+        name, _, rest = line.partition(" ")
+        if name in self._commands:
+            self._commands[name][1](rest.strip())
+        else:
+            _tell(f"{name} is no command; /help lists them.")
+
+    def _say(self, text: str) -> None:
+        said = [*self._said, {"role": "user", "content": text}]
+        view = _View()
+        try:
+            prepared = self._session.prepare_chat([*self._start, *said])
+            view = self._session.view(prepared, show_reasoning=self._show_reasoning)
+            self._session.show(prepared, view)
+        except RequestError as error:
+            if not self._interactive:
+                raise
+            _tell(f"{error.cause} {error.remedy}")
+            return
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+            _tell("stopped")
+        self._said = [*said, view.message()]
+
+    def _new(self, rest: str) -> None:
+        self._said = []
+
+    def _undo(self, rest: str) -> None:
+        self._said = self._said[:-2]
+
+    def _retry(self, rest: str) -> None:
+        if self._said:
+            last, self._said = self._said[-2], self._said[:-2]
+            self._say(last["content"])
+
+    def _history(self, rest: str) -> None:
+        for message in [*self._start, *self._said]:
+            _tell(f"{message['role']}: {CONTROL.sub('', message['content'])}")
+
+    def _save(self, rest: str) -> None:
+        try:
+            text = json.dumps({"messages": [*self._start, *self._said]}, ensure_ascii=False, indent=1)
+            Path(rest or "chat.json").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            _tell(f"not saved: {error}")
+
+    def _reasoning(self, rest: str) -> None:
+        self._show_reasoning = not self._show_reasoning
+        _tell("reasoning is shown" if self._show_reasoning else "reasoning is hidden")
+
+    def _help(self, rest: str) -> None:
+        for name, (text, _) in self._commands.items():
+            _tell(f"{name:11} {text}")
+
+
+class _View:
+    """Prints an answer as it comes: what is thought to standard error, if that is shown, and the rest."""
+
+    def __init__(self, parser: MessageParser | None = None, *, show: bool = True) -> None:
+        """Without a ``parser`` there are no thoughts."""
+        self._parser, self._show = parser, show
+        self._content: list[str] = []
+        self._thoughts: list[str] = []
+
+    def feed(self, text: str, *, final: bool = False) -> None:
+        """A piece of it."""
+        if self._parser is None:
+            events: list[Event] = [Content(text)]
+        else:
+            events = self._parser.feed(text) + (self._parser.finish() if final else [])
+        for event in events:
+            if isinstance(event, Reasoning):
+                self._think(event.text)
+            elif isinstance(event, Content):
+                self._write(event.text)
+
+    def message(self) -> dict[str, Any]:
+        """The answer as a message."""
+        message = {"role": "assistant", "content": "".join(self._content)}
+        return message | ({"reasoning_content": "".join(self._thoughts)} if self._thoughts else {})
+
+    def _think(self, text: str) -> None:
+        self._thoughts.append(text)
+        if self._show:
+            print(_faint(CONTROL.sub("", text), sys.stderr), end="", file=sys.stderr, flush=True)
+
+    def _write(self, text: str) -> None:
+        if self._thoughts and self._show and not self._content:
+            print("\n", file=sys.stderr, flush=True)
+        self._content.append(text)
+        print(_answer(text), end="", flush=True)
+
+
+def _tell(text: str) -> None:
+    print(_faint(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _lines(interactive: bool) -> Iterator[str]:
     """Messages, one a line; empty lines are skipped."""
     if interactive:
-        with contextlib.suppress(ImportError):  # a Python built without it still chats
-            importlib.import_module("readline")  # importing it gives `input` line editing and the arrow keys
-        print("An empty line is skipped; Ctrl-D ends.", file=sys.stderr)
+        _remember_lines()
+        print("/help lists commands; Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             line = input("> " if interactive else "")
@@ -72,6 +195,22 @@ def _lines(interactive: bool) -> Iterator[str]:
             return
         if line.strip():
             yield line
+
+
+def _remember_lines() -> None:
+    """Line editing, and the lines of earlier conversations under the arrow keys, in a file for this user alone."""
+    try:
+        readline = importlib.import_module("readline")
+    except ImportError:  # a Python built without it still chats
+        return
+    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "octavo"
+    path = folder / "chat_history"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        readline.read_history_file(path)
+        readline.set_history_length(MAX_LINES)
+        atexit.register(readline.write_history_file, path)
 
 
 class _Session:
@@ -89,6 +228,8 @@ class _Session:
         try:
             self._llm = self._runner.run(AsyncLLM.start(self._config, log_level=self._log_level))
             self._params = self._make_params()
+            self._formats = Formats.of(self._llm.renderer.sources, self._llm.architecture)
+            self._kept_ids = special_ids(self._llm.tokenizer, self._formats.markers(tools=False))
         except BaseException:
             self._runner.close()
             raise
@@ -104,24 +245,31 @@ class _Session:
         return self._runner.run(self._llm.prepare(text, self._params))
 
     def prepare_chat(self, messages: Sequence[Mapping[str, Any]]) -> Prepared:
-        return self._runner.run(self._llm.prepare_chat(messages, self._params))
+        prepared = self._runner.run(self._llm.prepare_chat(messages, self._params))
+        return dataclasses.replace(prepared, kept_ids=self._kept_ids)
 
-    def show(self, prepared: Prepared) -> RequestOutput:
+    def view(self, prepared: Prepared, *, show_reasoning: bool) -> _View:
+        """For an answer to ``prepared``."""
+        return _View(self._formats.parser(prepared.prompt or "", {}), show=show_reasoning)
+
+    def show(self, prepared: Prepared, view: _View | None = None) -> RequestOutput:
         """Runs a request and prints its answer as it comes; several answers one after the other."""
         if prepared.params.n == 1:
-            output = self._runner.run(self._stream(prepared))
+            output = self._runner.run(self._stream(prepared, view or _View()))
         else:
             output = self._runner.run(self._llm.collect(prepared))
             for one in output.outputs:
-                print(_faint(f"[{one.index + 1}]", sys.stdout), _answer(one.text), flush=True)
+                print(_faint(f"[{one.index + 1}]", sys.stdout), end=" ", flush=True)
+                (view if view is not None and one.index == 0 else _View()).feed(one.text, final=True)
+                print(flush=True)
         print(_faint(speed(output), sys.stderr), file=sys.stderr, flush=True)
         return output
 
-    async def _stream(self, prepared: Prepared) -> RequestOutput:
+    async def _stream(self, prepared: Prepared, view: _View) -> RequestOutput:
         generation = self._llm.run(prepared)
         try:
             async for deltas in generation:
-                print(_answer("".join(delta.text for delta in deltas)), end="", flush=True)
+                view.feed("".join(delta.text for delta in deltas), final=deltas[-1].finish_reason is not None)
         finally:
             await generation.aclose()
             print(flush=True)

@@ -53,6 +53,11 @@ class ChatRenderer:
             return cls(template, tokenizer.special_tokens)
         return cls(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.chat_templates)
 
+    @property
+    def sources(self) -> str:
+        """The text of every template, for what can be told from it."""
+        return "\n".join(text for text in (self.template, *self.named.values()) if text is not None)
+
     def render(
         self,
         messages: Sequence[Message],

@@ -100,9 +100,7 @@ class Service:
 
 def formats_of(llm: AsyncLLM, *, tool: str = AUTO, reasoning: str = AUTO) -> Formats:
     """The formats with these names, else those that the model's templates and architecture tell."""
-    templates = [llm.renderer.template, *llm.renderer.named.values()]
-    text = "\n".join(template for template in templates if template is not None)
-    return Formats.of(text, llm.architecture, tool=tool, reasoning=reasoning)
+    return Formats.of(llm.renderer.sources, llm.architecture, tool=tool, reasoning=reasoning)
 
 
 def served_names(model: ModelOptions, given: str | None) -> tuple[str, ...]:
