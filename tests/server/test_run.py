@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +61,15 @@ def test_the_banner_has_address_limits_a_line_to_paste_and_a_warning_if_open_to_
         assert "warning" not in text
         assert "OCTAVO_API_KEY" in _banner(server.service, ServerConfig(), listener, guarded=True)
         assert "warning" in _banner(server.service, ServerConfig(host="0.0.0.0"), listener, guarded=False)
+
+
+def test_the_line_to_paste_is_what_a_shell_takes_whatever_the_name() -> None:
+    with bound(ServerConfig(port=0)) as listener:
+        service = Server(names=("it's $HOME",)).service
+        banner = _banner(service, ServerConfig(port=0), listener, guarded=True)
+    port = re.search(r":(\d+)/docs", banner)
+    assert port is not None
+    command = shlex.split(banner.splitlines()[-1])
+    assert command[:2] == ["curl", f"http://127.0.0.1:{port[1]}/v1/chat/completions"]
+    assert json.loads(command[command.index("-d") + 1])["model"] == "it's $HOME"
+    assert "authorization: Bearer $OCTAVO_API_KEY" in command

@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import json
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -290,13 +292,15 @@ def bound(server: ServerConfig, *, shared: bool = False) -> socket.socket:
 def _banner(service: Service, server: ServerConfig, listener: socket.socket, *, guarded: bool) -> str:
     """What is served, where, within which limits, and a line to paste."""
     info, name = service.llm.info, service.names[0]
+    body: dict[str, Any]
     host = f"[{server.host}]" if ":" in server.host else server.host
     url = f"http://{host}:{listener.getsockname()[1]}"
     key = ' -H "authorization: Bearer $OCTAVO_API_KEY"' if guarded else ""
     if service.llm.renderer.template is None:
-        path, body = "/v1/completions", f'{{"model": "{name}", "prompt": "Hello"}}'
+        path, body = "/v1/completions", {"model": name, "prompt": "Hello"}
     else:
-        path, body = "/v1/chat/completions", f'{{"model": "{name}", "messages": [{{"role": "user", "content": "Hi"}}]}}'
+        path, body = "/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "Hi"}]}
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
     limits = (
         f"{info.max_model_len} tokens a request, {info.max_num_seqs} requests at once, "
         f"{info.num_pages * info.page_size} tokens of KV cache"
@@ -304,7 +308,8 @@ def _banner(service: Service, server: ServerConfig, listener: socket.socket, *, 
     lines = [
         f"octavo {octavo.__version__} serves {name} at {url}/v1",
         f"  {info.dtype} on {info.device}; {limits}",
-        f"  curl {url}{path} -H 'content-type: application/json'{key} -d '{body}'",
+        f"  for clients of OpenAI {url}/v1, of Anthropic {url}; every endpoint: {url}/docs",
+        f"  curl {url}{path} -H 'content-type: application/json'{key} -d {data}",
     ]
     if not guarded and server.host not in LOOPBACK:
         lines.insert(1, "  warning: no --api-key: whoever reaches this address can use it")
