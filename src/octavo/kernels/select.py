@@ -133,8 +133,8 @@ class Ops:
     ``pack_linear(weight[out, in], bias[out] | None)`` returns the packed product, or None where packing brings nothing;
     after it the caller drops ``weight``. ``fuse_layer(parts)`` returns the layer in one call, or None where it cannot.
     ``block_types`` are GGUF's names of the types that ``pack_blocks`` takes, whose weights need not be dequantised.
-    Without ``row_sampling`` rows are grouped by what they need, for `kernels.sampling`. ``rehearse(work)`` compiles what
-    ``work`` launches and runs no kernel of it; it does nothing where nothing is compiled.
+    Without ``row_sampling`` rows are grouped by what they need, for `kernels.sampling`. ``rehearse(work)`` compiles the
+    kernels that ``work`` launches and runs none; it does nothing where nothing is compiled.
     """
 
     name: str

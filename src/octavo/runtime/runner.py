@@ -170,6 +170,23 @@ class Runner:
         return entries
 
 
+def rehearse(model: Model, num_tokens: int, max_rows: int, page_size: int, platform: Platform) -> None:
+    """Compiles the kernels of all kinds of steps at once, where a device has such: one after the other, when they are
+    first launched, takes several times as long. Only of models that look at no tensor, which would be undefined."""
+    if not platform.captures or not model.capturable:
+        return
+    device, ops = platform.device, select.ops(platform.device, model.dtype)
+
+    def steps() -> None:
+        largest_step(model, min(num_tokens, 256), max_rows, page_size, platform)
+        cache = torch.zeros(model.config.cache_shape(2, page_size), dtype=cache_dtype(model.config), device=device)
+        warm_up(model, cache, Tables(max_rows, page_size, page_size, 1, device), platform, max_rows)
+        Sampler(model.config.vocab_size, device, ops).warm_up(model.dtype)
+
+    with torch.inference_mode():
+        ops.rehearse(steps)
+
+
 def largest_step(model: Model, num_tokens: int, max_rows: int, page_size: int, platform: Platform) -> None:
     """Runs a forward of ``num_tokens`` tokens with random ids on a cache of its own, to see what it allocates."""
     config, device = model.config, platform.device

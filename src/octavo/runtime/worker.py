@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from octavo.parallel import group
 from octavo.runtime.base import Progress, TokenMask, WorkerBase
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache
-from octavo.runtime.runner import Launched, Runner, largest_step
+from octavo.runtime.runner import Launched, Runner, largest_step, rehearse
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
 
@@ -111,6 +112,7 @@ class Worker:
         limits, memory = self._config.limits, self._config.memory
         page_size = int(memory.block_size)
         tokens = min(limits.max_num_batched_tokens, self._max_len)
+        rehearse(self._model, tokens, limits.max_num_seqs, page_size, self.platform)
         budget, why = self.platform.kv_budget(
             memory, lambda: largest_step(self._model, tokens, limits.max_num_seqs, page_size, self.platform)
         )
@@ -141,18 +143,13 @@ class Worker:
 
     def step(self, plan: StepPlan) -> None:
         """See `runtime.base.WorkerBase.step`; raises `MemoryError` if the device or the host has none left."""
-        try:
+        with _told_as_memory_error():
             self._runner.step(plan)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(str(error)) from None
-        except RuntimeError as error:
-            if "not enough memory" in str(error):  # torch's CPU allocator has no class of its own for it
-                raise MemoryError(str(error)) from None
-            raise
 
     def sample(self, mask: TokenMask | None = None) -> Launched:
-        """See `runtime.base.WorkerBase.sample`."""
-        return self._runner.sample(mask)
+        """See `runtime.base.WorkerBase.sample`; raises as `step` does."""
+        with _told_as_memory_error():
+            return self._runner.sample(mask)
 
     def take_tokens(self) -> None:
         """On other ranks than 0, in place of `sample`, where rank 0 broadcasts its tokens."""
@@ -160,6 +157,18 @@ class Worker:
 
     def close(self) -> None:
         """See `runtime.base.WorkerBase.close`."""
+
+
+@contextmanager
+def _told_as_memory_error() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error)) from None
+    except RuntimeError as error:
+        if "not enough memory" in str(error):  # torch's CPU allocator has no class of its own for it
+            raise MemoryError(str(error)) from None
+        raise
 
 
 def worker_for(
