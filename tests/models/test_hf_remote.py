@@ -88,7 +88,7 @@ class ParrotPreTrainedModel(PreTrainedModel):
     config_class = ParrotConfig
     base_model_prefix = "model"
     _supports_attention_backend = SUPPORTS
-    _supports_sdpa = True
+    _supports_sdpa = SUPPORTS
     _no_split_modules = ["ParrotLayer"]
 
 
@@ -137,6 +137,7 @@ RIGHT = {
     "ATTENTION": "ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)",
     "SUPPORTS": "True",
 }
+IGNORES = {"ATTENTION": "eager", "SUPPORTS": "False"}
 AUTO_MAP = {
     "AutoConfig": "configuration_parrot.ParrotConfig",
     "AutoModelForCausalLM": "modeling_parrot.ParrotForCausalLM",
@@ -149,9 +150,7 @@ def write(folder: Path, substitutes: dict[str, str], *, head: str = "", **config
     folder.mkdir(exist_ok=True)
     modelling = MODELLING
     for name, text in substitutes.items():
-        modelling = (
-            modelling.replace(name, text, 1) if name == "SUPPORTS" else modelling.replace(f"= {name}", f"= {text}")
-        )
+        modelling = modelling.replace(f"= {name}\n", f"= {text}\n")
     (folder / "configuration_parrot.py").write_text(CONFIGURATION)
     (folder / "modeling_parrot.py").write_text(head + modelling)
     settings = {
@@ -210,18 +209,28 @@ def core(folder: Path, **options: Any) -> EngineCore:
     return EngineCore(EngineConfig.of(model=str(folder), kv_cache_memory_bytes=1 << 20, **options), Worker())
 
 
-def test_a_repo_with_the_right_code_answers_as_its_own_model_does(tmp_path: Path) -> None:
-    folder = write(tmp_path / "right", RIGHT)
+@pytest.mark.parametrize("code", [RIGHT, IGNORES], ids=["right", "ignores"])
+def test_a_repo_answers_as_its_own_model_does(code: dict[str, str], tmp_path: Path) -> None:
+    folder = write(tmp_path / "repo", code)
     model = weights(folder)
     engine = core(folder)
     for id, prompt in PROMPTS.items():
         engine.add(make_request(engine, id, prompt, max_tokens=6, temperature=0.0))
     found = collect(run(engine))
+    settings = {"max_new_tokens": 6, "do_sample": False, "use_cache": False, "eos_token_id": None}
     for id, prompt in PROMPTS.items():
-        output = model.generate(
-            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False, eos_token_id=None
-        )
-        assert found[id] == output[0, len(prompt) :].tolist()
+        assert found[id] == model.generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+
+
+def test_a_repo_that_ignores_the_attention_interface_runs_on_the_slow_path_and_the_log_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write(tmp_path / "ignores", IGNORES)
+    weights(folder)
+    with caplog.at_level("INFO", "octavo"):
+        core(folder)
+    assert "slow path" in caplog.text
+    assert "does not go through Transformers' attention interface" in caplog.text
 
 
 def test_without_trust_it_is_refused_before_any_code_runs(tmp_path: Path) -> None:
