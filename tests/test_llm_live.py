@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from octavo import LLM, SamplingParams
-from octavo.errors import ConfigError, ModelError, OctavoError, UnsupportedModel
+from octavo.errors import ConfigError, ModelError, UnsupportedModel
 from octavo.structured import StructuredOutputsParams
 from tools import sweep, tiny
 
@@ -47,7 +47,7 @@ def over(model: Any, **options: Any) -> LLM:
     return LLM(model, skip_tokenizer_init=True, max_model_len=128, **options)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gpt2", "mixtral", "bloom"])
 def test_a_change_of_weights_in_place_changes_the_next_answer(model_type: str) -> None:
     model = loaded(model_type)
     with over(model) as llm:
@@ -171,7 +171,9 @@ def test_a_model_without_values_is_refused() -> None:
         over(model)
 
 
-def test_a_model_whose_attention_cannot_be_replaced_is_refused_with_the_reason() -> None:
-    with pytest.raises(OctavoError, match="attention") as raised:
-        over(loaded("bloom"))
-    assert isinstance(raised.value, UnsupportedModel)
+def test_quantised_weights_are_refused_by_method() -> None:
+    model = loaded()
+    model.quantization_method = "awq"
+    with pytest.raises(UnsupportedModel, match="awq") as raised:
+        over(model)
+    assert raised.value.id == "HF050"

@@ -76,7 +76,8 @@ def _share(live: Any) -> nn.Module:
                 memo[id(value)] = OrderedDict()
     shared = copy.deepcopy(live, memo).eval()
     attention.register()
-    shared.set_attn_implementation(attention.NAME)
+    if shared._can_set_attn_implementation():
+        shared.set_attn_implementation(attention.NAME)
     get_logger().info("transformers: parameters are shared with the %s given", type(live).__name__)
     made: nn.Module = shared
     return made
