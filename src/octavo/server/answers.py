@@ -26,7 +26,7 @@ class Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptDetails
+    prompt_tokens_details: PromptDetails | None = None
 
     @classmethod
     def of(cls, results: Iterable[RequestOutput]) -> Usage:
@@ -37,6 +37,19 @@ class Usage(msgspec.Struct):
         return cls(prompt, output, prompt + output, PromptDetails(sum(r.num_cached_tokens for r in results)))
 
 
+class Tally:
+    """The usage of an answer so far, for streams that tell it with every piece."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self._prompt = prompt_tokens
+        self._made = 0
+
+    def add(self, tokens: int) -> Usage:
+        """So many tokens more."""
+        self._made += tokens
+        return Usage(self._prompt, self._made, self._prompt + self._made)
+
+
 class CompletionLogprobs(msgspec.Struct):
     """``text_offset`` counts characters from the start of the choice's text."""
 
@@ -45,13 +58,13 @@ class CompletionLogprobs(msgspec.Struct):
     top_logprobs: list[dict[str, float] | None] = []
     text_offset: list[int] = []
 
-    def add(self, token: int, entry: Logprobs | None, text: str) -> None:
+    def add(self, token: int, entry: Logprobs | None, text: str, *, as_ids: bool = False) -> None:
         """Appends a position; ``entry`` is None for the first token of a prompt, which nothing predicts."""
         offset = self.text_offset[-1] + len(self.tokens[-1]) if self.tokens else 0
         self.text_offset.append(offset)
         self.tokens.append(text)
         self.token_logprobs.append(None if entry is None else entry[token].logprob)
-        tops = None if entry is None else {name_of(id, one): one.logprob for id, one in entry.items()}
+        tops = None if entry is None else {name_of(id, one, as_ids): one.logprob for id, one in entry.items()}
         self.top_logprobs.append(tops)
 
 
@@ -62,6 +75,8 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     prompt_logprobs: Any = msgspec.UNSET
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -136,6 +151,7 @@ class ChatChoice(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None
     stop_reason: int | str | None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
@@ -144,6 +160,7 @@ class ChatDelta(msgspec.Struct, kw_only=True):
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -156,6 +173,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_logprobs: Any = msgspec.UNSET
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -167,6 +185,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatDelta]
     usage: Usage | None = None
+    prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelCard(msgspec.Struct, kw_only=True):
@@ -213,30 +232,34 @@ class Success(msgspec.Struct):
     success: bool
 
 
-def name_of(token: int, entry: Logprob) -> str:
-    """The text of a token, or its number where there is no tokenizer."""
-    return entry.decoded_token if entry.decoded_token is not None else f"token_id:{token}"
+def name_of(token: int, entry: Logprob, as_id: bool = False) -> str:
+    """The text of a token, or its number where there is no tokenizer or that is wanted."""
+    return f"token_id:{token}" if as_id or entry.decoded_token is None else entry.decoded_token
 
 
-def completion_logprobs(token_ids: Sequence[int], entries: Sequence[Logprobs]) -> CompletionLogprobs:
-    """Of an output's tokens."""
+def completion_logprobs(
+    token_ids: Sequence[int], entries: Sequence[Logprobs], *, as_ids: bool = False
+) -> CompletionLogprobs:
+    """Of an output's tokens; ``as_ids`` names them by their numbers."""
     made = CompletionLogprobs()
     for token, entry in zip(token_ids, entries, strict=True):
-        made.add(token, entry, name_of(token, entry[token]))
+        made.add(token, entry, name_of(token, entry[token], as_ids), as_ids=as_ids)
     return made
 
 
-def chat_logprobs(token_ids: Sequence[int], entries: Sequence[Logprobs], top: int) -> ChatLogprobs:
-    """Of an output's tokens, each with the ``top`` likeliest."""
+def chat_logprobs(
+    token_ids: Sequence[int], entries: Sequence[Logprobs], top: int, *, as_ids: bool = False
+) -> ChatLogprobs:
+    """Of an output's tokens, each with the ``top`` likeliest; ``as_ids`` names them by their numbers."""
     content = []
     for token, entry in zip(token_ids, entries, strict=True):
-        best = [_top(id, one) for id, one in entry.items() if one.rank is not None and one.rank <= top]
-        own = _top(token, entry[token])
+        best = [_top(id, one, as_ids) for id, one in entry.items() if one.rank is not None and one.rank <= top]
+        own = _top(token, entry[token], as_ids)
         best.sort(key=lambda one: -one.logprob)
         content.append(TokenLogprob(own.token, own.logprob, own.bytes, best))
     return ChatLogprobs(content)
 
 
-def _top(token: int, entry: Logprob) -> TopLogprob:
-    name = name_of(token, entry)
-    return TopLogprob(name, entry.logprob, list(name.encode()))
+def _top(token: int, entry: Logprob, as_id: bool) -> TopLogprob:
+    text = name_of(token, entry)
+    return TopLogprob(name_of(token, entry, as_id), entry.logprob, list(text.encode()))

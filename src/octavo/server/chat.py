@@ -16,6 +16,7 @@ from octavo.server.answers import (
     ChatLogprobs,
     Logprobs,
     MessageDelta,
+    Tally,
     Usage,
     chat_logprobs,
 )
@@ -38,6 +39,7 @@ def read(service: Service, body: ChatRequest, origin: Origin) -> Ask:
         continue_final_message=bool(body.continue_final_message),
         add_generation_prompt=body.add_generation_prompt is not False,
         template_kwargs=body.template_kwargs(),
+        documents=body.documents,
     )
     return Ask(
         model=service.model(body.model),
@@ -55,6 +57,7 @@ class _Answer:
         assert job.ask.conversation is not None
         self._readers = readers(job.service, job.ask.conversation, job.prepared[0])
         self._greeted: set[int] = set()
+        self._tally = Tally(len(job.prepared[0].prompt_token_ids))
 
     def whole(self, results: list[RequestOutput]) -> ChatCompletion:
         (result,) = results
@@ -65,6 +68,7 @@ class _Answer:
                 logprobs=self._logprobs(output.token_ids, output.logprobs),
                 finish_reason=reader.finish_reason(output.finish_reason),
                 stop_reason=output.stop_reason,
+                token_ids=output.token_ids if self._body.return_token_ids else msgspec.UNSET,
             )
             for output, reader in zip(result.outputs, self._readers, strict=True)
         ]
@@ -75,14 +79,19 @@ class _Answer:
             choices=choices,
             usage=Usage.of([result]),
             prompt_logprobs=msgspec.UNSET if self._body.prompt_logprobs is None else result.prompt_logprobs,
+            prompt_token_ids=result.prompt_token_ids if self._body.return_token_ids else msgspec.UNSET,
         )
 
     def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
         if delta.index not in self._greeted:
             self._greeted.add(delta.index)
-            yield event(self._chunk([ChatDelta(index=delta.index, delta=MessageDelta("assistant", ""))]))
+            chunk = self._chunk([ChatDelta(index=delta.index, delta=MessageDelta("assistant", ""))])
+            if self._body.return_token_ids:
+                chunk.prompt_token_ids = self._job.prepared[0].prompt_token_ids
+            yield event(chunk)
+        usage = self._tally.add(len(delta.token_ids)) if self._body.continuous_usage else None
         for choice in self._pieces(delta):
-            yield event(self._chunk([choice]))
+            yield event(self._chunk([choice], usage))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         if self._body.include_usage:
@@ -101,11 +110,13 @@ class _Answer:
         reader, final = self._readers[delta.index], delta.finish_reason is not None
         logprobs = self._logprobs(delta.token_ids, delta.logprobs)
         messages = reader.feed(delta.text, final=final)
-        if not messages and (final or logprobs is not None):
+        if not messages and (final or logprobs is not None or self._body.return_token_ids):
             messages = [MessageDelta()]
         pieces = [ChatDelta(index=delta.index, delta=message) for message in messages]
         if pieces:
             pieces[0].logprobs = logprobs
+            if self._body.return_token_ids:
+                pieces[0].token_ids = delta.token_ids
             pieces[-1].finish_reason = reader.finish_reason(delta.finish_reason)
             pieces[-1].stop_reason = delta.stop_reason
         return pieces
@@ -113,7 +124,8 @@ class _Answer:
     def _logprobs(self, token_ids: list[int], entries: list[Logprobs] | None) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        return chat_logprobs(token_ids, entries or [], self._body.top_logprobs or 0)
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return chat_logprobs(token_ids, entries or [], self._body.top_logprobs or 0, as_ids=as_ids)
 
 
 ENDPOINT = Endpoint(ChatRequest, "chatcmpl-", read, _Answer)

@@ -16,6 +16,7 @@ from octavo.server.answers import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    Tally,
     Usage,
     completion_logprobs,
     name_of,
@@ -65,7 +66,9 @@ def _only_echo(body: CompletionRequest) -> bool:
 class _Answer:
     def __init__(self, job: Job[CompletionRequest]) -> None:
         self._job, self._body = job, job.body
-        self._echoed: set[int] = set()
+        self._begun: set[int] = set()
+        self._offsets: dict[int, int] = {}  # characters of each choice that log-probabilities have named
+        self._tally = Tally(sum(len(prepared.prompt_token_ids) for prepared in job.prepared))
 
     def whole(self, results: list[RequestOutput]) -> Completion:
         choices = [
@@ -78,10 +81,14 @@ class _Answer:
     def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
         choice = number * (self._body.n or 1) + delta.index
         text = "" if _only_echo(self._body) else delta.text
-        if self._body.echo and choice not in self._echoed:
-            self._echoed.add(choice)
-            text = self._prompt_text(number) + text
-        yield event(self._piece([self._delta(choice, text, delta)]))
+        made = self._delta(choice, text, delta)
+        if choice not in self._begun:
+            self._begun.add(choice)
+            if self._body.echo:
+                made.text = self._prompt_text(number) + text
+            if self._body.return_token_ids:
+                made.prompt_token_ids = self._job.prepared[number].prompt_token_ids
+        yield event(self._piece([made], self._tally.add(len(delta.token_ids)) if self._body.continuous_usage else None))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         if self._body.include_usage:
@@ -110,14 +117,28 @@ class _Answer:
         return tokenizer.decode(ids, skip_special_tokens=False) if tokenizer is not None else ""
 
     def _delta(self, choice: int, text: str, delta: Delta) -> CompletionChoice:
-        scores = completion_logprobs(delta.token_ids, delta.logprobs) if delta.logprobs else None
         return CompletionChoice(
             index=choice,
             text=text,
-            logprobs=scores,
+            logprobs=self._scores(choice, delta) if delta.logprobs else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
+            token_ids=self._made_ids(delta.token_ids),
         )
+
+    def _scores(self, choice: int, delta: Delta) -> CompletionLogprobs:
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        scores = completion_logprobs(delta.token_ids, delta.logprobs or [], as_ids=as_ids)
+        before = self._offsets.get(choice, 0)
+        scores.text_offset = [before + offset for offset in scores.text_offset]
+        self._offsets[choice] = before + sum(map(len, scores.tokens))
+        return scores
+
+    def _made_ids(self, token_ids: list[int]) -> list[int] | msgspec.UnsetType:
+        """Those that are shown, if any are."""
+        if not self._body.return_token_ids:
+            return msgspec.UNSET
+        return [] if _only_echo(self._body) else token_ids
 
     def _choice(self, index: int, result: RequestOutput, output: CompletionOutput) -> CompletionChoice:
         body = self._body
@@ -131,16 +152,20 @@ class _Answer:
             finish_reason="length" if _only_echo(body) else output.finish_reason,
             stop_reason=output.stop_reason,
             prompt_logprobs=msgspec.UNSET if body.prompt_logprobs is None else result.prompt_logprobs,
+            token_ids=self._made_ids(output.token_ids),
+            prompt_token_ids=result.prompt_token_ids if body.return_token_ids else msgspec.UNSET,
         )
 
     def _logprobs(self, result: RequestOutput, output: CompletionOutput) -> CompletionLogprobs:
-        made = CompletionLogprobs()
+        made, as_ids = CompletionLogprobs(), bool(self._body.return_tokens_as_token_ids)
         if self._body.echo:
-            for token, entry in zip(result.prompt_token_ids, result.prompt_logprobs or [], strict=True):
-                made.add(token, entry, self._decode([token]) if entry is None else name_of(token, entry[token]))
+            for token, entry in zip(result.prompt_token_ids, result.prompt_logprobs or [None], strict=True):
+                unnamed = f"token_id:{token}" if as_ids else self._decode([token])
+                name = unnamed if entry is None else name_of(token, entry[token], as_ids)
+                made.add(token, entry, name, as_ids=as_ids)
         if not _only_echo(self._body):
             for token, entry in zip(output.token_ids, output.logprobs or [], strict=True):
-                made.add(token, entry, name_of(token, entry[token]))
+                made.add(token, entry, name_of(token, entry[token], as_ids), as_ids=as_ids)
         return made
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -35,10 +35,12 @@ class _Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     safety_identifier: Any = None
     prompt_cache_key: Any = None
     prompt_cache_retention: Any = None
+    prompt_cache_options: Any = None
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # with every piece, not only at the end
     include_obfuscation: Any = None  # padding against eavesdroppers: OpenAI's, without effect
 
 
@@ -106,6 +108,8 @@ class _Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
     stop: str | list[str] | None = None
     max_tokens: int | None = None
     prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None  # names of tokens in log-probabilities: token_id:7
     response_format: ResponseFormat | None = None
     guided_json: JsonSchema | None = None
     guided_regex: str | None = None
@@ -116,6 +120,10 @@ class _Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
     def constraint(self) -> StructuredOutputsParams | None:
         guided = {name: getattr(self, f"guided_{name}") for name in (*GUIDED, "whitespace_pattern")}
@@ -200,6 +208,9 @@ class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
     functions: list[Any] | None = None
     function_call: Any = None
     modalities: list[str] | None = None
+    prediction: Any = None  # a guess that makes OpenAI's models faster; the answer is the same
+    verbosity: Literal["medium"] | None = None
+    documents: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
