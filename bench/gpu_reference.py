@@ -35,6 +35,21 @@ class Verdict:
         return f"{self.equal}/{self.tokens} equal, worst {self.worst:.1f} steps {'ok' if self.passed else 'FAILED'}"
 
 
+@torch.inference_mode()
+def judge(model: Any, prompt: list[int], answer: list[int]) -> Verdict:
+    """Of one request, by a causal language model of Transformers."""
+    ids = torch.tensor([prompt + answer], device=model.device)
+    hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state[0, len(prompt) - 1 :]
+    logits = model.lm_head(hidden).float()
+    own = logits.gather(1, ids[0, len(prompt) :, None]).squeeze(1)
+    top = logits.amax(-1)
+    steps = [
+        (most - value) / 2.0 ** (math.floor(math.log2(abs(most))) - 7)
+        for most, value in zip(top.tolist(), own.tolist(), strict=True)
+    ]
+    return Verdict(len(answer), int((own == top).sum()), max(steps))
+
+
 class Reference:
     """Transformers' model of ``config`` with the dummy weights of the engine's ``model``."""
 
@@ -44,8 +59,7 @@ class Reference:
         ours = copy.deepcopy(config)
         hf = CONFIG_MAPPING[ours.pop("model_type")].from_dict(ours)
         parameter = next(model.parameters())
-        self._device = parameter.device
-        with self._device:
+        with parameter.device:
             made = AutoModelForCausalLM.from_config(hf, dtype=parameter.dtype, attn_implementation="sdpa")
         self._model = made.eval()
         if impl == "native":
@@ -56,19 +70,9 @@ class Reference:
         else:
             _as_the_backend_fills(self._model)
 
-    @torch.inference_mode()
     def judge(self, prompt: list[int], answer: list[int]) -> Verdict:
         """Of one request."""
-        ids = torch.tensor([prompt + answer[:-1]], device=self._device)
-        hidden = self._model.model(input_ids=ids).last_hidden_state[0, len(prompt) - 1 :]
-        logits = self._model.lm_head(hidden).float()
-        own = logits.gather(1, torch.tensor(answer, device=self._device).unsqueeze(1)).squeeze(1)
-        top = logits.amax(-1)
-        steps = [
-            (t - o) / 2.0 ** (math.floor(math.log2(abs(t))) - 7)
-            for t, o in zip(top.tolist(), own.tolist(), strict=True)
-        ]
-        return Verdict(len(answer), int((own == top).sum()), max(steps))
+        return judge(self._model, prompt, answer)
 
 
 def _native_weights(model: Any) -> dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu_reference import joined, judge
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.runtime.worker import Worker
@@ -76,6 +79,7 @@ def serve(core: EngineCore, requests: dict[str, list[int]], **sampling: Any) -> 
         pytest.param({"max_num_batched_tokens": 13}, id="chunked"),
         pytest.param({"max_num_seqs": 1}, id="alone"),
         pytest.param({"enforce_eager": True}, id="no graphs"),
+        pytest.param({"model_impl": "transformers"}, id="adopted"),
     ],
 )
 def test_greedy_tokens_equal_transformers(
@@ -128,6 +132,110 @@ def test_greedy_and_sampled_requests_share_a_batch(
     assert answers["r1"] != oracle(requests["r1"])
 
 
+def test_the_transformers_backend_replays_graphs(folder_of: Callable[[str], Path]) -> None:
+    worker = Worker()
+    options = {"device": "cuda", "model_impl": "transformers", "kv_cache_memory_bytes": 16 << 20}
+    core = EngineCore(EngineConfig.of(model=str(folder_of("qwen3")), **options), worker)
+    launched: list[int] = []
+    forward = worker.model.forward
+    worker.model.forward = lambda *args: launched.append(1) or forward(*args)  # type: ignore[method-assign]
+    serve(core, prompts())
+    assert 0 < len(launched) < 8  # prompts alone, of NEW steps and more
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("impl", ["native", "transformers"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_tokens_of_any_batch_are_those_of_transformers_up_to_ties(
+    folder_of: Callable[[str], Path], family: str, impl: str, rows: int
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder_of(family), dtype=torch.bfloat16).cuda().eval()
+    requests = prompts()
+    answers = serve(engine(folder_of(family), dtype="bfloat16", model_impl=impl, max_num_seqs=rows), requests)
+    verdict = joined([judge(model, tokens, answers[id]) for id, tokens in requests.items()])
+    assert verdict.passed, verdict
+    assert verdict.equal > 0.9 * verdict.tokens, verdict
+
+
+def test_an_order_of_requests_changes_no_token(folder_of: Callable[[str], Path]) -> None:
+    requests = prompts()
+    first = serve(engine(folder_of("llama")), requests)
+    assert serve(engine(folder_of("llama"), max_num_seqs=3), dict(reversed(requests.items()))) == first
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_cache_of_8_bits_holds_more_and_its_tokens_do_not_depend_on_the_batch(
+    folder_of: Callable[[str], Path], family: str
+) -> None:
+    """Another order of sums may move a key to the next that 8 bits can hold, hence one request may differ."""
+    small = {"kv_cache_memory_bytes": 1 << 18, "max_model_len": 128, "max_num_seqs": 64}
+    requests, wide = prompts(), engine(folder_of(family), **small)
+    core = engine(folder_of(family), kv_cache_dtype="fp8", **small)
+    assert core.info.num_pages >= 4 * wide.info.num_pages  # of float32
+    answers = serve(core, requests)
+    for options in ({"max_num_seqs": 1}, {"max_num_batched_tokens": 13}, {"enforce_eager": True}):
+        again = serve(engine(folder_of(family), kv_cache_dtype="fp8", **options), requests)
+        assert sum(again[id] != answers[id] for id in requests) <= 1
+    plain = serve(wide, requests)
+    assert sum(plain[id][0] == answers[id][0] for id in requests) >= 4
+
+
+def test_a_step_out_of_memory_fails_its_requests_and_later_ones_are_served(
+    folder_of: Callable[[str], Path], oracles: Callable[[str], Oracle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = Worker()
+    options = {"device": "cuda", "dtype": "float32", "kv_cache_memory_bytes": 16 << 20}
+    core = EngineCore(EngineConfig.of(model=str(folder_of("llama")), **options), worker)
+    for place in ("forward", "logits"):
+        with monkeypatch.context() as patch:
+            patch.setattr(worker.model, place, lambda *_: torch.empty(1 << 46, device="cuda"))
+            for id, tokens in prompts(3).items():
+                core.add(make_request(core, id, tokens, max_tokens=NEW, temperature=0.0))
+            ended = [output for output in run(core) if output.finish_reason is not None]
+        assert sorted((o.id, o.finish_reason, o.status) for o in ended) == [(f"r{i}", "error", 503) for i in range(3)]
+        requests = prompts(3)
+        assert serve(core, requests) == {id: oracles("llama")(tokens) for id, tokens in requests.items()}
+
+
+CUDA_ERROR = """
+import sys, torch
+from octavo.config import EngineConfig
+from octavo.core.engine import EngineCore
+from octavo.core.process import run
+from octavo.core.transport import MemoryChannel
+from octavo.runtime.worker import Worker
+from octavo.types import Dead, Hello, Outputs, Ready, Submit
+from tests.core.stub_engine import make_request
+
+class Failing(Worker):
+    def step(self, plan):
+        torch.zeros(1, device="cuda")[torch.tensor([9], device="cuda")]
+        super().step(plan)
+
+config = EngineConfig.of(model=sys.argv[1], device="cuda", kv_cache_memory_bytes=16 << 20)
+core, channel = EngineCore(config, Failing()), MemoryChannel()
+channel.put(Hello())
+channel.put(Submit([make_request(core, id, [5, 6, 7], max_tokens=8) for id in "abc"]))
+code = run(lambda: core, channel)
+messages = []
+while not channel.outbox.empty():
+    messages.append(channel.outbox.get())
+assert isinstance(messages[0], Ready) and isinstance(messages[-1], Dead), messages
+assert not any(isinstance(m, Outputs) and any(o.finish_reason for o in m.outputs) for m in messages), messages
+print("code", code, "dead", messages[-1].cause)
+"""
+
+
+def test_a_cuda_error_ends_the_engine_with_one_word_to_all_who_wait(folder_of: Callable[[str], Path]) -> None:
+    """`Dead` is what clients answer every request with that is running (tests/core/test_process.py)."""
+    done = subprocess.run([sys.executable, "-c", CUDA_ERROR, str(folder_of("llama"))], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("code ") and "code 0" not in done.stdout
+    assert "device-side assert" in done.stdout or "CUDA error" in done.stdout
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_bfloat16_repeats_itself(folder_of: Callable[[str], Path], family: str) -> None:
     core = engine(folder_of(family), dtype="bfloat16")
@@ -141,9 +249,9 @@ def compiled() -> Iterator[list[str]]:
     """The kernels that Triton compiles or loads from disk while the test runs."""
     import triton
 
-    from octavo.kernels import attn_triton, linear_triton, triton_ops
+    from octavo.kernels import attn_triton, linear_triton, sampling_triton, triton_ops
 
-    for module in (attn_triton, linear_triton, triton_ops):
+    for module in (attn_triton, linear_triton, sampling_triton, triton_ops):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()  # other tests ran before
@@ -170,4 +278,6 @@ def test_no_request_waits_for_a_compiler(
         serve(core, {id: requests[id]})
     core.reset_prefix_cache()
     serve(core, {id: requests[id] for id in ("r5", "r1", "r2", "r4", "r7")})
+    serve(core, requests, temperature=0.7, top_p=0.8, logprobs=3)
+    serve(core, {"r4": requests["r4"]}, temperature=0.7, top_k=5, presence_penalty=0.3, repetition_penalty=1.1)
     assert compiled == []
