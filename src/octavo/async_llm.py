@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-import secrets
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -87,12 +86,14 @@ class AsyncLLM:
         ``chat_template`` is a template's text. ``on_death`` is called once, when no engine is left. ``engines`` are
         those that another process looks after, instead. Raises what kept an engine from starting, as `LLM` does.
         """
-        from octavo.frontend.balancer import open_engines
-        from octavo.frontend.fleet import Processes
+        from octavo.frontend.balancer import open_engines, own_engines
 
-        size = config.parallel.data_parallel_size
-        source = engines or Processes(config, worker, log_level=log_level, hash_key=secrets.token_bytes(32))
-        opening = asyncio.create_task(open_engines(source, size, shared=engines is not None, on_death=on_death))
+        async def start() -> EngineClient:
+            source = engines or await own_engines(config, worker, log_level=log_level)
+            size = config.parallel.data_parallel_size
+            return await open_engines(source, size, shared=engines is not None, on_death=on_death)
+
+        opening = asyncio.create_task(start())
         try:
             text = await asyncio.to_thread(load_text_model, config)
             client = await opening

@@ -118,6 +118,9 @@ class ParallelOptions:
     tensor_parallel_size: int = option(1, "devices of this machine that share one model")
     distributed_timeout_seconds: int = option(300, "with several devices: how long one may keep the others waiting")
     data_parallel_size: int = option(1, "engines, each with the whole model, that share the requests")
+    distributed_executor_backend: str = option(
+        "mp", "where engines run: processes of this machine (mp), or a Ray cluster (ray)", choices=("mp", "ray")
+    )
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Stubs(Processes):
     """Engines in processes, which a test can reach; ``broken`` ones do not start any more."""
 
     def __init__(self, tries: int = 3) -> None:
-        super().__init__(CONFIG, "stub", log_level="error", hash_key=b"k" * 32, tries=tries)
+        super().__init__(CONFIG, "stub", log_level="error", hash_key=b"k" * 32)
+        self.tries = tries
         self.cores: dict[int, CoreProcess] = {}
         self.broken: set[int] = set()
 
@@ -155,11 +156,13 @@ def test_aborts_reach_the_engine_that_has_the_request() -> None:
 
 def test_a_dead_engine_fails_what_had_begun_others_do_not_notice_and_it_comes_back() -> None:
     async def work(balancer: Balancer, stubs: Stubs) -> None:
-        streams = {f"r{i}": await balancer.submit(request(balancer, f"r{i}", [i, i], 1500)) for i in range(4)}
-        for stream in streams.values():
-            await anext(stream)
+        psutil.Process(stubs.cores[0].process.pid).suspend()
+        streams = {f"r{i}": await balancer.submit(request(balancer, f"r{i}", [i, i], 2000)) for i in range(4)}
         on_first = {id for id in streams if owners(balancer, id) == [0]}
         assert len(on_first) == 2
+        psutil.Process(stubs.cores[0].process.pid).resume()
+        for id in on_first:
+            await anext(streams[id])
         stubs.cores[0].process.kill()
         for id, stream in streams.items():
             if id in on_first:

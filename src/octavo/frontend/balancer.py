@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 
+from octavo.config import EngineConfig
 from octavo.errors import EngineDead, OctavoError, Overloaded, RequestError
 from octavo.frontend.client import EngineClient, EngineState
-from octavo.frontend.fleet import Fleet, Slot, Source, connect
+from octavo.frontend.fleet import Fleet, Processes, Slot, Source, connect
 from octavo.frontend.routing import Router
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
@@ -22,6 +24,16 @@ FRESH_SECONDS = 0.2  # how old the load of engines may be that other processes u
 RETRY_SECONDS = 2.0  # told to clients while no engine runs
 
 
+async def own_engines(config: EngineConfig, worker: Literal["real", "stub"], *, log_level: str) -> Source:
+    """Where the engines of a process come from that looks after them itself, or leaves that to Ray."""
+    hash_key = secrets.token_bytes(32)
+    if config.parallel.distributed_executor_backend == "ray":
+        from octavo.frontend.ray_engines import RayEngines
+
+        return await RayEngines.start(config, worker, log_level=log_level, hash_key=hash_key)
+    return Processes(config, worker, log_level=log_level, hash_key=hash_key)
+
+
 async def open_engines(
     source: Source, size: int, *, shared: bool = False, on_death: Callable[[OctavoError], None] | None = None
 ) -> EngineClient:
@@ -29,7 +41,7 @@ async def open_engines(
 
     ``shared``: see `Balancer`. ``on_death`` is called once, in the event loop, when no engine is left.
     """
-    if size == 1:
+    if size == 1 and source.tries == 0:
         return await connect(await source.open(0), on_death=on_death)
     return await Balancer(source, size, shared=shared, on_death=on_death).start()
 

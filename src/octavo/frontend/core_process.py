@@ -30,6 +30,7 @@ from octavo.types import MAX_MESSAGE_BYTES, Bye, CoreInput, CoreOutput, Dead, En
 
 GRACE_SECONDS = 0.5  # how long `stop` waits before it becomes less polite
 LAST_WORDS_MS = 200  # after the child's end, how long its last message may still be on its way
+HEARTBEAT_MS = 5000  # over a network: a machine that vanishes does not close its connections
 _ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, OctavoError)}
 
 decode_output = msgspec.msgpack.Decoder(CoreOutput).decode
@@ -186,19 +187,21 @@ def spawn(
     """
     folder = None if address else private_folder()
     address = address or f"ipc://{folder}/core"
-    process = launch(
-        {"config": config, "worker": worker, "address": address, "log_level": log_level, "hash_key": hash_key}, env=env
-    )
+    start = {"config": config, "worker": worker, "log_level": log_level, "hash_key": hash_key}
+    process, address = launch(address, start, env=env)
     return CoreProcess(process, address, folder)
 
 
-def launch(start: dict[str, Any], *, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Starts an engine core, told ``start`` (fields of `core.process.Start`), listening at its ``ipc://`` address.
+def launch(
+    address: str, start: dict[str, Any], *, env: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], str]:
+    """Starts an engine core that listens at ``address``, ``ipc://PATH`` or ``tcp://HOST:PORT``.
 
-    Its standard input stays open and ties it to this process.
+    ``start`` are the other fields of `core.process.Start`. Returns the process, whose standard input stays open and
+    ties it to this one, and the address with a port that was free if PORT is 0.
     """
-    path = Path(start["address"].removeprefix("ipc://"))
-    with _listening(path) as listener:
+    listener, address = _listening(address)
+    with listener:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "octavo.core.process"],  # -P: no module is taken from the current folder
             stdin=subprocess.PIPE,
@@ -206,13 +209,14 @@ def launch(start: dict[str, Any], *, env: Mapping[str, str] | None = None) -> su
             pass_fds=(listener.fileno(),),
             env={**os.environ, **env} if env else None,
         )
-        start = {"folder": str(path.parent), **start, "listener": listener.fileno()}
+        folder = os.path.dirname(address.removeprefix("ipc://")) if address.startswith("ipc://") else ""
+        start = {**start, "address": address, "listener": listener.fileno(), "folder": folder}
     if process.stdin is None:
         raise EngineDead("the engine process has no standard input.", "Start it again.")
     with contextlib.suppress(BrokenPipeError):  # `wait_ready` reports how the process ended
         process.stdin.write(msgspec.json.encode(start) + b"\n")
         process.stdin.flush()
-    return process
+    return process, address
 
 
 def error_of(dead: Dead) -> OctavoError:
@@ -229,13 +233,19 @@ def private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="octavo-", dir=None if short else "/tmp"))  # noqa: S108
 
 
-def _listening(path: Path) -> socket.socket:
-    """A socket that takes connections already, before the process that will answer them runs."""
-    path.unlink(missing_ok=True)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    made.bind(str(path))
+def _listening(address: str) -> tuple[socket.socket, str]:
+    """A socket that takes connections already, before the process that will answer them runs; and its address."""
+    scheme, _, place = address.partition("://")
+    if scheme == "ipc":
+        Path(place).unlink(missing_ok=True)
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.bind(place)
+    else:
+        host, _, port = place.rpartition(":")
+        made = socket.create_server((host, int(port)), family=socket.AF_INET)
+        address = f"tcp://{host}:{made.getsockname()[1]}"
     made.listen()
-    return made
+    return made, address
 
 
 def _dealer(context: zmq.Context[Any], public_key: str) -> zmq.Socket[bytes]:
@@ -246,6 +256,8 @@ def _dealer(context: zmq.Context[Any], public_key: str) -> zmq.Socket[bytes]:
     made.setsockopt(zmq.RCVHWM, 0)
     made.setsockopt(zmq.LINGER, 0)
     if public_key:
+        made.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        made.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)
         own_public, own_secret = zmq.curve_keypair()
         made.setsockopt(zmq.CURVE_SERVERKEY, public_key.encode())
         made.setsockopt(zmq.CURVE_PUBLICKEY, own_public)

@@ -50,11 +50,19 @@ class Patience:
 class Source(Protocol):
     """Where engines come from."""
 
-    tries: int | None  # how often in a row an engine is started again; None: without end
+    tries: int | None  # how often in a row an engine is started again; None: until `open` raises `Gone`
 
     async def open(self, index: int) -> Core:
         """A connection to engine ``index``, which need not be ready yet."""
         ...
+
+    async def close(self) -> None:
+        """Ends what the engines need besides themselves; they have ended, or are left. May be called twice."""
+        ...
+
+
+class Gone(EngineDead):
+    """Whoever looks after the engine has given it up."""
 
 
 class Processes:
@@ -68,9 +76,8 @@ class Processes:
         log_level: str,
         hash_key: bytes,
         addresses: list[str] | None = None,
-        tries: int = MAX_TRIES,
     ) -> None:
-        self.tries: int | None = tries
+        self.tries: int | None = MAX_TRIES if config.parallel.data_parallel_size > 1 else 0
         self._config, self._worker, self._log_level = config, worker, log_level
         self._hash_key = hash_key.hex()
         self._shares = shares(config)
@@ -86,17 +93,22 @@ class Processes:
             env=self._shares[index],
         )
 
+    async def close(self) -> None:
+        pass
+
 
 class Addresses:
     """Engines that another process starts, at ``addresses``, and starts again as long as it sees fit."""
 
-    tries: int | None = None
-
     def __init__(self, addresses: list[str]) -> None:
+        self.tries: int | None = None if len(addresses) > 1 else 0
         self._addresses = addresses
 
     async def open(self, index: int) -> Core:
         return Core(self._addresses[index])
+
+    async def close(self) -> None:
+        pass
 
 
 class Slot:
@@ -154,6 +166,7 @@ class Fleet:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self.clients()))
+        await self._source.close()
 
     async def _open(self, slot: Slot) -> None:
         def died(error: OctavoError) -> None:
@@ -190,6 +203,8 @@ class Fleet:
         except OctavoError as error:
             slot.reason = error.cause
             get_logger().error("engine %d did not start: %s: %s", slot.index, error.id, error)
+            if isinstance(error, Gone):
+                self._give_up(slot)
 
     def _give_up(self, slot: Slot) -> None:
         slot.given_up = True

@@ -95,7 +95,6 @@ class _Supervisor:
             log_level=self._server.log_level,
             hash_key=secrets.token_bytes(32),
             addresses=self._addresses,
-            tries=MAX_TRIES if self._engines > 1 else 0,
         )
         fleet = Fleet(source, self._engines, on_end=self._fail)
         with signals(self._signalled):
