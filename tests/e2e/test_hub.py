@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,11 @@ import httpx
 import pytest
 
 from tests.e2e.serving import START_SECONDS, Server
+from tests.e2e.shell import PROMPT, SMALL, Shell
 from tests.gguf_files import tiny_metadata, tiny_tensors, write_gguf
 from tests.hub_server import Hub
 from tools import tiny
 
-SMALL = ("--device", "cpu", "--max-num-seqs", "2", "--kv-cache-memory-bytes", "4M")
-PROMPT = ("-p", "hello", "--max-tokens", "2", "--ignore-eos", "--temperature", "0")
 TOKEN = "hf_of_a_test"
 
 
@@ -32,38 +28,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub() -> Iterator[Hub]:
     with Hub() as hub:
         yield hub
-
-
-class Shell:
-    """Runs octavo as a user of ``hub`` does, with a cache of its own."""
-
-    def __init__(self, hub: Hub, home: Path) -> None:
-        self.hub, self.home = hub, home
-
-    def env(self, **more: str) -> dict[str, str]:
-        hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"}
-        base = {key: value for key, value in os.environ.items() if key not in hidden}
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        return {**base, **self.hub.env(self.home), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
-
-    def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "octavo", *argv]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, env=self.env(**env), stdout=pipe, stderr=pipe, text=True, cwd=self.home)
-
-    def run(self, *argv: str, **env: str) -> tuple[int, str, str]:
-        process = self.start(*argv, **env)
-        out, err = process.communicate(timeout=START_SECONDS)
-        return process.returncode, out, err
-
-    def generate(self, name: str, *argv: str, **env: str) -> tuple[int, str, str]:
-        return self.run("generate", name, *PROMPT, *SMALL, *argv, **env)
-
-    def plan(self, name: str, *argv: str, **env: str) -> dict[str, Any]:
-        code, out, err = self.run("plan", name, "--json", "--gpu", "l4", *argv, **env)
-        assert code == 0, err
-        found: dict[str, Any] = json.loads(out)
-        return found
 
 
 @pytest.fixture

@@ -209,7 +209,8 @@ class Repo:
                 f"Name one of them: {self.id}/FILE.gguf.",
                 id="HF004",
             )
-        found = not set(CONFIGS).isdisjoint(names) or has_tokenizer(names)
+        configs = CONFIGS if self.weights else (*CONFIGS, "generation_config.json")
+        found = not set(configs).isdisjoint(names) or has_tokenizer(names)
         if not found and not any(name.endswith((".gguf", ".py")) for name in names):
             several = f"; of its GGUF files, name one: {', '.join(ggufs[:20])}" if ggufs else ""
             raise ModelError(
