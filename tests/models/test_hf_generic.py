@@ -42,13 +42,28 @@ def test_logits_and_greedy_tokens_equal_eager(model_type: str, way: str, tmp_pat
     assert way in model.swapped
 
 
-def test_a_model_that_is_not_causal_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "xlnet")
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("xlnet", "depends on later ones"),
+        ("reformer", "draws random numbers"),  # of its hashes, once a prompt is longer than a chunk
+    ],
+)
+def test_what_cannot_run_either_way_is_refused_with_both_reasons(model_type: str, reason: str, tmp_path: Path) -> None:
+    saved(tmp_path, model_type)
     with pytest.raises(UnsupportedModel) as error:
         sweep.adopted(tmp_path)
     assert error.value.id == "HF031"
-    assert "attention interface" in error.value.cause
-    assert "depends on later ones" in error.value.cause
+    assert "cannot run over pages" in error.value.cause
+    assert reason in error.value.cause
+
+
+def test_attention_of_another_kind_in_long_prompts_is_found(tmp_path: Path) -> None:
+    """BigBird's is sparse from 11 blocks on, some of them drawn."""
+    saved(tmp_path, "big_bird", block_size=16)
+    assert sweep.adopted(tmp_path, max_len=176).own_cache is not None
+    with pytest.raises(UnsupportedModel, match="draws random numbers"):
+        sweep.adopted(tmp_path, max_len=250)
 
 
 def test_what_is_kept_is_measured_and_forgotten_with_the_row(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 """Names under which classes return what they keep, and take it back."""
 
 PIECES = (5, 1, 1, 4, 2, 8)  # how the tokens of the trial are cut
+LONG = 1024  # tokens after which attention may be of another kind, in blocks or by hashes
 PREFIX = 9  # tokens that show how much rounding differs from call to call
 NOISE = 4.0  # a way may differ by so many times that
 FIRST_ROW = -2  # rows of the trial; those of requests are not negative
@@ -72,17 +73,24 @@ class Generic:
 
         Raises `UnsupportedModel` HF031 if no way gives the logits of the unmodified model.
         """
-        count = min(sum(PIECES), max_len)
-        trial = torch.randint(vocab_size, (2, count), generator=torch.Generator().manual_seed(0)).to(device)
+        sample = torch.randint(vocab_size, (2, min(LONG, max_len)), generator=torch.Generator().manual_seed(0)).to(
+            device
+        )
+        trial = sample[:, : sum(PIECES)]
+        random_state = _random_state(device)
         try:
             wanted = [self._unmodified(tokens) for tokens in trial]
+            floor = _difference(self._unmodified(trial[0, :PREFIX]), wanted[0][:PREFIX])
+            limit = max(SAME[dtype], NOISE * floor)
+            self._head = self._separate_head(trial[0], wanted[0], limit)
+            begun = self._hidden(sample[0], 0, None)[: trial.shape[1]]
+            later = max(floor, _difference(self.logits(begun), wanted[0]) / NOISE)
         except Exception as error:  # code that is not ours
             raise self._refused(f"tokens alone are not enough for it ({type(error).__name__}: {error})") from error
-        floor = _difference(self._unmodified(trial[0, :PREFIX]), wanted[0][:PREFIX])
-        if not floor <= SAME[dtype]:
+        if not torch.equal(_random_state(device), random_state):
+            raise self._refused("it draws random numbers")
+        if not later <= SAME[dtype]:
             raise self._refused("what it says of a token depends on later ones, or is not a number")
-        limit = max(SAME[dtype], NOISE * floor)
-        self._head = self._separate_head(trial[0], wanted[0], limit)
         for way in (Way(history, positions) for history in _TOLD for positions in (False, True)):
             self._way = way
             with suppress(Exception):  # code that is not ours, perhaps asked for what it does not have
@@ -120,16 +128,16 @@ class Generic:
         kept.length += len(tokens)
         if self._way.history == "none":
             kept.tokens = torch.cat([known for known in (kept.tokens, tokens) if known is not None])
-            return self._call(kept.tokens, 0, None)[first:]
+            return self._hidden(kept.tokens, 0, None)[first:]
         if self._way.history == "chunks" or first == 0:
-            return self._call(tokens, first, kept)
-        return torch.cat([self._call(tokens[i : i + 1], first + i, kept) for i in range(len(tokens))])
+            return self._hidden(tokens, first, kept)
+        return torch.cat([self._hidden(tokens[i : i + 1], first + i, kept) for i in range(len(tokens))])
 
-    def _call(self, tokens: torch.Tensor, first: int, kept: _Sequence | None) -> torch.Tensor:
+    def _hidden(self, tokens: torch.Tensor, first: int, kept: _Sequence | None) -> torch.Tensor:
         """Hidden states of ``tokens``; what the model returns to be kept replaces what ``kept`` has."""
         runner: Any = self._model if self._head is None else self._head.body
         arguments = {} if kept is None else dict(kept.cache)
-        if self._way.positions:
+        if kept is not None and self._way.positions:
             arguments["position_ids"] = torch.arange(first, first + len(tokens), device=tokens.device).unsqueeze(0)
         output = runner(input_ids=tokens.unsqueeze(0), use_cache=kept is not None, **arguments)
         if kept is not None:
@@ -211,6 +219,10 @@ def _caches(runner: nn.Module, output: Any) -> dict[str, Any]:
     if not found:
         raise ValueError("nothing to keep was returned")
     return found
+
+
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
