@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import secrets
 import signal
 import threading
 import time
@@ -249,6 +250,8 @@ def _live_model(model: PreTrainedModel, options: dict[str, Any]) -> tuple[Engine
 
 
 def _start_core(config: EngineConfig, text: TextModel, live: LiveModel | None) -> Engine:
+    if config.parallel.data_parallel_size > 1:
+        return _start_cores(config, live)
     from octavo.core.engine import EngineCore
     from octavo.core.vocabulary import Vocabulary
     from octavo.runtime.worker import worker_for
@@ -259,6 +262,17 @@ def _start_core(config: EngineConfig, text: TextModel, live: LiveModel | None) -
     size = live.vocab_size
     worker = worker_for(config, live)
     return EngineCore(config, worker, vocabulary=lambda: Vocabulary.of(tokenizer, size, text.eos_ids))
+
+
+def _start_cores(config: EngineConfig, live: LiveModel | None) -> Engine:
+    from octavo.frontend.offline import SeveralCores
+
+    if live is not None:
+        raise ConfigError(
+            f"data_parallel_size is {config.parallel.data_parallel_size}, but a loaded model is in one process.",
+            "Leave it out, or give the model's name.",
+        )
+    return SeveralCores(config, secrets.token_bytes(32))
 
 
 def _prompts(prompts: object) -> list[Prompt]:

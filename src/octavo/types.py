@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import msgspec
@@ -338,6 +339,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     preemptions: int = 0
     slots_allocated: int = 0  # summed over steps: slots of the pages that requests hold …
     slots_filled: int = 0  # … and how many of those hold a token; their ratio is 1 - waste
+
+    @classmethod
+    def sum(cls, several: Sequence[Stats]) -> Stats:
+        """Those of several engines as one's."""
+        return cls(**{name: sum(getattr(one, name) for one in several) for name in cls.__struct_fields__})
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):

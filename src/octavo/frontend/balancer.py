@@ -9,17 +9,14 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Literal, Self
 
-import msgspec
-
 from octavo.config import EngineConfig
 from octavo.errors import EngineDead, OctavoError, Overloaded, RequestError
 from octavo.frontend.client import EngineClient, EngineState
 from octavo.frontend.fleet import Fleet, Processes, Slot, Source, connect
-from octavo.frontend.routing import Router
+from octavo.frontend.routing import Router, slack_of, together
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 MAX_STARTS = 2  # of one request: if it is what kills engines, it is not to kill them all
-SLACK = 0.25  # of a batch: by so much more may an engine have to do and still get the requests of its prefixes
 FRESH_SECONDS = 0.2  # how old the load of engines may be that other processes use too
 RETRY_SECONDS = 2.0  # told to clients while no engine runs
 
@@ -84,19 +81,14 @@ class Balancer:
         """Waits for all engines; raises what keeps one from starting."""
         await self._fleet.start()
         infos = [client.info for client in self._fleet.clients()]
-        self._router = Router(max(2, int(SLACK * infos[0].max_num_seqs)))
-        self.info = msgspec.structs.replace(
-            infos[0],
-            max_model_len=min(info.max_model_len for info in infos),
-            max_num_seqs=sum(info.max_num_seqs for info in infos),
-            num_pages=sum(info.num_pages for info in infos),
-        )
+        self._router = Router(slack_of(infos[0]))
+        self.info = together(infos)
         return self
 
     @property
     def stats(self) -> Stats:
         """The sum over the engines that run."""
-        return _sum([client.stats for client in self._fleet.clients()])
+        return Stats.sum([client.stats for client in self._fleet.clients()])
 
     def engines(self) -> list[EngineState]:
         """See `EngineClient.engines`."""
@@ -127,7 +119,7 @@ class Balancer:
         stats = [answer for answer in answers if isinstance(answer, Stats)]
         if not stats:
             raise EngineDead("no engine answers.", "They are being started again; see the server's log.")
-        return _sum(stats)
+        return Stats.sum(stats)
 
     async def reset_prefix_cache(self) -> bool:
         """See `EngineClient.reset_prefix_cache`."""
@@ -182,7 +174,3 @@ class Balancer:
         if now - self._asked > FRESH_SECONDS and (self._asking is None or self._asking.done()):
             self._asked = now
             self._asking = asyncio.gather(*(c.health() for c in self._fleet.clients()), return_exceptions=True)
-
-
-def _sum(stats: Sequence[Stats]) -> Stats:
-    return Stats(**{name: sum(getattr(one, name) for one in stats) for name in Stats.__struct_fields__})

@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import msgspec
+
 from octavo.cache.prefix import split_keys
+from octavo.types import EngineInfo
 
 TABLE_SIZE = 100_000  # entries, of about 150 bytes
+SLACK = 0.25  # of a batch: by so much more may an engine have to do and still get the requests of its prefixes
 
 
 class Router:
@@ -64,3 +68,18 @@ class Router:
 def _depths(pages: int) -> list[int]:
     """1, 2, 4, 8, … below ``pages``, and ``pages``."""
     return [1 << i for i in range((pages - 1).bit_length())] + [pages] if pages else []
+
+
+def slack_of(info: EngineInfo) -> int:
+    """The `Router`'s slack among engines that are like ``info``."""
+    return max(2, int(SLACK * info.max_num_seqs))
+
+
+def together(infos: Sequence[EngineInfo]) -> EngineInfo:
+    """Several engines described as one: what every one of them can take, and what they hold in sum."""
+    return msgspec.structs.replace(
+        infos[0],
+        max_model_len=min(info.max_model_len for info in infos),
+        max_num_seqs=sum(info.max_num_seqs for info in infos),
+        num_pages=sum(info.num_pages for info in infos),
+    )
