@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.serving import Server, running
+from tests.e2e.serving import STUB, Server, running
 from tools import tiny
 
 OPTIONS = ("--dtype", "float32", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "16M", "--device", "cpu")
@@ -118,6 +118,22 @@ def test_a_batch_runs_while_others_are_served(client: openai.OpenAI) -> None:
     assert batch.status == "completed", batch
     assert batch.output_file_id is not None
     assert client.files.content(batch.output_file_id).text.count('"status_code":200') == 60
+
+
+def test_files_lie_in_a_private_folder_until_the_server_ends(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with running(["-c", STUB, str(model), "0"], tmp_path / "log") as stub:
+        assert not list(tmp_path.glob("octavo-files-*"))
+        form = {"files": {"file": ("in.jsonl", requests(1))}, "data": {"purpose": "batch"}}
+        assert httpx.post(f"{stub.url}/v1/files", **form).status_code == 200  # type: ignore[arg-type]
+        (folder,) = tmp_path.glob("octavo-files-*")
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
+        stub.process.terminate()
+        assert stub.wait(20) == 0
+        assert not list(tmp_path.glob("octavo-files-*"))
 
 
 def test_run_batch_answers_a_file_as_the_server_does(model: Path, client: openai.OpenAI, tmp_path: Path) -> None:

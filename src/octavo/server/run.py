@@ -11,7 +11,9 @@ import dataclasses
 import gc
 import json
 import os
+import secrets
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -53,8 +55,9 @@ def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real",
     check_names(server.tool_call_parser, server.reasoning_parser)
     with contextlib.ExitStack() as stack:
         if server.files_dir is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="octavo-files-"))
-            server = dataclasses.replace(server, files_dir=folder)
+            folder = Path(tempfile.gettempdir()) / f"octavo-files-{secrets.token_hex(16)}"  # made when there is a file
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            server = dataclasses.replace(server, files_dir=str(folder))
         if server.api_server_count != 1:
             from octavo.server.supervisor import supervise
 

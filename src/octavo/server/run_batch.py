@@ -68,7 +68,10 @@ class _Batch:
                     bar.set_postfix_str(f"{self._failed} failed" if self._failed else "", refresh=False)
                     bar.update()
 
-                await work(service, self._lines(), done)
+                try:
+                    await work(service, self._lines(), done)
+                except* OSError as group:  # the disk is full
+                    raise group.exceptions[0] from None
         good = self._total - self._failed
         print(f"{good} requests answered, {self._failed} failed", file=sys.stderr)
         return 1 if self._failed else 0

@@ -49,8 +49,7 @@ class FileStore:
     """What belongs to one owner does not exist for others. Methods block: call them in a thread."""
 
     def __init__(self, folder: Path, max_count: int = MAX_COUNT, max_bytes: int = MAX_BYTES) -> None:
-        """``folder`` is made, for this user alone, if it is not there."""
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """``folder`` is made, for this user alone, with the first file."""
         self.folder = folder
         self._max_count, self._max_bytes = max_count, max_bytes
 
@@ -64,6 +63,7 @@ class FileStore:
         """A file that comes in pieces; it exists once it is closed."""
         if self._count() >= self._max_count:
             raise _no_room(f"there are {self._max_count} files, the limit")
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return Writer(self, owner, filename[:MAX_NAME], purpose)
 
     def get(self, owner: bytes, id: str) -> FileObject:
