@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from octavo.cache.prefix import page_hashes
 from octavo.config import EngineConfig
-from octavo.errors import OctavoError
+from octavo.errors import ConfigError, OctavoError
 from octavo.types import EngineInfo, Request, Sampling
 
 if TYPE_CHECKING:
@@ -42,10 +42,15 @@ class Round:
 
 
 def make_core(config: EngineConfig) -> EngineCore:
-    """The engine core with the real worker; loads the model."""
+    """The engine core with the real worker; loads the model. Raises `ConfigError` for several engines."""
     from octavo.core.engine import EngineCore
     from octavo.runtime.worker import Worker
 
+    if config.parallel.data_parallel_size > 1:
+        raise ConfigError(
+            f"data_parallel_size is {config.parallel.data_parallel_size}; this measures one engine.",
+            "Leave it out, or measure a server with octavo bench serve.",
+        )
     return EngineCore(config, Worker())
 
 

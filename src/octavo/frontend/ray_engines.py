@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -74,7 +75,8 @@ class RayEngines:
         cls, config: EngineConfig, worker: Literal["real", "stub"], *, log_level: str, hash_key: bytes
     ) -> RayEngines:
         """Joins the cluster and places the engines; raises `ConfigError` if Ray or machines are lacking or differ."""
-        start = {"config": config, "worker": worker, "log_level": log_level, "hash_key": hash_key.hex()}
+        alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, data_parallel_size=1))
+        start = {"config": alone, "worker": worker, "log_level": log_level, "hash_key": hash_key.hex()}
         return await asyncio.to_thread(_place, config.parallel.data_parallel_size, config, msgspec.json.encode(start))
 
     async def open(self, index: int) -> Core:
