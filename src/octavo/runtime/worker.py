@@ -45,7 +45,8 @@ class Worker:
         log, options = get_logger(), config.model
         self._config = config
         files: ModelFiles | LiveModel = self._live or self._find_files()
-        self.platform = platforms.select(config.device.device, self._rank, config.parallel.tensor_parallel_size)
+        ranks, engines = config.parallel.tensor_parallel_size, config.parallel.data_parallel_size
+        self.platform = platforms.select(config.device.device, self._rank, ranks, engines)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
         hf = files.hf_dict()
