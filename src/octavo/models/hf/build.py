@@ -88,13 +88,19 @@ def build(wanted: ModelConfig, dtype: torch.dtype, classes: Classes | None = Non
     return model.eval().requires_grad_(False)
 
 
+def own_attention(model_class: Any) -> str:
+    """The name of the attention that Transformers would choose for a class by itself."""
+    return "sdpa" if model_class._supports_sdpa else "eager"
+
+
 def _made(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     try:
         model: nn.Module = model_class._from_config(config, dtype=dtype, attn_implementation=attention.NAME)
     except (KeyError, ValueError) as error:
         if attention.NAME not in str(error):
             raise
-        model = model_class._from_config(config, dtype=dtype)  # it has a table of attentions of its own
+        # It has a table of attentions of its own.
+        model = model_class._from_config(config, dtype=dtype, attn_implementation=own_attention(model_class))
     return model
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from octavo.errors import UnsupportedModel
 from octavo.layers import context
 from octavo.models.base import OwnCache
+from octavo.models.hf.build import own_attention
 from octavo.models.hf.head import ClassHead
 from octavo.models.hf.probe import SAME
 
@@ -77,9 +78,9 @@ class Generic:
             device
         )
         trial = sample[:, : sum(PIECES)]
-        random_state = _random_state(device)
         try:
             wanted = [self._unmodified(tokens) for tokens in trial]
+            random_state = _random_state(device)  # now: some set themselves up in their first forward
             floor = _difference(self._unmodified(trial[0, :PREFIX]), wanted[0][:PREFIX])
             limit = max(SAME[dtype], NOISE * floor)
             self._head = self._separate_head(trial[0], wanted[0], limit)
@@ -208,7 +209,7 @@ def _use_own_attention(model: Any) -> None:
     """The attention that Transformers itself would choose, for all parts of ``model``."""
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module, "_supports_sdpa"):
-            module.config._attn_implementation_internal = "sdpa" if module._supports_sdpa else "eager"
+            module.config._attn_implementation_internal = own_attention(module)
 
 
 def _caches(runner: nn.Module, output: Any) -> dict[str, Any]:
