@@ -34,11 +34,13 @@ ATTACK = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for m in messages %}{
 # Everything of octavo that reads files of a model, each in turn, errors or not.
 LOADERS = """
 import json, sys
+from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend.chat import ChatRenderer
 from octavo.frontend.loading import load_text_model
 from octavo.hub.configs import generation_config, model_config, read_hf_dict
+from octavo.hub.files import find_files
 from octavo.hub.peek import peek
 from octavo.hub.plan import make_plan
 from octavo.hub.machines import named
@@ -64,12 +66,15 @@ def load_everything(folder):
         "config": lambda: model_config(read_hf_dict(source)),
         "model class": lambda: choose(model_config(read_hf_dict(source))),
         "generation config": lambda: generation_config(source),
-        **{f"tokenizer {mode}": lambda mode=mode: load_tokenizer(source, mode=mode) for mode in ("auto", "hf", "slow")},
+        **{f"tokenizer {mode}": lambda mode=mode: load_tokenizer(source, mode=mode) for mode in MODES},
+        "whole config": lambda: find_files(config.model, weights=False).hf_dict(),
         "text": lambda: load_text_model(config),
         "chat template": chat,
         "plan": plan,
         "engine": lambda: LLM(folder, **options).generate("hi", use_tqdm=False),
         "transformers backend": lambda: LLM(folder, **options, model_impl="transformers"),
+        "verify": lambda: main(["verify", folder, "--device", "cpu", "--max-tokens", "1"]),
+        "plan of the command line": lambda: main(["plan", folder, "--gpu", "l4", "--model-impl", "transformers"]),
     }
     outcomes = {}
     for name, call in calls.items():
@@ -80,17 +85,23 @@ def load_everything(folder):
             outcomes[name] = error.id
     return outcomes
 
+MODES = ("auto", "hf", "slow", "mistral")
 options = {"device": "cpu", "max_num_seqs": 2, "kv_cache_memory_bytes": 1 << 22}
 print(json.dumps([load_everything(folder) for folder in sys.argv[1:]]))
 """
 
 
-def booby_trapped(folder: Path, *, known: bool) -> Path:
-    """A model whose every file asks for code; with ``known``, of a kind that needs none of it."""
+def booby_trapped(folder: Path, *, known: bool, nameless: bool = False) -> Path:
+    """A model whose every file asks for code; with ``known``, of a kind that needs none of it.
+
+    With ``nameless`` the config tells no sizes: only code could.
+    """
     tiny.make(folder, "llama")
     hf = json.loads((folder / "config.json").read_text())
     if not known:
         hf |= {"model_type": "trap", "architectures": ["TrapForCausalLM"]}
+    if nameless:
+        hf = {key: hf[key] for key in ("model_type", "architectures")}
     for name, content in {
         "config.json": hf,
         "generation_config.json": {"custom_generate": "trap.Trap", "eos_token_id": 2},
@@ -100,9 +111,19 @@ def booby_trapped(folder: Path, *, known: bool) -> Path:
         "video_preprocessor_config.json": {},
     }.items():
         (folder / name).write_text(json.dumps({**content, "auto_map": AUTO_MAP}))
+    (folder / "additional_chat_templates").mkdir()
+    for template in ("chat_template.jinja", "additional_chat_templates/tool_use.jinja"):
+        (folder / template).write_text(ATTACK)
     (folder / "custom_generate").mkdir()
     trap = TRAP.format(folder=str(folder), body="class Trap: pass\n")
-    for file in ("trap.py", "tokenizer.py", "modeling_trap.py", "custom_generate/generate.py", "__init__.py"):
+    for file in (
+        "trap.py",
+        "tokenizer.py",
+        "modeling_trap.py",
+        "custom_generate/generate.py",
+        "__init__.py",
+        "torch.py",
+    ):
         (folder / file).write_text(trap)
     if not known:
         (folder / "tokenizer.json").unlink()
@@ -112,7 +133,8 @@ def booby_trapped(folder: Path, *, known: bool) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("-O",)], ids=["plain", "optimised"])
 def test_no_loader_runs_code_of_the_repo_without_the_flag(flags: tuple[str, ...], tmp_path: Path) -> None:
-    folders = [booby_trapped(tmp_path / name, known=name == "known") for name in ("known", "unknown")]
+    names = ("known", "unknown", "nameless")
+    folders = [booby_trapped(tmp_path / n, known=n == "known", nameless=n == "nameless") for n in names]
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
@@ -124,10 +146,11 @@ def test_no_loader_runs_code_of_the_repo_without_the_flag(flags: tuple[str, ...]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [folder.name for folder in folders if (folder / "ran").exists()] == [], done.stdout
-    known, unknown = json.loads(done.stdout.splitlines()[-1])
+    known, unknown, nameless = json.loads(done.stdout.splitlines()[-1])
     assert known["engine"] == known["text"] == known["tokenizer auto"] == known["generation config"] == "ok"
     assert known["chat template"] == "REQ001"  # the sandbox stops the template
-    assert unknown["tokenizer auto"] == unknown["text"] == "HF010"
+    assert unknown["tokenizer auto"] == unknown["text"] == nameless["whole config"] == "HF010"
+    assert known["tokenizer mistral"] == "HF060"
 
 
 def test_code_runs_with_the_flag_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,11 +224,18 @@ def test_nothing_else_in_the_source_loads_remote_code() -> None:
 
 
 def test_transformers_is_never_left_to_ask_whether_to_trust() -> None:
-    """Left out, the flag makes Transformers ask on the terminal; so every ``from_pretrained`` says False."""
+    """Left out, the flag makes Transformers ask on the terminal; so every ``from_pretrained`` says False.
+
+    The one of ``tokenizer.py`` takes it from its callers.
+    """
+    seen = set()
     for path in (SOURCE / "octavo").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
-                assert path.name == "tokenizer.py", path
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "from_pretrained":
+                said = [keyword for keyword in node.keywords if keyword.arg == "trust_remote_code"]
+                assert path.name == "tokenizer.py" or (said and _is(said[0].value, False)), path
+                seen.add(path.name)
+    assert "tokenizer.py" in seen
 
 
 def _is(node: ast.AST | None, value: object) -> bool:

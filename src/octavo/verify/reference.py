@@ -38,7 +38,12 @@ class Reference:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.model: Any = classes.model.from_pretrained(
-                    folder, dtype=dtype, attn_implementation="eager", local_files_only=True, **more
+                    folder,
+                    dtype=dtype,
+                    attn_implementation="eager",
+                    local_files_only=True,
+                    trust_remote_code=False,  # for a custom_generate in the repo, about which it would ask otherwise
+                    **more,
                 )
         except Exception as error:  # what a checkpoint can be wrong in is not one class of errors there
             first = next((line for line in str(error).splitlines() if line.strip()), "")
