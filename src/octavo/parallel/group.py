@@ -126,7 +126,9 @@ class TorchGroup(Group):
     def _wait(self, start: Callable[[], Any]) -> None:
         """On a GPU the stream waits, on a CPU this process."""
         try:
-            start().wait()
+            work = start()
+            if work is not None:
+                work.wait()
         except RuntimeError as error:
             raise LostPeer(str(error)) from error
 
@@ -140,7 +142,9 @@ def connect(rank: int, size: int, device: torch.device, folder: Path, seconds: f
     store = made.FileStore(str(folder / "ranks"), size)
     store.set_timeout(limit)
     if device.type == "cuda":
-        backend = made.ProcessGroupNCCL(store, rank, size, limit)
+        options = made.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        backend = made.ProcessGroupNCCL(store, rank, size, options)
     else:
         options = made.ProcessGroupGloo._Options()
         options._devices = [made.ProcessGroupGloo.create_device(hostname="127.0.0.1")]

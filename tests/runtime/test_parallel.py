@@ -1,0 +1,235 @@
+"""Engines whose model is divided among processes: their answers, and what happens when a process fails."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo import LLM, SamplingParams
+from octavo.async_llm import AsyncLLM
+from octavo.config import EngineConfig
+from octavo.core.engine import EngineCore
+from octavo.errors import ConfigError, EngineDead, OctavoError, OutOfMemory
+from octavo.runtime.worker import worker_for
+from tests.core.stub_engine import collect, make_request, run
+from tools import tiny
+
+PROMPTS = [{"prompt_token_ids": [5 + i, 7, 9, 20, 30, 40 + i] * (3 + i)} for i in range(5)]
+OPTIONS: dict[str, Any] = {"device": "cpu", "kv_cache_memory_bytes": 1 << 20, "max_num_seqs": 4}
+WISHES = {
+    "greedy": SamplingParams(max_tokens=10, temperature=0, ignore_eos=True),
+    "drawn": SamplingParams(max_tokens=10, temperature=0.8, top_p=0.9, seed=3, ignore_eos=True),
+    "penalised": SamplingParams(max_tokens=10, temperature=0, repetition_penalty=1.3, min_tokens=4),
+    "scored": SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=2, logprobs=1),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _paths() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("model"), "llama")
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> Iterator[tuple[LLM, LLM]]:
+    with LLM(folder, **OPTIONS) as one, LLM(folder, tensor_parallel_size=2, **OPTIONS) as two:
+        yield one, two
+
+
+def config_of(folder: Path, **options: Any) -> EngineConfig:
+    return EngineConfig.of(**{"model": str(folder), "tensor_parallel_size": 2, **OPTIONS, **options})
+
+
+def followers(parent: int | None = None) -> list[int]:
+    """Processes of ranks that ``parent``, by default this process, has started and that live."""
+    found = []
+    for path in Path(f"/proc/{parent or os.getpid()}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            if b"octavo.runtime.follower" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(int(pid))
+    return found
+
+
+def within(seconds: float, reached: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not reached():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize("wish", WISHES)
+def test_answers_are_those_of_one_rank(wish: str, both: tuple[LLM, LLM]) -> None:
+    one, two = (llm.generate(PROMPTS, WISHES[wish], use_tqdm=False) for llm in both)
+    assert [o.outputs[0].token_ids for o in one] == [o.outputs[0].token_ids for o in two]
+    if wish == "scored":
+        wanted, found = one[4].prompt_logprobs, two[4].prompt_logprobs
+        assert wanted is not None and found is not None and len(wanted) == len(found) > 1
+        for a, b in zip(wanted[1:], found[1:], strict=True):
+            assert a is not None and b is not None and a.keys() == b.keys()
+            assert all(abs(a[token].logprob - b[token].logprob) < 1e-4 for token in a)
+
+
+def test_steps_that_overlap_give_the_same(folder: Path, both: tuple[LLM, LLM]) -> None:
+    wanted = both[0].generate(PROMPTS[:3], WISHES["drawn"], use_tqdm=False)
+    core = EngineCore(config_of(folder), worker_for(config_of(folder)), overlap=True)
+    try:
+        drawn = {"max_tokens": 10, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+        for i, prompt in enumerate(PROMPTS[:3]):
+            core.add(make_request(core, str(i), prompt["prompt_token_ids"], **drawn))
+        found = collect(run(core))
+    finally:
+        core.close()
+    assert [found[str(i)] for i in range(3)] == [o.outputs[0].token_ids for o in wanted]
+    assert not core.has_work()
+
+
+def test_one_rank_starts_no_process_and_imports_nothing_for_several(folder: Path) -> None:
+    code = (
+        "import sys; from octavo import LLM\n"
+        f"llm = LLM({str(folder)!r}, device='cpu', kv_cache_memory_bytes=1 << 20)\n"
+        "print([m for m in sys.modules if m.startswith('octavo.runtime.exec') or m == 'torch.distributed.tensor'"
+        " or m == 'octavo.runtime.parallel'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_closed_engine_leaves_no_process(folder: Path) -> None:
+    before = set(followers())
+    llm = LLM(folder, tensor_parallel_size=2, **OPTIONS)
+    started = set(followers()) - before
+    assert len(started) == 1
+    llm.close()
+    assert not started & set(followers())
+
+
+def test_a_model_that_cannot_be_divided_is_refused_and_leaves_no_process(folder: Path) -> None:
+    before = followers()
+    with pytest.raises(ConfigError, match="Give one of 1, 2, 4"):
+        LLM(folder, tensor_parallel_size=3, **OPTIONS)
+    assert followers() == before
+
+
+def start(folder: Path, **options: Any) -> tuple[EngineCore, int, list[OctavoError]]:
+    """An engine, the process of rank 1, and what the engine is told when it dies."""
+    deaths: list[OctavoError] = []
+    before = set(followers())
+    config = config_of(folder, **options)
+    core = EngineCore(config, worker_for(config, on_death=deaths.append))
+    (pid,) = set(followers()) - before
+    return core, pid, deaths
+
+
+def ended(core: EngineCore) -> OctavoError:
+    """How a request ends."""
+    core.add(make_request(core, "a", [5, 6, 7] * 20, max_tokens=200))
+    with pytest.raises(OctavoError) as error:
+        run(core)
+    core.close()
+    return error.value
+
+
+def test_a_killed_rank_is_told_at_once_and_ends_the_next_step(folder: Path) -> None:
+    core, pid, deaths = start(folder)
+    os.kill(pid, signal.SIGKILL)
+    assert within(5, lambda: bool(deaths))
+    error = ended(core)
+    assert error is deaths[0]
+    assert isinstance(error, EngineDead)
+    assert "rank 1 was killed by signal 9" in error.cause
+
+
+def test_a_rank_that_is_killed_in_a_step_ends_the_step(folder: Path) -> None:
+    core, pid, deaths = start(folder)
+    threading.Timer(0.1, os.kill, (pid, signal.SIGKILL)).start()
+    error = ended(core)
+    assert "rank 1 was killed by signal 9" in error.cause
+    assert within(5, lambda: deaths == [error])
+
+
+def test_a_rank_that_hangs_is_named_when_the_time_is_over(folder: Path) -> None:
+    core, pid, deaths = start(folder, distributed_timeout_seconds=1)
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    error = ended(core)
+    assert "rank 1 did not take part in a step" in error.cause
+    assert time.monotonic() - began < 10
+    assert within(5, lambda: deaths == [error])
+    assert pid not in followers()
+
+
+def test_a_rank_without_memory_is_named(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "intermediate_size": 8192, "max_position_embeddings": 2048}
+    wide = tiny.make(tmp_path, "llama", **sizes)  # a step of 1800 tokens asks the system for 59 MB at once
+    core, pid, _ = start(wide)
+    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
+    core.add(make_request(core, "a", [5, 6, 7] * 600, max_tokens=2))
+    with pytest.raises(OctavoError) as error:
+        run(core)
+    core.close()
+    assert isinstance(error.value, OutOfMemory), error.value
+    assert "rank 1" in error.value.cause
+
+
+def test_ranks_end_with_a_parent_that_is_killed(folder: Path) -> None:
+    code = (
+        f"from octavo import LLM\nllm = LLM({str(folder)!r}, tensor_parallel_size=2, device='cpu',"
+        " kv_cache_memory_bytes=1 << 20)\nprint('ready', flush=True)\nimport time; time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    with parent.stdout:
+        assert parent.stdout.readline() == b"ready\n"
+    (pid,) = followers(parent.pid)
+    parent.kill()
+    parent.wait()
+    assert within(5, lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_a_service_answers_every_request_when_a_rank_is_killed(folder: Path) -> None:
+    asyncio.run(_kill_a_rank_of_a_service(folder))
+
+
+async def _kill_a_rank_of_a_service(folder: Path) -> None:
+    deaths: list[OctavoError] = []
+    llm = await AsyncLLM.start(config_of(folder, max_model_len=200), log_level="error", on_death=deaths.append)
+    try:
+        (core,) = (pid for pid in _children(os.getpid()) if followers(pid))
+        (rank,) = followers(core)
+        params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
+        runs = [llm.run(await llm.prepare(prompt, params)) for prompt in PROMPTS]
+        async for _ in runs[0]:
+            break
+        os.kill(rank, signal.SIGKILL)
+        for generation in runs[1:]:
+            with pytest.raises(EngineDead, match="rank 1 was killed"):
+                async for _ in generation:
+                    pass
+        assert within(5, lambda: not Path(f"/proc/{core}").exists() or not followers(core))
+    finally:
+        await llm.close()
+    assert len(deaths) == 1
+
+
+def _children(parent: int) -> list[int]:
+    return [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]
