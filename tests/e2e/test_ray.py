@@ -97,6 +97,16 @@ def test_engines_are_placed_on_both_nodes_and_one_that_dies_comes_back(server: H
     assert all(ended(core, 20) for core in [first, second, *cores()])
 
 
+@pytest.mark.parametrize("server", [2], indirect=True)
+def test_several_api_processes_share_engines_that_come_back(server: Head) -> None:
+    assert asyncio.run(under_load(server, 40, server.cores[0].kill)).keys() == {"length", "ENG001"}
+    until(lambda: {health(server) for _ in range(8)} == {"ok"}, 60)
+    assert asyncio.run(under_load(server, 16)) == {"length": 16}
+    server.process.terminate()
+    assert server.process.wait(20) == 0
+    assert all(ended(process, 20) for process in [*server.cores, *server.apis, *cores()])
+
+
 def test_an_engine_of_a_node_that_vanishes_waits_for_another_node(server: Head, cluster: Any) -> None:
     extra = cluster.worker_nodes.copy().pop()
     cluster.remove_node(extra, allow_graceful=False)

@@ -21,14 +21,19 @@ FRESH_SECONDS = 0.2  # how old the load of engines may be that other processes u
 RETRY_SECONDS = 2.0  # told to clients while no engine runs
 
 
-async def own_engines(config: EngineConfig, worker: Literal["real", "stub"], *, log_level: str) -> Source:
-    """Where the engines of a process come from that looks after them itself, or leaves that to Ray."""
+async def own_engines(
+    config: EngineConfig, worker: Literal["real", "stub"], *, log_level: str, addresses: list[str] | None = None
+) -> Source:
+    """Where the engines of a process come from that looks after them itself, or leaves that to Ray.
+
+    ``addresses``: see `Processes`; on a Ray cluster they are what they are there.
+    """
     hash_key = secrets.token_bytes(32)
     if config.parallel.distributed_executor_backend == "ray":
         from octavo.frontend.ray_engines import RayEngines
 
         return await RayEngines.start(config, worker, log_level=log_level, hash_key=hash_key)
-    return Processes(config, worker, log_level=log_level, hash_key=hash_key)
+    return Processes(config, worker, log_level=log_level, hash_key=hash_key, addresses=addresses)
 
 
 async def open_engines(

@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from typing import Any, Literal
 
 import msgspec
@@ -61,25 +62,21 @@ class EngineActor:
         os._exit(1)  # Ray starts this actor again
 
 
-class RayEngines:
-    """A `Source`: one actor for each engine. Made by `start`."""
+class RayActors:
+    """A `Source`: engines on the cluster at ``cluster``, whose actors have ``names`` and are another process's."""
 
     tries: int | None = None
 
-    def __init__(self, ray: Any, actors: list[Any], groups: list[Any]) -> None:
-        self._ray, self._actors, self._groups = ray, actors, groups
-        self._left = False
-
-    @classmethod
-    async def start(
-        cls, config: EngineConfig, worker: Literal["real", "stub"], *, log_level: str, hash_key: bytes
-    ) -> RayEngines:
-        """Joins the cluster and places the engines; raises `ConfigError` if Ray or machines are lacking or differ."""
-        alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, data_parallel_size=1))
-        start = {"config": alone, "worker": worker, "log_level": log_level, "hash_key": hash_key.hex()}
-        return await asyncio.to_thread(_place, config.parallel.data_parallel_size, config, msgspec.json.encode(start))
+    def __init__(self, cluster: str, names: list[str]) -> None:
+        self.cluster, self.names = cluster, names
+        self._ray: Any = None
+        self._actors: list[Any] = []
+        self._joining = asyncio.Lock()
 
     async def open(self, index: int) -> Core:
+        async with self._joining:
+            if self._ray is None:
+                await asyncio.to_thread(self._find)
         actor = self._actors[index]
         try:
             address, public_key = await actor.place.remote()
@@ -88,19 +85,44 @@ class RayEngines:
         return _RayCore(address, public_key, self._ray, actor)
 
     async def close(self) -> None:
-        """Ends the actors, gives their places back and leaves the cluster. May be called twice."""
-        with contextlib.suppress(TimeoutError):  # a cluster that is gone does not answer
-            await asyncio.wait_for(asyncio.to_thread(self._leave), LEAVE_SECONDS)
+        """Leaves the cluster. May be called twice."""
+        ray, self._ray = self._ray, None
+        if ray is not None:
+            with contextlib.suppress(TimeoutError):  # a cluster that is gone does not answer
+                await asyncio.wait_for(asyncio.to_thread(self._leave, ray), LEAVE_SECONDS)
 
-    def _leave(self) -> None:
-        if self._left:
-            return
-        self._left = True
+    def _find(self) -> None:
+        ray = _join(self.cluster)
+        self._actors = [ray.get_actor(name, NAMESPACE) for name in self.names]
+        self._ray = ray
+
+    def _leave(self, ray: Any) -> None:
+        ray.shutdown()
+
+
+class RayEngines(RayActors):
+    """Engines of this process's own, made by `start`; they end with it."""
+
+    def __init__(self, ray: Any, actors: list[Any], names: list[str], groups: list[Any]) -> None:
+        super().__init__(ray.get_runtime_context().gcs_address, names)
+        self._ray, self._actors, self._groups = ray, actors, groups
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, worker: Literal["real", "stub"], *, log_level: str, hash_key: bytes
+    ) -> RayEngines:
+        """Joins the cluster and places the engines; raises `ConfigError` if Ray or machines are lacking or differ."""
+        alone = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, data_parallel_size=1))
+        start = {"config": alone, "worker": worker, "log_level": log_level, "hash_key": hash_key.hex()}
+        return await asyncio.to_thread(_place, config, msgspec.json.encode(start))
+
+    def _leave(self, ray: Any) -> None:
+        """Ends the actors too, and gives their places back."""
         for actor in self._actors:
-            self._ray.kill(actor)
+            ray.kill(actor)
         for group in self._groups:
-            self._ray.util.remove_placement_group(group)
-        self._ray.shutdown()
+            ray.util.remove_placement_group(group)
+        ray.shutdown()
 
 
 class _RayCore(Core):
@@ -132,8 +154,8 @@ def versions() -> dict[str, str]:
     return {"octavo": octavo.__version__, "torch": importlib.metadata.version("torch")}
 
 
-def _place(engines: int, config: EngineConfig, start: bytes) -> RayEngines:
-    ray = _join()
+def _place(config: EngineConfig, start: bytes) -> RayEngines:
+    ray, engines = _join(None), config.parallel.data_parallel_size
     nodes = [node for node in ray.nodes() if node["Alive"]]
     _check_versions(ray, nodes)
     bundle = bundle_of(config, [node["Resources"] for node in nodes])
@@ -145,24 +167,26 @@ def _place(engines: int, config: EngineConfig, start: bytes) -> RayEngines:
             f"{len(waiting)} of {engines} engines found no place within {PLACE_SECONDS:.0f} s; each takes {bundle}.",
             "The cluster is busy with something else: see ray status.",
         )
-    make = ray.remote(EngineActor)
+    make, run = ray.remote(EngineActor), uuid.uuid4().hex[:8]
+    names = [f"octavo-{run}-{i}" for i in range(engines)]
     strategies = ray.util.scheduling_strategies
     actors = [
         make.options(
+            name=name,
             num_cpus=bundle["CPU"],
             num_gpus=bundle.get("GPU", 0),
             max_restarts=MAX_RESTARTS,
             max_task_retries=-1,
             scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(group, 0),
         ).remote(start)
-        for group in groups
+        for name, group in zip(names, groups, strict=True)
     ]
     get_logger().info("%d engines on a Ray cluster of %d machines, each with %s", engines, len(nodes), bundle)
-    return RayEngines(ray, actors, groups)
+    return RayEngines(ray, actors, names, groups)
 
 
-def _join() -> Any:
-    """The module ``ray``, connected: to the cluster of ``RAY_ADDRESS``, else that of this machine, else a new one."""
+def _join(cluster: str | None) -> Any:
+    """The module ``ray``, connected to ``cluster``; None: that of ``RAY_ADDRESS``, of this machine, or a new one."""
     try:
         import ray
         import ray.util.scheduling_strategies
@@ -171,7 +195,7 @@ def _join() -> Any:
             "distributed_executor_backend is ray, and Ray is not installed.", "Run: pip install 'octavo[ray]'"
         ) from None
     try:
-        ray.init(namespace=NAMESPACE, logging_level=logging.WARNING)
+        ray.init(cluster, namespace=NAMESPACE, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"cannot join the Ray cluster: {_first_line(error)}", "See ray status.") from None
     return ray

@@ -18,7 +18,7 @@ import msgspec
 from octavo import log
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import OctavoError
-from octavo.frontend.fleet import Addresses
+from octavo.frontend.fleet import Addresses, Source
 from octavo.server.run import Session, run
 from octavo.types import Dead
 
@@ -29,7 +29,8 @@ class Start(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     config: EngineConfig
     server: ServerConfig
     worker: Literal["real", "stub"]
-    addresses: list[str]  # of the engines
+    engines: list[str]  # their addresses; on a Ray cluster the names of their actors
+    cluster: str  # the address of the Ray cluster, if there is one
     listener: int  # file descriptor of the bound socket
 
 
@@ -48,6 +49,14 @@ def _end_with_supervisor() -> None:
     os._exit(1)
 
 
+def _engines(start: Start) -> Source:
+    if not start.cluster:
+        return Addresses(start.engines)
+    from octavo.frontend.ray_engines import RayActors
+
+    return RayActors(start.cluster, start.engines)
+
+
 def main() -> int:
     line = sys.stdin.buffer.readline()
     if not line:
@@ -64,7 +73,7 @@ def main() -> int:
 
     try:
         with socket.socket(fileno=start.listener) as listener:
-            engines = Addresses(start.addresses)
+            engines = _engines(start)
             announce = lambda banner: report(Up(banner))  # noqa: E731
             return run(Session(start.config, start.server, start.worker, listener, engines=engines, announce=announce))
     except OctavoError as error:

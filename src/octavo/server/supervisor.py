@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -27,8 +26,10 @@ import msgspec
 
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import ConfigError, EngineDead, OctavoError
+from octavo.frontend.balancer import own_engines
 from octavo.frontend.core_process import error_of, private_folder
-from octavo.frontend.fleet import MAX_TRIES, Fleet, Patience, Processes
+from octavo.frontend.fleet import MAX_TRIES, Fleet, Patience
+from octavo.frontend.ray_engines import RayActors
 from octavo.log import get_logger
 from octavo.server.api_process import Report, Start, Up
 from octavo.server.metrics import SHARED_FOLDER
@@ -82,6 +83,7 @@ class _Supervisor:
         self._listeners = dict(enumerate(listeners))  # without those of processes that are given up
         self._engines = config.parallel.data_parallel_size
         self._addresses = [f"ipc://{folder}/engine-{i}" for i in range(self._engines)]
+        self._cluster = ""
         self._apis: dict[int, Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
@@ -89,15 +91,13 @@ class _Supervisor:
         self._code = 0
 
     async def run(self) -> int:
-        source = Processes(
-            self._config,
-            self._worker,
-            log_level=self._server.log_level,
-            hash_key=secrets.token_bytes(32),
-            addresses=self._addresses,
-        )
-        fleet = Fleet(source, self._engines, on_end=self._fail)
         with signals(self._signalled):
+            source = await own_engines(
+                self._config, self._worker, log_level=self._server.log_level, addresses=self._addresses
+            )
+            if isinstance(source, RayActors):
+                self._addresses, self._cluster = source.names, source.cluster
+            fleet = Fleet(source, self._engines, on_end=self._fail)
             try:
                 await self._serve(fleet)
             finally:
@@ -171,7 +171,7 @@ class _Supervisor:
             start_new_session=True,  # Ctrl-C in the terminal is for the supervisor alone
             env={**os.environ, SHARED_FOLDER: f"{self._folder}/metrics"},
         )
-        start = Start(self._config, self._server, self._worker, self._addresses, listener)
+        start = Start(self._config, self._server, self._worker, self._addresses, self._cluster, listener)
         if process.stdin is not None:
             process.stdin.write(msgspec.json.encode(start) + b"\n")
         return process
