@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
-TESTS = ("tests/kernels/test_cpu_kernels.py", "tests/kernels/test_cpu_layer.py")
+TESTS = tuple(f"tests/kernels/test_cpu_{name}.py" for name in ("kernels", "layer", "blocks"))
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 

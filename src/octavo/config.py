@@ -57,6 +57,9 @@ class ModelOptions:
         "type of weights and activations",
         choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
     )
+    quantization: str | None = option(
+        None, "round weights on loading (CPU): int8 with a scale for every 32 of a row", choices=("int8",)
+    )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
     load_format: str = option(
         "auto", "what to read the weights from", choices=("auto", "hf", "safetensors", "pt", "mistral", "gguf", "dummy")
@@ -203,7 +206,7 @@ def option_fields(config: type) -> list[tuple[str, dataclasses.Field[Any]]]:
 
 def check_choice(name: str, value: object, choices: tuple[str, ...], *, shown: str | None = None) -> None:
     """Raises `ConfigError` if there are ``choices`` and ``value`` is none of them; ``shown`` is the flag's name."""
-    if not choices or str(value) in choices:
+    if not choices or value is None or str(value) in choices:
         return
     if name == "load_format" and value in OTHER_LOAD_FORMATS:
         raise ConfigError(f"octavo has no load format {value}.", OTHER_LOAD_FORMATS[str(value)])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from octavo.config import EngineConfig
@@ -129,7 +130,27 @@ def test_gguf_counts_values_not_stored_bytes(tmp_path: Path) -> None:
     parameters = sum(tensor.size for tensor in tiny_tensors().values())
     assert made.weights.parameters == parameters
     assert made.weights.loaded == 4 * parameters
-    assert made.quantisation == "GGUF F32, dequantised on loading"
+    assert made.quantisation == "GGUF F32 dequantised on loading"
+
+
+def test_a_cpu_keeps_blocks_of_few_bits_unless_a_dtype_is_named(tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType.Q4_1
+    metadata = {**tiny_metadata(), "tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.tokens": ["a", "b", "c", "d"]}
+    tensors = tiny_tensors()
+    matrices = sum(tensor.size for tensor in tensors.values() if tensor.ndim == 2)
+    norms = sum(tensor.size for tensor in tensors.values() if tensor.ndim == 1)
+    stored = {name: (gguf.quants.quantize(t, kind), kind) if t.ndim == 2 else t for name, t in tensors.items()}
+    path = write_gguf(tmp_path / "m.gguf", stored, metadata)
+    kept, named = plan(path), plan(path, dtype="float32")
+    assert kept.weights.loaded == matrices * 5 // 8 + 4 * norms
+    assert kept.quantisation == "GGUF Q4_1 as stored"
+    assert named.weights.loaded == plan(path, GPU, dtype="float32").weights.loaded == 4 * (matrices + norms)
+    assert plan(path, GPU).quantisation == "GGUF Q4_1 dequantised on loading"
+
+
+def test_int8_takes_eight_bits_and_a_scale_for_32(folder: Path) -> None:
+    plain, rounded = plan(folder, dtype="float32"), plan(folder, dtype="float32", quantization="int8")
+    assert 8.5 / 32 < rounded.weights.loaded / plain.weights.loaded < 0.6
 
 
 def test_pickled_weights_are_estimated_by_their_size(folder: Path, tmp_path: Path) -> None:

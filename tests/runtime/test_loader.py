@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from octavo.config import ModelConfig
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.hub.checkpoint import Array, Checkpoint, GgufCheckpoint, open_checkpoint
 from octavo.hub.configs import model_config, read_hf_dict
 from octavo.hub.gguf import GgufReader
@@ -318,3 +318,24 @@ def test_a_layer_with_a_part_that_is_not_in_blocks_is_dequantised(tmp_path: Path
 def test_blocks_are_dequantised_unless_asked_for(tmp_path: Path) -> None:
     _, plain, _ = gguf_models(gguf_checkpoint(tmp_path, {}), tmp_path, "float32")
     assert plain.model.layers[0].self_attn.o_proj.weight.dtype is torch.float32
+
+
+def test_int8_rounds_weights_of_layers_and_head(tmp_path: Path) -> None:
+    pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
+    source, plain, rounded = checkpoint(dtype="float32"), model(), model()
+    run(plain, source)
+    load(rounded, source, CPU, lambda phase, share: None, quantization="int8")
+    x = torch.randn(3, plain.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    for name in ("model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj"):
+        layer, expected = rounded.get_submodule(name), plain.get_submodule(name)
+        inputs = x if name.endswith("qkv_proj") else x.repeat(1, expected.weight.shape[1] // x.shape[1] + 1)
+        inputs = inputs[:, : expected.weight.shape[1]].contiguous()
+        wanted = expected(inputs)
+        error = (layer(inputs) - wanted).norm() / wanted.norm()
+        assert 1e-4 < error < 0.02
+
+
+def test_int8_is_refused_where_nothing_multiplies_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "ops", lambda device, dtype: select.REFERENCE)
+    with pytest.raises(ConfigError, match="quantization is int8"):
+        fill_dummy(model(), 0, quantization="int8")

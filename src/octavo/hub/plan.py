@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from octavo.config import EngineConfig, ModelConfig, RopeSpec
 from octavo.errors import ModelError, OctavoError, OutOfMemory
-from octavo.hub.checkpoint import open_checkpoint, pickled_paths
+from octavo.hub.checkpoint import GgufCheckpoint, open_checkpoint, pickled_paths
 from octavo.hub.configs import max_model_len, model_config
 from octavo.hub.files import files_of
 from octavo.hub.gguf import GgufReader
@@ -110,7 +110,10 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         implementation, implementation_reason, model = models.choose(model, options.model_impl, max_len)
     except OctavoError as error:
         implementation_reason, code = str(error), error.exit_code
-    weights = _weights(source, model, "auto" if options.load_format == "dummy" else options.load_format)
+    keeps = machine.device == "cpu" and options.dtype == "auto" and ".hf." not in (implementation or "")
+    bits = _BLOCK_BITS if keeps else {}
+    load_format = "auto" if options.load_format == "dummy" else options.load_format
+    weights = _weights(source, model, load_format, bits, options.quantization)
     cache = _cache(config, model, machine, weights, max_len)
     advice = _advice(config, model, machine, weights, cache, max_len)
     fixed = options.max_model_len not in (None, -1)
@@ -128,7 +131,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         max_len=max_len,
         max_len_reason=max_len_reason,
         rope=rope,
-        quantisation=_quantisation(source, model),
+        quantisation=_quantisation(source, model, bits),
         weights=weights,
         cache=cache,
         sampling=files.sampling_defaults(),
@@ -158,10 +161,20 @@ def size(count: float) -> str:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def _weights(source: Source, model: ModelConfig, load_format: str) -> Weights:
+# Bits of a value in GGUF's types that the CPU's kernels multiply as they are, the scales included.
+_BLOCK_BITS: Final = {
+    "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 5, "Q5_K": 6, "Q6_K": 7,
+}  # fmt: skip
+
+
+def _weights(
+    source: Source, model: ModelConfig, load_format: str, bits: Mapping[str, float], quantization: str | None
+) -> Weights:
+    """``bits``: of a value in the types of blocks that stay as they are."""
     wide = 4 if model.dtype == "float32" else 2
     try:
-        tensors = open_checkpoint(source, load_format).tensors()
+        checkpoint = open_checkpoint(source, load_format)
+        tensors = checkpoint.tensors()
     except ModelError:
         paths = () if source.kind == "gguf" else pickled_paths(source.path)
         if not paths:
@@ -175,6 +188,12 @@ def _weights(source: Source, model: ModelConfig, load_format: str) -> Weights:
     tied = {"lm_head.weight"} if model.tie_embeddings else set()
     counts = {name: math.prod(info.shape) for name, info in tensors.items() if name not in tied}
     bytes_of = {name: _loaded_bytes(tensors[name], counts[name], wide) for name in counts}
+    if quantization is not None:
+        rounded = [name for name in counts if len(tensors[name].shape) == 2 and (tied or "embed_tokens" not in name)]
+        bytes_of |= {name: int(counts[name] * _BLOCK_BITS["Q8_0"] / 8) for name in rounded}
+    if isinstance(checkpoint, GgufCheckpoint):
+        kinds = checkpoint.block_types()
+        bytes_of |= {name: int(n * bits[kinds[name]] / 8) for name, n in counts.items() if kinds.get(name) in bits}
     idle = 0 if model.tie_embeddings else sum(n for name, n in bytes_of.items() if "embed_tokens" in name)
     share = _active_experts(model.hf)
     idle += int((1 - share) * sum(n for name, n in bytes_of.items() if re.search(r"\.experts\.", name)))
@@ -278,10 +297,12 @@ def _rope_text(rope: RopeSpec | None, head_dim: int) -> str:
     return f"{rope.kind}, theta {rope.theta:g}{scaled}, {rope.dim} of {head_dim} dimensions"
 
 
-def _quantisation(source: Source, model: ModelConfig) -> str | None:
+def _quantisation(source: Source, model: ModelConfig, bits: Mapping[str, float]) -> str | None:
     if source.kind == "gguf":
-        types = sorted({t.format.name for t in GgufReader(source.path).tensors.values() if len(t.shape) > 1})
-        return f"GGUF {', '.join(types)}, dequantised on loading"
+        types = {t.format.name for t in GgufReader(source.path).tensors.values() if len(t.shape) > 1}
+        kept, others = ", ".join(sorted(types & set(bits))), ", ".join(sorted(types - set(bits)))
+        said = [f"{kept} as stored" if kept else "", f"{others} dequantised on loading" if others else ""]
+        return f"GGUF {'; '.join(filter(None, said))}"
     stated = model.hf.get("quantization_config")
     return str(stated.get("quant_method") or "unnamed") if isinstance(stated, Mapping) else None
 

@@ -5,6 +5,7 @@ Layers call the functions of the `Ops` that `ops` returns; nobody else asks what
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -133,6 +134,7 @@ class Ops:
     ``pack_linear(weight[out, in], bias[out] | None)`` returns the packed product, or None where packing brings nothing;
     after it the caller drops ``weight``. ``fuse_layer(parts)`` returns the layer in one call, or None where it cannot.
     ``block_types`` are GGUF's names of the types that ``pack_blocks`` takes, whose weights need not be dequantised.
+    ``pack_int8`` is as ``pack_linear`` and rounds the weight.
     Without ``row_sampling`` rows are grouped by what they need, for `kernels.sampling`. ``rehearse(work)`` compiles the
     kernels that ``work`` launches and runs none; it does nothing where nothing is compiled.
     """
@@ -154,6 +156,7 @@ class Ops:
     rehearse: Callable[[Callable[[], None]], None] = lambda work: None
     block_types: frozenset[str] = frozenset()
     pack_blocks: PackBlocks = _no_blocks
+    pack_int8: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None] | None = None
 
 
 def _never_packs(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
@@ -199,6 +202,19 @@ def ops(device: torch.device, dtype: torch.dtype) -> Ops:
         return chosen
     _note(f"{device.type} kernels: {REFERENCE.name}; {chosen}")
     return REFERENCE
+
+
+def int8_ops(device: torch.device, dtype: torch.dtype) -> Ops | None:
+    """`ops` whose packed weights are rounded to int8 where their sizes allow it; None without such products."""
+    chosen = ops(device, dtype)
+    pack_int8, pack_linear = chosen.pack_int8, chosen.pack_linear
+    if pack_int8 is None:
+        return None
+
+    def pack(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear | None:
+        return pack_int8(weight, bias) or pack_linear(weight, bias)
+
+    return dataclasses.replace(chosen, pack_linear=pack)
 
 
 def _triton() -> Ops | str:
@@ -257,6 +273,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         fuse_layer=cpu_layer.fuse_layer,
         block_types=frozenset(cpu.BLOCK_TYPES),
         pack_blocks=cpu.pack_blocks,
+        pack_int8=cpu.pack_int8,
     )
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.hub.checkpoint import Array, Checkpoint, GgufCheckpoint
 from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
@@ -56,17 +56,24 @@ class LoadReport:
 
 
 def load(
-    model: Model, checkpoint: Checkpoint, device: torch.device, progress: Progress, *, keep_blocks: bool = False
+    model: Model,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    progress: Progress,
+    *,
+    keep_blocks: bool = False,
+    quantization: str | None = None,
 ) -> LoadReport:
     """Fills ``model``, built without memory, on ``device``.
 
     ``keep_blocks``: weights of a GGUF file stay in the types that the operators of ``device`` multiply as they are;
-    otherwise they become values of the model's type.
+    otherwise they become values of the model's type. ``quantization`` is that of `ModelOptions`.
 
     Raises `ModelError`: HF042 for tensors that the model has no place for, HF043 for parameters that the checkpoint
     lacks, HF044 for shapes that differ, HF050 for types that are not plain floats.
     """
     start = time.perf_counter()
+    ops = choose_ops(model, device, quantization)
     if isinstance(model, SelfLoading):
         loaded = model.load_weights(checkpoint, device, lambda share: progress("load", share))
         return LoadReport(loaded.tensors, loaded.nbytes, time.perf_counter() - start, loaded.unused)
@@ -78,7 +85,6 @@ def load(
     _check_types(plan, tensors)
     _check_shapes(plan, tensors)
 
-    ops = select.ops(device, model.dtype)
     if keep_blocks and isinstance(checkpoint, GgufCheckpoint):
         tensors = _use_blocks(model, checkpoint, tensors, ops)
         plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
@@ -115,17 +121,33 @@ def _use_blocks(
     return {name: stored[name] if name in taken else info for name, info in tensors.items()}
 
 
-def fill_dummy(model: Model, seed: int, device: torch.device | None = None) -> LoadReport:
+def choose_ops(model: Model, device: torch.device, quantization: str | None) -> Ops:
+    """The operators of ``model``'s layers; raises `ConfigError` where they have no products of rounded weights."""
+    if quantization is None:
+        return select.ops(device, model.dtype)
+    found = None if isinstance(model, SelfLoading) else select.int8_ops(device, model.dtype)
+    if found is None:
+        what = "the Transformers backend" if isinstance(model, SelfLoading) else f"{model.dtype} on {device.type}"
+        raise ConfigError(
+            f"quantization is {quantization}, which {what} has no products for.",
+            "Leave --quantization out, or run a native model on a CPU with octavo's C++ extension.",
+        )
+    return found
+
+
+def fill_dummy(
+    model: Model, seed: int, device: torch.device | None = None, quantization: str | None = None
+) -> LoadReport:
     """Random weights on ``device`` (the CPU by default): normal with std 0.02, norm weights 1.
 
     A tensor's values depend on the seed, its name, its type and the kind of device, and not on the number of ranks.
     """
     start = time.perf_counter()
     device = torch.device("cpu") if device is None else device
+    ops = choose_ops(model, device, quantization)
     if isinstance(model, SelfLoading):
         loaded = model.dummy_weights(seed, device)
         return LoadReport(loaded.tensors, loaded.nbytes, time.perf_counter() - start)
-    ops = select.ops(device, model.dtype)
 
     def fill(item: tuple[str, Layer]) -> list[int]:
         name, layer = item

@@ -27,6 +27,8 @@ from octavo.runtime.runner import Launched, Runner, largest_step, rehearse
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
 
+NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's CPU allocator has no class of its own for it
+
 
 class Worker:
     """Owns the model, the cache and the device. Decisions are logged, one line each.
@@ -103,10 +105,16 @@ class Worker:
     def _fill(self, progress: Progress) -> LoadReport:
         options = self._config.model
         if options.load_format == "dummy":
-            return fill_dummy(self._model, options.seed, self.platform.device)
+            return fill_dummy(self._model, options.seed, self.platform.device, options.quantization)
         checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
-        # Who names a type wants the values in it.
-        return load(self._model, checkpoint, self.platform.device, progress, keep_blocks=options.dtype == "auto")
+        return load(
+            self._model,
+            checkpoint,
+            self.platform.device,
+            progress,
+            keep_blocks=options.dtype == "auto",  # who names a type wants the values in it
+            quantization=options.quantization,
+        )
 
     def plan_memory(self, announce: Callable[[], None] | None = None) -> tuple[int, int]:
         """See `runtime.base.WorkerBase.plan_memory`; for ``announce`` see `Runner`."""
@@ -167,7 +175,7 @@ def _told_as_memory_error() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise MemoryError(str(error)) from None
     except RuntimeError as error:
-        if "not enough memory" in str(error):  # torch's CPU allocator has no class of its own for it
+        if any(words in str(error) for words in NO_MEMORY):
             raise MemoryError(str(error)) from None
         raise
 
