@@ -89,7 +89,7 @@ class Engine:
             def sample(self, mask: TokenMask | None = None) -> Any:
                 if self.masking:
                     self.turn += 1
-                    mask = TokenMask(self.items, self.bits[self.turn % 4, : len(self.items)])
+                    mask = TokenMask.of(self.items, self.bits[self.turn % 4, : len(self.items)])
                 return super().sample(mask)
 
         folder = Path(tempfile.mkdtemp()) / model

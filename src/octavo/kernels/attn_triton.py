@@ -183,15 +183,17 @@ def _prefill_kernel(
     tl.store(out_ptr + (at[:, None] * HEADS + head[:, None]) * DIM + d[None, :], out, mask_q)
 
 
-@triton.jit(do_not_specialize=["window", "table_stride"], do_not_specialize_on_alignment=["seq_lens_ptr", "rows_ptr"])
+@triton.jit(
+    do_not_specialize=["window", "table_stride", "splits"], do_not_specialize_on_alignment=["seq_lens_ptr", "rows_ptr"]
+)
 def _decode_kernel(
     q_ptr, cache_ptr, out_ptr, lse_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
-    scale, softcap, window, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
+    scale, softcap, window, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One of ``SPLITS`` parts of an item's keys: float32 outputs [item, head, split] and their logsumexp (base 2) for
+    """One of ``splits`` parts of an item's keys: float32 outputs [item, head, split] and their logsumexp (base 2) for
     `_merge_kernel`; with one split the answer itself."""
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + item)
@@ -209,12 +211,12 @@ def _decode_kernel(
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(seq_len - window, 0) // TILE * TILE
-    share = tl.cdiv(tl.cdiv(seq_len - begin, TILE), SPLITS) * TILE
+    share = tl.cdiv(tl.cdiv(seq_len - begin, TILE), splits) * TILE
     begin += split * share
     last = tl.minimum(begin + share, seq_len) - 1
     top = tl.full([ROWS], -1.0e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if HAS_SINKS and SPLITS == 1:
+    if HAS_SINKS and not SPLIT:
         top = tl.load(sinks_ptr + head, live_row, 0.0).to(tl.float32) * _LOG2E
         total += 1.0
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
@@ -223,25 +225,25 @@ def _decode_kernel(
         window, page_stride, kv_stride, DIM, DIM_PAD, PAGE, TILE, True, HAS_WINDOW, HAS_CAP,
     )  # fmt: skip
     empty = total == 0.0
-    place = (item * HEADS + head) * SPLITS + split
-    if SPLITS > 1:
+    place = (item * HEADS + head) * splits + split
+    if SPLIT:
         tl.store(lse_ptr + place, tl.where(empty, -1.0e30, top + tl.log2(tl.where(empty, 1.0, total))), live_row)
     out = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(out_ptr + place[:, None].to(tl.int64) * DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
-    acc_ptr, lse_ptr, out_ptr, sinks_ptr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
+    acc_ptr, lse_ptr, out_ptr, sinks_ptr, splits, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
+    MOST: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Joins the splits of one head: their outputs weighted by 2 to the lse."""
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    place = (item * HEADS + head) * SPLITS
-    split, d = tl.arange(0, SPLITS), tl.arange(0, DIM_PAD)
+    place = (item * HEADS + head) * splits
+    split, d = tl.arange(0, MOST), tl.arange(0, DIM_PAD)
     release(CHAINED)
     wait(CHAINED)
-    lse = tl.load(lse_ptr + place + split)
+    lse = tl.load(lse_ptr + place + split, split < splits, -1.0e30)
     top = tl.max(lse)
     sink = 0.0
     if HAS_SINKS:
@@ -249,7 +251,9 @@ def _merge_kernel(
         top = tl.maximum(top, logit)
         sink = tl.exp2(logit - top)
     weight = tl.exp2(lse - top)
-    acc = tl.load(acc_ptr + (place + split)[:, None] * DIM + d[None, :], (d < DIM)[None, :], 0.0)
+    acc = tl.load(
+        acc_ptr + (place + split)[:, None] * DIM + d[None, :], (split < splits)[:, None] & (d < DIM)[None, :], 0.0
+    )
     out = tl.sum(acc * weight[:, None], 0) / (tl.sum(weight) + sink)
     tl.store(out_ptr + (item * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
 
@@ -285,15 +289,16 @@ def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     chain, launch = chained(query.device), WIDE if query.dtype == torch.float32 else DECODE[pad]
     _decode_kernel[(items, kv_heads, splits)](
         query, cache, acc, lse, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
-        query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
-        group, heads, dim, pad, page, max(_MIN_ROWS, triton.next_power_of_2(group)), launch.tile, splits,
+        query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3], splits,
+        group, heads, dim, pad, page, max(_MIN_ROWS, triton.next_power_of_2(group)), launch.tile, splits > 1,
         has_window, has_cap, sinks is not None, chain,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, launch_pdl=chain,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(items, heads)](
-            acc, lse, out, sinks, heads, dim, pad, splits, sinks is not None, chain, num_warps=1, launch_pdl=chain
-        )
+            acc, lse, out, sinks, splits, heads, dim, pad, _MAX_SPLITS, sinks is not None, chain,
+            num_warps=1, launch_pdl=chain,
+        )  # fmt: skip
 
 
 def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):

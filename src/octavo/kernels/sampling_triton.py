@@ -201,12 +201,13 @@ def _gather_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["count"],
+    do_not_specialize=["count", "number"],
     do_not_specialize_on_alignment=["mass_ptr", "score_ptr", "at_ptr", "above_ptr", "floor_ptr"],
 )
 def _round_kernel(
-    x_ptr, settings_ptr, peak_ptr, mass_ptr, score_ptr, at_ptr, above_ptr, floor_ptr, state_ptr, stride, count, SIZE,
-    ROUND: tl.constexpr, BLOCKS: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+    x_ptr, settings_ptr, peak_ptr, mass_ptr, score_ptr, at_ptr, above_ptr, floor_ptr, state_ptr, stride, count,
+    number, SIZE, FIRST: tl.constexpr, BLOCKS: tl.constexpr, PAD: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One round of the race of rows with top_p or min_p and without top_k.
 
@@ -224,26 +225,26 @@ def _round_kernel(
         inverse = _inverse(_float(settings_ptr, 3, count, row))
         floor = _floor(top, inverse, min_p)
         part = count * BLOCKS
-        if ROUND == 1:
+        if FIRST:
             token = _scaled_winner(peak_ptr, score_ptr, at_ptr, row, top, inverse, BLOCKS, PAD)
             state = token
         else:
             state = _judged(
                 x_ptr, peak_ptr, mass_ptr, above_ptr, floor_ptr, state_ptr, row, count, part, top, inverse, floor,
-                top_p, min_p, ROUND - 1, BLOCKS, PAD,
+                top_p, min_p, number - 1, BLOCKS, PAD,
             )  # fmt: skip
             if state < -SIZE:  # the one judged did not pass
-                state, _score = _winner(score_ptr + (ROUND - 1) * part, at_ptr + (ROUND - 1) * part, row, BLOCKS, PAD)
+                state, _score = _winner(score_ptr + (number - 1) * part, at_ptr + (number - 1) * part, row, BLOCKS, PAD)
         if block == 0:
-            tl.store(state_ptr + ROUND * count + row, state)
+            tl.store(state_ptr + number * count + row, state)
         if state >= 0:
             pivot = tl.load(x_ptr + state).to(tl.float32)
             at = block * BLOCK + tl.arange(0, BLOCK)
             x = tl.load(x_ptr + at, at < SIZE, float("-inf")).to(tl.float32)
             weight = _weight(x, top, inverse)
-            place = ROUND * part + row * BLOCKS + block
+            place = number * part + row * BLOCKS + block
             tl.store(above_ptr + place, tl.sum(tl.where(x > pivot, weight, 0.0)))
-            if ROUND == 1:
+            if FIRST:
                 tl.store(floor_ptr + row * BLOCKS + block, tl.sum(tl.where(x >= floor, weight, 0.0)))
             score = weight / _exponential(at, tl.load(settings_ptr + row), tl.load(settings_ptr + count + row))
             score = tl.where((x > pivot) & (x >= floor), score, -1.0)
@@ -261,14 +262,14 @@ def _floor(top, inverse, min_p):
 @triton.jit
 def _judged(
     x_ptr, peak_ptr, mass_ptr, above_ptr, floor_ptr, state_ptr, row, count, part, top, inverse, floor, top_p, min_p,
-    ROUND: tl.constexpr, BLOCKS: tl.constexpr, PAD: tl.constexpr,
+    number, BLOCKS: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """What round ``ROUND`` found: -1 - the settled token, or the least int32 if the one it judged does not pass."""
-    state = tl.load(state_ptr + ROUND * count + row)
+    """What round ``number`` found: -1 - the settled token, or the least int32 if the one it judged does not pass."""
+    state = tl.load(state_ptr + number * count + row)
     if state >= 0:
         block = tl.arange(0, PAD)
         live = block < BLOCKS
-        above = tl.sum(tl.load(above_ptr + ROUND * part + row * BLOCKS + block, live, 0.0).to(tl.float64))
+        above = tl.sum(tl.load(above_ptr + number * part + row * BLOCKS + block, live, 0.0).to(tl.float64))
         mass = tl.sum(tl.load(floor_ptr + row * BLOCKS + block, live, 0.0).to(tl.float64))
         if min_p <= 0.0:
             mass = _total(peak_ptr, mass_ptr, row, top, inverse, BLOCKS, PAD)
@@ -542,7 +543,7 @@ def draw(x: torch.Tensor, settings: torch.Tensor, listed: bool, raced: bool) -> 
     for number in range(1, ROUNDS + 1) if raced else ():
         _round_kernel[(count, survey.blocks)](
             x, settings, survey.peak, survey.mass, survey.score, survey.at, survey.above, survey.floor, state,
-            x.stride(0), count, survey.size, number, survey.blocks, survey.pad, _BLOCK, survey.chain,
+            x.stride(0), count, number, survey.size, number == 1, survey.blocks, survey.pad, _BLOCK, survey.chain,
             num_warps=8, launch_pdl=survey.chain,
         )  # fmt: skip
     out = torch.empty((2, count), dtype=torch.int32, device=x.device)
@@ -578,7 +579,7 @@ def copy_masked(x: torch.Tensor, settings: torch.Tensor, bits: torch.Tensor | No
     out = torch.empty((count, size), dtype=torch.float32, device=x.device)
     words, chain = 0 if bits is None else bits.shape[1], chained(x.device)
     _copy_kernel[(count, triton.cdiv(size, _BLOCK))](
-        x, settings, out if bits is None else bits, out, x.stride(0), count, words, size, _BLOCK, chain,
+        x, settings, settings if bits is None else bits, out, x.stride(0), count, words, size, _BLOCK, chain,
         num_warps=8, launch_pdl=chain,
     )  # fmt: skip
     return out
