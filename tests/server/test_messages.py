@@ -181,7 +181,7 @@ def test_tokens_are_counted_as_the_message_has_them_and_nothing_is_asked_of_the_
     ("changes", "message"),
     [
         ({"messages": []}, "messages is empty"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "there is an image"),
         ({"messages": [{"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "x"}]}]}, "tool_res"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search|input_schema"),
         ({"extra_body": {"mcp_servers": []}}, "not a field"),

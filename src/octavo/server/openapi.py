@@ -102,8 +102,14 @@ def _content(route: Route, places: dict[int, Json]) -> Json:
     elif route.answer is not None:
         content[JSON] = {"schema": places[id(route.answer)]}
     if route.event is not None:
-        content["text/event-stream"] = {"schema": places[id(route.event)]}
+        content["text/event-stream"] = {"schema": _event(places[id(route.event)])}
     return {"content": content} if content else {}
+
+
+def _event(data: Json) -> Json:
+    """An event of a stream as OpenAPI 3.2 describes it; the last one of completions is ``[DONE]``."""
+    text = {"type": "string", "contentMediaType": JSON, "contentSchema": data}
+    return {"type": "object", "required": ["data"], "properties": {"event": {"type": "string"}, "data": text}}
 
 
 def _form(names: Sequence[str]) -> Json:
@@ -182,6 +188,8 @@ def _kind(schema: Json) -> str:
     if "$ref" in schema:
         name = html.escape(schema["$ref"].rpartition("/")[2])
         return f'<a href="#{name}">{name}</a>'
+    if "data" in schema.get("properties", ()):
+        return f"events of {_kind(schema['properties']['data']['contentSchema'])}"
     for word in ("anyOf", "oneOf"):
         if word in schema:
             return " | ".join(dict.fromkeys(map(_kind, schema[word])))

@@ -27,6 +27,12 @@ class TextPart(_Part, kw_only=True, tag="text"):
     citations: Any = None  # of earlier answers; the model does not see them
 
 
+class ImagePart(_Part, kw_only=True, tag="image"):
+    """Refused: only text is read."""
+
+    source: Any = None
+
+
 class ThinkingPart(_Part, kw_only=True, tag="thinking"):
     """What the model thought. There are no signatures here: any is accepted."""
 
@@ -47,7 +53,7 @@ class ToolResultPart(_Part, kw_only=True, tag="tool_result"):
     """What a tool answered."""
 
     tool_use_id: str
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart | ImagePart] | None = None
     is_error: bool | None = None
 
 
@@ -55,7 +61,7 @@ class Turn(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A message of the conversation. The last one, if it is the assistant's, is continued."""
 
     role: Literal["user", "assistant"]
-    content: str | list[TextPart | ThinkingPart | ToolUsePart | ToolResultPart]
+    content: str | list[TextPart | ImagePart | ThinkingPart | ToolUsePart | ToolResultPart]
 
 
 class Tool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -107,7 +113,7 @@ class CountTokensRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     """``POST /v1/messages/count_tokens``: what the prompt of `MessagesRequest` is made of."""
 
     messages: list[Turn]
-    system: str | list[TextPart] | None = None
+    system: str | list[TextPart | ImagePart] | None = None
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None

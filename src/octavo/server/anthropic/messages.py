@@ -19,6 +19,7 @@ from octavo.server.anthropic.body import (
     BlockStop,
     CountTokensRequest,
     Event,
+    ImagePart,
     InputDelta,
     Message,
     MessageDelta,
@@ -75,7 +76,7 @@ def _ask(service: Service, body: CountTokensRequest, **changes: Any) -> Ask:
     model = service.model(body.model)
     if not body.messages:
         raise RequestError("messages is empty.", "Send at least one message.", param="messages")
-    system = body.system if isinstance(body.system, str) else "\n".join(part.text for part in body.system or ())
+    system = _text("system", body.system)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in body.messages:
         messages += _messages(turn)
@@ -126,6 +127,8 @@ def _messages(turn: Turn) -> list[dict[str, Any]]:
     thoughts: list[str] = []
     for part in turn.content:
         match part:
+            case ImagePart():
+                raise _image("messages")
             case TextPart():
                 texts.append({"type": "text", "text": part.text})
             case ThinkingPart():
@@ -154,9 +157,21 @@ def _call(part: ToolUsePart) -> dict[str, Any]:
 
 
 def _result(part: ToolResultPart) -> dict[str, Any]:
-    content = part.content if isinstance(part.content, str) else "\n".join(one.text for one in part.content or ())
+    content = _text("messages", part.content)
     text = f"Error: {content}" if part.is_error else content
     return {"role": "tool", "tool_call_id": part.tool_use_id, "content": text}
+
+
+def _text(field: str, content: str | list[TextPart | ImagePart] | None) -> str:
+    if isinstance(content, str):
+        return content
+    if any(isinstance(part, ImagePart) for part in content or ()):
+        raise _image(field)
+    return "\n".join(part.text for part in content or () if isinstance(part, TextPart))
+
+
+def _image(field: str) -> RequestError:
+    return RequestError("there is an image.", "Only text is read here.", param=field)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
