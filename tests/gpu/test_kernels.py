@@ -168,6 +168,27 @@ def test_a_product_of_tens_of_rows_equals_the_float64_answer(
         assert (got - want).norm() <= 1e-2 * want.norm()
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("inner", "size"), [(96, 256), (100, 1024), (3072, 1024)])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_a_gated_product_equals_the_reference(rows: int, inner: int, size: int, gelu: bool, dtype: torch.dtype) -> None:
+    from octavo.kernels import linear_triton
+
+    if DEVICE == "cpu" and (inner > 100 or gelu != (size == 256)):
+        pytest.skip("takes the interpreter too long")
+    x, weight = normal(rows, size, dtype=dtype), 0.1 * normal(2 * inner, size, dtype=dtype)
+    bias = normal(2 * inner, dtype=dtype)
+    want = reference.gated_linear(x.double(), weight.double(), bias.double(), gelu)
+    gate = "gelu" if gelu else "silu"
+    split = linear_triton.Launch(64, 128, 2, 4, 3)
+    for got in (
+        linear_triton.gated_linear(x, weight, bias, gelu),
+        linear_triton.split_linear(x, weight, bias, split, gate),
+    ):
+        assert (got.double() - want).norm() <= 1e-2 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [5, 4096, 9001])
 def test_the_greedy_choice_is_the_lowest_of_equals_and_marks_what_is_not_finite(vocab: int, dtype: torch.dtype) -> None:

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from octavo.kernels import triton_ops
 from octavo.kernels.pdl import chained, release, wait
+from octavo.kernels.triton_ops import gated
 
 MOST_ROWS = 64
 _FEW = (1, 2, 4)  # rows of x that are multiplied without tensor cores: each is a kernel of its own
@@ -73,19 +75,47 @@ def _prefetch(address, size):
     )  # fmt: skip
 
 
+@triton.jit
+def _finish(
+    acc, out_ptr, block, rows, out_size, OUTPUTS: tl.constexpr, ROWS: tl.constexpr, GATE: tl.constexpr
+):  # fmt: skip
+    """Writes ``acc[OUTPUTS, ROWS]``, or its second half times its activated first one, rounded as apart."""
+    dtype = out_ptr.dtype.element_ty
+    m = tl.arange(0, ROWS)
+    count: tl.constexpr = OUTPUTS if GATE is None else OUTPUTS // 2
+    n = block * count + tl.arange(0, count)
+    if GATE is None:
+        out = acc.to(dtype)
+    else:
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [2, count, ROWS]), [1, 2, 0]))
+        out = gated(gate.to(dtype).to(tl.float32), GATE == "gelu").to(dtype) * up.to(dtype)
+    kept = (n < out_size)[:, None] & (m < rows)[None, :]
+    tl.store(out_ptr + m[None, :] * out_size + n[:, None], out, kept)
+
+
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _split_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, partial_ptr, arrived_ptr, rows, out_size, size, share, splits,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, PREFETCH: tl.constexpr, CHAINED: tl.constexpr,
+    GATE: tl.constexpr, HAS_BIAS: tl.constexpr, PREFETCH: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """``OUTPUTS`` of a row of the answer from ``share`` of the columns, a multiple of ``TILE``."""
+    """``OUTPUTS`` rows of the weight times ``share`` of the columns, a multiple of ``TILE``.
+
+    ``GATE`` is None, or "silu" or "gelu": then the weight has ``2 out_size`` rows, and half of a program's are of
+    gates, half of what these let through.
+    """
     block, split = tl.program_id(0), tl.program_id(1)
-    n = block * OUTPUTS + tl.arange(0, OUTPUTS)
+    i = tl.arange(0, OUTPUTS)
+    if GATE is None:
+        n = block * OUTPUTS + i
+        live = n < out_size
+    else:
+        n = block * (OUTPUTS // 2) + i % (OUTPUTS // 2)
+        live = n < out_size
+        n += i // (OUTPUTS // 2) * out_size
     m, k = tl.arange(0, ROWS), tl.arange(0, TILE)
     begin = split * share
     end = tl.minimum(begin + share, size)
-    live = n < out_size
     weight_row = weight_ptr + tl.where(live, n, 0).to(tl.int64) * size
     if PREFETCH:
         _prefetch((weight_row + begin).to(tl.int64), (tl.zeros_like(n) + (end - begin) * 2))
@@ -99,10 +129,8 @@ def _split_kernel(
         weight = tl.load(at + first, eviction_policy="evict_first")
         x = tl.load(x_at + first, (m < rows)[None, :], 0.0)
         acc = tl.dot(weight, x, acc)
-    target = out_ptr + m[None, :] * out_size + n[:, None]
-    kept = live[:, None] & (m < rows)[None, :]
     if not SPLIT:
-        tl.store(target, (acc + bias[:, None]).to(out_ptr.dtype.element_ty), kept)
+        _finish(acc + bias[:, None], out_ptr, block, rows, out_size, OUTPUTS, ROWS, GATE)
     else:
         place = tl.arange(0, OUTPUTS)[:, None] * ROWS + m[None, :]
         own = partial_ptr + block.to(tl.int64) * splits * OUTPUTS * ROWS
@@ -112,7 +140,7 @@ def _split_kernel(
             acc = tl.zeros([OUTPUTS, ROWS], tl.float32)
             for part in range(splits):
                 acc += tl.load(own + part * OUTPUTS * ROWS + place, cache_modifier=".cg")
-            tl.store(target, (acc + bias[:, None]).to(out_ptr.dtype.element_ty), kept)
+            _finish(acc + bias[:, None], out_ptr, block, rows, out_size, OUTPUTS, ROWS, GATE)
             tl.store(arrived_ptr + block, 0)  # as the next product expects it
 
 
@@ -122,6 +150,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return _few_rows(x, weight, bias)
     launch = choose(x, weight)
     return F.linear(x, weight, bias) if launch is None else split_linear(x, weight, bias, launch)
+
+
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    """See `reference.gated_linear`."""
+    launch = None if _takes_few(x, weight) else choose(x, weight, gated=True)
+    if launch is None:
+        return (triton_ops.gelu_tanh_and_mul if gelu else triton_ops.silu_and_mul)(linear(x, weight, bias))
+    return split_linear(x, weight, bias, launch, "gelu" if gelu else "silu")
 
 
 def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -136,17 +172,20 @@ def _few_rows(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) 
     return out
 
 
-def split_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, launch: Launch) -> torch.Tensor:
-    """`linear` by the tensor-core product, for up to `MOST_ROWS` rows and a multiple of the tile as their size."""
-    (rows, size), out_size = x.shape, len(weight)
-    blocks, pad = triton.cdiv(out_size, launch.outputs), max(16, triton.next_power_of_2(rows))
+def split_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, launch: Launch, gate: str | None = None
+) -> torch.Tensor:
+    """`linear`, or with ``gate`` `gated_linear`, by the tensor-core product: for up to `MOST_ROWS` rows, of a multiple
+    of the tile as their size."""
+    (rows, size), out_size = x.shape, len(weight) if gate is None else len(weight) // 2
+    blocks, pad = triton.cdiv(len(weight), launch.outputs), max(16, triton.next_power_of_2(rows))
     share = triton.cdiv(size // launch.tile, launch.splits) * launch.tile
     splits, chain = triton.cdiv(size, share), chained(x.device)
     out = torch.empty((rows, out_size), dtype=x.dtype, device=x.device)
     partial, arrived = _scratch(x.device, blocks * splits * launch.outputs * pad, blocks) if splits > 1 else (out, out)
     _split_kernel[(blocks, splits)](
         x, weight, bias, out, partial, arrived, rows, out_size, size, share, splits,
-        pad, launch.outputs, launch.tile, splits > 1, bias is not None, launch.prefetch and chain, chain,
+        pad, launch.outputs, launch.tile, splits > 1, gate, bias is not None, launch.prefetch and chain, chain,
         num_warps=launch.warps, num_stages=launch.stages, launch_pdl=chain,
     )  # fmt: skip
     return out
@@ -162,8 +201,8 @@ def _counters(device: torch.device) -> torch.Tensor:
     return torch.zeros(1 << 16, dtype=torch.int32, device=device)
 
 
-def choose(x: torch.Tensor, weight: torch.Tensor) -> Launch | None:
-    """How to multiply; None: as torch does.
+def choose(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Launch | None:
+    """How to multiply; None: as torch does. ``gated``: the activation comes with it, which spares a kernel.
 
     The rule is drawn from ``bench/kernels_gpu.py --sweep`` on 12 shapes of three models; see docs/performance-log.md.
     """
@@ -172,7 +211,7 @@ def choose(x: torch.Tensor, weight: torch.Tensor) -> Launch | None:
     (rows, size), blocks = x.shape, triton.cdiv(len(weight), _OUTPUTS)
     if not 1 < rows <= MOST_ROWS or size % _COLUMNS or blocks > _MOST_BLOCKS:
         return None
-    if rows > 32 and size <= 2 * len(weight) and blocks not in _WHOLE_WAVE:
+    if rows > 32 and not gated and size <= 2 * len(weight) and blocks not in _WHOLE_WAVE:
         return None  # sums of several programs cost more than they bring
     splits = 1
     while blocks * splits < _LEAST_PROGRAMS and size >= 1024 * splits:

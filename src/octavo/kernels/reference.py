@@ -48,6 +48,11 @@ def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    """`gelu_tanh_and_mul` or `silu_and_mul` of a `linear`: ``weight[2 I, in]`` has the gates first."""
+    return (gelu_tanh_and_mul if gelu else silu_and_mul)(linear(x, weight, bias))
+
+
 def rotary(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Rotates the first R dimensions of each head of ``x[T, H, D]``, half-split as in Llama.
 

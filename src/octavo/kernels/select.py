@@ -145,6 +145,7 @@ class Ops:
     add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
     silu_and_mul: Callable[[torch.Tensor], torch.Tensor]
     gelu_tanh_and_mul: Callable[[torch.Tensor], torch.Tensor]
+    gated_linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, bool], torch.Tensor]
     rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     store_kv_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     place_heads_: PlaceHeads
@@ -174,6 +175,7 @@ REFERENCE = Ops(
     add_rms_norm=reference.add_rms_norm,
     silu_and_mul=reference.silu_and_mul,
     gelu_tanh_and_mul=reference.gelu_tanh_and_mul,
+    gated_linear=reference.gated_linear,
     rotary=reference.rotary,
     store_kv_=reference.store_kv_,
     place_heads_=reference.place_heads_,
@@ -230,6 +232,7 @@ def _triton() -> Ops | str:
         add_rms_norm=triton_ops.add_rms_norm,
         silu_and_mul=triton_ops.silu_and_mul,
         gelu_tanh_and_mul=triton_ops.gelu_tanh_and_mul,
+        gated_linear=linear_triton.gated_linear,
         rotary=triton_ops.rotary,
         store_kv_=triton_ops.store_kv_,
         place_heads_=triton_ops.place_heads_,
@@ -264,6 +267,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         add_rms_norm=cpu.add_rms_norm,
         silu_and_mul=cpu.silu_and_mul,
         gelu_tanh_and_mul=cpu.gelu_tanh_and_mul,
+        gated_linear=reference.gated_linear,
         rotary=cpu.rotary,
         store_kv_=cpu.store_kv_,
         place_heads_=reference.place_heads_from(cpu.rms_norm, cpu.rotary, cpu.store_kv_),

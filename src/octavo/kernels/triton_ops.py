@@ -55,6 +55,17 @@ def _add_rms_norm_kernel(
 
 
 @triton.jit
+def gated(gate, GELU: tl.constexpr):
+    """The activation of a float32 ``gate``."""
+    if GELU:
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        gate = gate * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
+    else:
+        gate = gate * tl.sigmoid(gate)
+    return gate
+
+
+@triton.jit
 def _gated_kernel(x_ptr, out_ptr, SIZE, GELU: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr):
     release(CHAINED)
     wait(CHAINED)
@@ -63,12 +74,7 @@ def _gated_kernel(x_ptr, out_ptr, SIZE, GELU: tl.constexpr, BLOCK: tl.constexpr,
     mask = offsets < SIZE
     gate = tl.load(x_ptr + row * 2 * SIZE + offsets, mask, 0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * SIZE + SIZE + offsets, mask, 0.0)
-    if GELU:
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        gate = gate * tl.sigmoid(2.0 * inner)  # 0.5 (1 + tanh(z)) = sigmoid(2 z)
-    else:
-        gate = gate * tl.sigmoid(gate)
-    tl.store(out_ptr + row * SIZE + offsets, gate.to(up.dtype) * up, mask)
+    tl.store(out_ptr + row * SIZE + offsets, gated(gate, GELU).to(up.dtype) * up, mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions_ptr"])

@@ -6,6 +6,7 @@ import torch
 
 from octavo.errors import UnsupportedModel
 from octavo.layers.base import Layer
+from octavo.layers.linear import Linear
 
 # Transformers' names of an activation -> the operator.
 _OPERATORS = {
@@ -27,6 +28,14 @@ class GatedActivation(Layer):
                 "Use a model with one of these.",
             )
         self.operator = _OPERATORS[name]
+
+    def of_product(self, product: Linear, x: torch.Tensor) -> torch.Tensor:
+        """The activation of ``product(x)``."""
+        if product.packed is not None:
+            return self(product(x))
+        gelu = self.operator == "gelu_tanh_and_mul"
+        out: torch.Tensor = self.ops.gated_linear(x, product.weight, product.bias, gelu)
+        return out
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.operator == "silu_and_mul":

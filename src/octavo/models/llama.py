@@ -99,7 +99,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = Linear(inner, {"down_proj": config.hidden_size}, bias=bias, shard="in", dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(self.act_fn(self.gate_up_proj(x)))
+        out: torch.Tensor = self.down_proj(self.act_fn.of_product(self.gate_up_proj, x))
         return out
 
 
