@@ -42,6 +42,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "min_tokens": (0, 2**31 - 1),
     "logprobs": (0, MAX_LOGPROBS),
     "prompt_logprobs": (0, MAX_LOGPROBS),
+    "truncate_prompt_tokens": (-1, 2**31 - 1),
 }
 # Greatest number of entries.
 LENGTHS = {"stop": MAX_STOP, "logit_bias": MAX_LOGIT_BIAS, "bad_words": MAX_BAD_WORDS}
@@ -77,6 +78,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    truncate_prompt_tokens: int | None = None  # keep so many at the end of the prompt; -1: as many as fit
 
     def __post_init__(self) -> None:
         """Takes numbers and arrays of NumPy and torch too: sweeps over parameters are full of them."""
@@ -105,6 +107,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                 "Lower min_tokens or raise max_tokens.",
                 param="min_tokens",
             )
+        if self.truncate_prompt_tokens == 0:
+            cause = "truncate_prompt_tokens is 0: nothing would be left of the prompt."
+            raise RequestError(cause, "Give 1 or more, or -1.", param="truncate_prompt_tokens")
         for name, longest in LENGTHS.items():
             _at_most(name, self.stops() if name == "stop" else getattr(self, name) or (), longest)
         if any(not s for s in self.stops()):

@@ -139,3 +139,18 @@ def test_what_would_change_the_answer_and_cannot_be_done_is_refused(extra: Any) 
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(extra)))
 
     run(work)
+
+
+@pytest.mark.parametrize(("keep", "left"), [(5, 5), (-1, 124), (1000, 139)])
+def test_the_end_of_a_prompt_is_kept(keep: int, left: int) -> None:
+    async def work() -> None:
+        server = Server(max_model_len=128 if keep != 1000 else 1000)
+        ask = {**CHAT, "messages": [{"role": "user", "content": "x" * 128}], "truncate_prompt_tokens": keep}
+        assert (await server.post("/v1/chat/completions", ask)).status_code == 200
+        prompt = prompt_of(server.fake.requests[-1])
+        assert len(prompt) == left
+        assert "[user]xxx[bot]".endswith(server.tokenizer.decode(prompt)[-5:])
+        refused = await server.post("/v1/chat/completions", {**ask, "truncate_prompt_tokens": 0})
+        assert refused.json()["error"]["param"] == "truncate_prompt_tokens"
+
+    run(work)

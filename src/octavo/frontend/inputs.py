@@ -104,7 +104,7 @@ class InputProcessor:
         clamp = self._clamp or clamp_max_tokens or params is None  # a default is no demand
         params = params or self.default_params()
         params.validate()
-        ids = list(ids)
+        ids, text = self._truncated(list(ids), text, params)
         self._check_ids("prompt", ids)
         sampling = self._sampling(params, self._max_tokens(params, len(ids), clamp))
         packed = pack(ids)
@@ -126,6 +126,13 @@ class InputProcessor:
             for i in range(params.n)
         ]
         return Prepared(id, text, ids, params, requests)
+
+    def _truncated(self, ids: list[int], text: str | None, params: SamplingParams) -> tuple[list[int], str | None]:
+        """The end of the prompt, if only that is wanted; then its text is not known."""
+        keep = params.truncate_prompt_tokens
+        if keep == -1:
+            keep = max(1, self.info.max_model_len - (params.max_tokens or 1))
+        return (ids, text) if keep is None or len(ids) <= keep else (ids[-keep:], None)
 
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As `encode`, but a text that cannot fit is refused before seconds are spent on its tokens."""

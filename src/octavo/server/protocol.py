@@ -66,6 +66,7 @@ class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
     spaces_between_special_tokens: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
     priority: int | None = None  # lower runs first
     cache_salt: str | None = None  # cached prefixes are shared only with requests that have the same one
     structured_outputs: StructuredOutputsParams | None = None

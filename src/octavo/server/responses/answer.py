@@ -249,7 +249,7 @@ def blank(job: Job[ResponsesRequest]) -> Response:
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
         reasoning=effort,
-        store=body.store is not False,
+        store=body.store is not False and not job.origin.delay,  # a batch would fill the store
         temperature=params.temperature,
         text=body.text or TextConfig(),
         tool_choice=body.tool_choice or "auto",
