@@ -138,6 +138,29 @@ def test_folder_without_config_names_what_it_has(tmp_path: Path) -> None:
     assert "weights.bin" in error.value.cause
 
 
+def test_a_config_that_is_no_file_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("gone")
+    with pytest.raises(ModelError, match=r"config\.json is a link to a file that is gone"):
+        read(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ModelError, match=r"config\.json is no file"):
+        read(tmp_path)
+
+
+def test_a_folder_of_gguf_files_is_told_to_name_one(tmp_path: Path) -> None:
+    for name in ("m-Q4_K_M.gguf", "m-Q8_0.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(ModelError) as error:
+        read(tmp_path)
+    assert f"{tmp_path}/m-Q4_K_M.gguf" in error.value.remedy
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(tiny.config()))
+    assert read(tmp_path)["hidden_size"] == 64
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"', "", "\x00", "[" * 100_000])
 def test_broken_config_is_an_error_with_its_path(text: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError) as error:
@@ -166,6 +189,9 @@ def test_config_without_architectures_and_with_unknown_type_is_refused() -> None
         ("num_key_value_heads", 3),
         ("vocab_size", 1.5),
         ("rms_norm_eps", "small"),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", float("inf")),
+        ("rms_norm_eps", 10**400),
         ("layer_types", ["full_attention"]),
         ("no_rope_layers", [1]),
         ("max_position_embeddings", 0),

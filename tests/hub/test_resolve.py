@@ -95,6 +95,34 @@ def test_path_like_names_never_reach_the_hub(name: str) -> None:
     assert name in error.value.cause
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("https://hub.example/owner/name", "Did you mean owner/name?"),
+        ("https://hub.example/owner/name/tree/v1", "Did you mean owner/name --revision v1?"),
+        ("https://hub.example/owner/name/blob/main/config.json", "Did you mean owner/name --revision main?"),
+        ("hf://owner/name", "Did you mean owner/name?"),
+        ("s3://bucket/a/b/c", "download it"),
+        ("owner/name@v1", "Did you mean owner/name --revision v1?"),
+        ("owner/name:Q9_9", "owner/name:Q4_K_M"),
+        (":Q4_K_M", "owner/name"),
+    ],
+)
+def test_addresses_and_other_notations_are_told_what_was_meant(name: str, meant: str) -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(name)
+    assert error.value.id == "HF001"
+    assert meant in error.value.remedy
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/" + "x" * 5000, "/proc/self/mem", "a\0b"])
+def test_names_that_the_system_refuses_are_errors_not_crashes(name: str) -> None:
+    with pytest.raises(ModelError) as error:
+        resolve(name)
+    assert error.value.id == "HF001"
+    assert len(error.value.cause) < 300
+
+
 def test_folder_named_like_a_repo_wins(hub: Hub, client: Client, tmp_path: Path) -> None:
     hub.push("owner/name", FILES)
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -285,7 +313,7 @@ def test_a_full_disk_is_not_blamed_on_the_hub() -> None:
         found = hub_error(Repo("owner/name", cache="/cache"), OSError(number, os.strerror(number)), 3)
         assert found is not None
         assert found.id == "HF007"
-        assert f"in /cache: {os.strerror(number)}." in found.cause
+        assert f"cache in /cache cannot be used for owner/name: {os.strerror(number)}." in found.cause
     refused = hub_error(Repo("owner/name"), ConnectionRefusedError(errno.ECONNREFUSED, "refused"), 3)
     assert refused is not None
     assert refused.id == "HF006"
@@ -415,6 +443,71 @@ def test_a_commit_that_the_hub_has_no_more_is_given_up(hub: Hub, client: Client)
     del hub.repos["owner/name"].commits[old]
     new = hub.push("owner/name", {**FILES, "extra.json": b"{}"})
     assert client()["commit"] == new
+
+
+# --- caches in disorder -----------------------------------------------------------------------------------------------
+
+
+def repo_folder(got: Any) -> Path:
+    return Path(got["path"]).parent.parent
+
+
+@pytest.mark.parametrize("ref", ["", "../../../etc", "no such commit", None])
+def test_a_damaged_ref_is_made_anew(ref: str | None, hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    path = repo_folder(first := client()) / "refs" / "main"
+    path.unlink() if ref is None else path.write_text(ref)
+    assert client(env={"HF_HUB_OFFLINE": "1"})["id"] == "HF005"
+    assert client()["path"] == first["path"]
+    assert path.read_text() == first["commit"]
+
+
+def test_a_ref_that_is_a_folder_is_named(hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    path = repo_folder(client()) / "refs" / "main"
+    path.unlink()
+    path.mkdir()
+    assert client()["id"] == "HF007"
+
+
+def test_links_whose_blobs_are_gone_are_fetched_again(hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    shutil.rmtree(repo_folder(client()) / "blobs")
+    offline = client(env={"HF_HUB_OFFLINE": "1"})
+    assert offline["id"] == "HF005"
+    assert "config.json" in offline["cause"]
+    assert set(client()["files"]) == NEEDED
+
+
+@pytest.mark.parametrize("files", ["{", '{"../../../x": {"size": 1, "blob_id": "a"}}'])
+def test_a_damaged_listing_is_no_snapshot(files: str, hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    folder = repo_folder(client())
+    (tree,) = (folder / "trees").iterdir()
+    tree.write_text(f'{{"format_version": 1, "files": {files}}}')
+    shutil.rmtree(folder / "snapshots")
+    again = client(env={"OCTAVO_TEST_PROCESS": files})  # the client keeps listings in memory
+    assert again.get("id") == "HF007" if "x" in files else set(again["files"]) == NEEDED
+    assert "path" in again or str(folder) in again["remedy"]
+
+
+def test_a_complete_cache_is_only_read(hub: Hub, client: Client, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    client()
+
+    def state() -> dict[Path, int]:
+        return {path: path.lstat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+
+    before = state()
+    client()
+    assert state() == before
+
+
+def test_a_listing_leads_nowhere_outside_the_snapshot(hub: Hub, client: Client, tmp_path: Path) -> None:
+    evil = dict.fromkeys(("../../evil.json", "/evil.json", "a/../../evil.json"), b"{}")
+    hub.push("owner/name", {**FILES, **evil})
+    assert set(client()["files"]) == NEEDED
+    assert list(tmp_path.rglob("evil.json")) == []
 
 
 # --- the way that bytes take ------------------------------------------------------------------------------------------

@@ -246,6 +246,8 @@ def test_named_templates_from_config_and_from_files(tmp_path: Path) -> None:
     templates = [{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]
     byte_level(tmp_path, chat_template=templates)
     assert load_tokenizer(source(tmp_path)).chat_templates == {"default": "d", "tool_use": "t"}
+    edit_config(tmp_path, chat_template={"default": "d", "tool_use": "t", "odd": 5})
+    assert load_tokenizer(source(tmp_path)).chat_templates == {"default": "d", "tool_use": "t"}
     (tmp_path / "chat_template.jinja").write_text("D")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R")

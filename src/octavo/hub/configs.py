@@ -12,6 +12,7 @@ from typing import Any, Final
 from octavo.config import LayerSpec, ModelConfig
 from octavo.errors import ConfigError, ModelError, RequestError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
+from octavo.hub.gguf_pick import models
 from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
 from octavo.hub.source import CONFIGS, Source
 from octavo.log import get_logger
@@ -84,13 +85,24 @@ def _raw_dict(source: Source, config_format: str) -> Hf:
 
         return _with_dtype(config_from_params(read_json(path), path), source)
     if path is None:
-        found = sorted(entry.name for entry in source.path.iterdir())[:10]
-        raise ModelError(
-            f"{source.path} has no {' or '.join(names)}; it has {', '.join(found) or 'no files at all'}.",
-            "Name a folder or repo with a Transformers model in it, or a .gguf file.",
-            id="HF002",
-        )
+        raise _no_config(source.path, names)
     return _with_dtype(read_json(path), source)
+
+
+def _no_config(folder: Path, names: tuple[str, ...]) -> ModelError:
+    found = sorted(entry.name for entry in folder.iterdir())
+    unusable = [name for name in names if name in found]
+    if unusable:
+        what = "a link to a file that is gone" if (folder / unusable[0]).is_symlink() else "no file"
+        return ModelError(f"{folder / unusable[0]} is {what}.", "Download it again.", id="HF002")
+    ggufs = models(found)
+    other = "Name a folder or repo with a Transformers model in it, or a .gguf file."
+    remedy = f"Name one of its GGUF files: {folder}/{ggufs[0]}." if ggufs else other
+    return ModelError(
+        f"{folder} has no {' or '.join(names)}; it has {', '.join(found[:10]) or 'no files at all'}.",
+        remedy,
+        id="HF002",
+    )
 
 
 def _with_dtype(hf: Hf, source: Source) -> Hf:
@@ -114,7 +126,7 @@ def _with_dtype(hf: Hf, source: Source) -> Hf:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; raises `ModelError` HF002 if it is not JSON or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # editors on Windows put a mark in front
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}.", "Download or write it again.", id="HF002") from None
     if not isinstance(value, dict):

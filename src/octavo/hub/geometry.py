@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, Final, get_args, get_type_hints
 
@@ -222,8 +223,8 @@ def number(text: Hf, name: str, default: float) -> float:
     found = lookup(text, name)
     if found is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
-        raise _bad(name, found, "a number")
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) <= sys.float_info.max:
+        raise _bad(name, found, "a number that a float can hold")
     return float(found)
 
 

@@ -33,7 +33,7 @@ class GgufPick:
         return parts(first)
 
     def __str__(self) -> str:
-        return self.file or (f"a GGUF file in {self.quant}" if self.quant else "a GGUF file")
+        return self.file or (f"GGUF file in {self.quant}" if self.quant else "GGUF file")
 
     def _fits(self, name: str) -> bool:
         if self.file is not None:

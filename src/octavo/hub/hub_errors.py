@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from octavo.errors import ModelError
+from octavo.hub.gguf_pick import is_quant
 
 if TYPE_CHECKING:
     from octavo.hub.repo import Repo
@@ -24,9 +25,13 @@ _OF_THE_DISK: Final = frozenset(
 
 
 def no_repo_id(name: str) -> ModelError:
-    if ":" in name:
+    if "@" in name:
+        base, _, revision = name.partition("@")
+        return ModelError(f"{name!r} is no repo id.", f"Did you mean {base} --revision {revision}?", id="HF001")
+    base, colon, quant = name.rpartition(":")
+    if colon and not is_quant(quant):
         return ModelError(
-            f"{name!r}: {name.rpartition(':')[2]!r} is no GGUF type.",
+            f"{name!r}: {quant!r} is no GGUF type.",
             "Write owner/name:Q4_K_M, with the type out of the name of the file.",
             id="HF001",
         )
@@ -81,7 +86,7 @@ def hub_error(repo: Repo, error: Exception, attempts: int) -> ModelError | None:
         )
     if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
         return ModelError(
-            f"{repo.label} cannot be stored in {cache_root(repo)}: {error.strerror or error}.",
+            f"the cache in {cache_root(repo)} cannot be used for {repo.label}: {error.strerror or error}.",
             "Make room there, or name another folder with --download-dir or HF_HOME.",
             id="HF007",
         )

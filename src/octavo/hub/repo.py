@@ -57,6 +57,8 @@ class Repo:
             raise hub_errors.no_repo_id(self.id) from None
         except LocalEntryNotFoundError:
             return None
+        except OSError as error:
+            raise hub_errors.hub_error(self, error, 1) or error from None
         return Path(folder)
 
     def missing(self, snapshot: Path) -> list[str]:
@@ -66,9 +68,8 @@ class Repo:
         """
 
         listing = self._cached_listing(snapshot)
-        if listing is not None:
-            names = self.wanted(listing)
-        else:
+        names = [] if listing is None else self.wanted(listing)
+        if not names:
             here = _names_in(snapshot)
             if self.gguf is None and not models(here):
                 return missing_files(snapshot, self.weights, self.load_format)
@@ -163,7 +164,15 @@ class Repo:
                 self.id, revision=commit, cache_dir=self.cache, token=self.token, allow_patterns=patterns
             )
 
-        return Path(self.call(fetch))
+        folder = Path(self.call(fetch))
+        lost = [name for name in names if not (folder / name).is_file()]
+        if lost:  # the client believes a listing that it once stored
+            raise ModelError(
+                f"the Hub has {', '.join(lost[:5])} of {self.label}, but the client did not fetch it.",
+                f"Remove {folder.parent.parent}, which is damaged, and start again.",
+                id="HF007",
+            )
+        return folder
 
     def _pin(self, commit: str) -> None:
         """Notes in the cache which commit the revision is now, as the client does when it resolves one itself."""

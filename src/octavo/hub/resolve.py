@@ -64,8 +64,14 @@ def locate(
 ) -> Source | tuple[Repo, Path | None, list[str]]:
     """As `resolve`, but without the network: the source if everything is here, else (repo, snapshot, what it lacks)."""
     path = Path(name).expanduser()
-    if path.exists():
-        return _local(name, path)
+    try:
+        if path.exists():
+            return _local(name, path)
+    except OSError as error:
+        shown = name if len(name) < 100 else f"{name[:100]}…"
+        raise ModelError(
+            f"{shown} cannot be read: {error.strerror or error}.", "Name another path.", id="HF001"
+        ) from None
     base, quant = split_quant(name)
     if quant is not None and Path(base).expanduser().is_dir():
         return _gguf_in_folder(name, Path(base).expanduser(), GgufPick(quant=quant))
@@ -73,6 +79,8 @@ def locate(
     in_repo = file_in_repo(name)
     if in_repo is not None and not Path(name.split("/")[0]).exists():
         id, pick = in_repo[0], GgufPick(file=in_repo[1])
+    elif "://" in name:
+        raise _no_address(name)
     elif _looks_like_path(name):
         raise _no_such_path(name, path)
     repo = Repo(id, revision, token, download_dir, weights, code, pick, load_format)
@@ -119,6 +127,16 @@ def _looks_like_path(name: str) -> bool:
         or "\\" in name
         or name.endswith((".gguf", ".safetensors", ".bin"))
         or re.match(r"[A-Za-z]:", name) is not None
+    )
+
+
+def _no_address(name: str) -> ModelError:
+    match = re.fullmatch(r"(?:https?://[^/]+|hf:/)/([\w.-]+/[\w.-]+)(?:/(?:tree|blob)/([^/]+))?(?:/.*)?", name)
+    repo = match[1] + (f" --revision {match[2]}" if match[2] else "") if match else "owner/name"
+    return ModelError(
+        f"{name} is an address; octavo takes repo ids and paths.",
+        f"{'Did you mean' if match else 'Write'} {repo}{'?' if match else ', or download it and name the folder.'}",
+        id="HF001",
     )
 
 

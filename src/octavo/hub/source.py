@@ -119,7 +119,7 @@ def _missing_weights(folder: Path, present: list[str], load_format: str) -> list
     for index in indices[:1]:
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return [index.name]
         return sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
     found = set(wanted_files(present, load_format=load_format)) - set(wanted_files(present, weights=False))

@@ -275,6 +275,8 @@ def _templates(source: Source, config: Mapping[str, Any]) -> dict[str, str]:
 def _named(template: Any) -> dict[str, str]:
     if isinstance(template, str):
         return {"default": template}
+    if isinstance(template, Mapping):
+        return {str(name): text for name, text in template.items() if isinstance(text, str)}
     if not isinstance(template, list):
         return {}
     entries = (entry for entry in template if isinstance(entry, Mapping))
