@@ -343,13 +343,13 @@ def test_a_body_over_the_limit_is_413_announced_or_not() -> None:
 # --- the guard ------------------------------------------------------------------------------------------------
 
 
-def test_the_key_guards_every_route_but_health_and_ping() -> None:
+def test_the_key_guards_every_route_but_health_ping_and_empty_pages() -> None:
     async def work() -> None:
         server = Server(api_key="secret")
         for method, path in [(route.method, route.path) for route in ROUTES]:
             for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}):
                 response = await server.http.request(method, path, headers=headers)
-                assert (response.status_code == 401) == (path not in ("/health", "/ping")), path
+                assert (response.status_code == 401) == (path not in ("/health", "/ping", "/", "/dashboard")), path
         assert (await server.http.get("/v1/nothing")).status_code == 401
         good = {"authorization": "Bearer secret"}
         assert (await server.post("/v1/completions", TEXT, headers=good)).status_code == 200

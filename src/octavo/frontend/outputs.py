@@ -87,6 +87,11 @@ class RequestState:
     def finished(self) -> bool:
         return not self._unfinished
 
+    @property
+    def generated(self) -> int:
+        """Tokens so far, over all outputs."""
+        return sum(len(output.token_ids) for output in self._outputs)
+
     def unfinished_ids(self) -> list[str]:
         """Ids, as the core knows them, of the outputs that have not ended."""
         return [r.id for r, o in zip(self.prepared.requests, self._outputs, strict=True) if o.finish_reason is None]

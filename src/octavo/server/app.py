@@ -10,7 +10,7 @@ from starlette.routing import Route as HttpRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp
 
-from octavo.server import admin, answers, chat, completions, openapi, render, state
+from octavo.server import admin, answers, chat, completions, dashboard, openapi, render, state
 from octavo.server import protocol as bodies
 from octavo.server.anthropic import body as anthropic
 from octavo.server.anthropic import messages
@@ -111,6 +111,12 @@ ROUTES = (
     Route("GET", "/metrics", admin.metrics, "Metrics for Prometheus.", answer=PROMETHEUS),
     Route(
         "POST", "/reset_prefix_cache", admin.reset_prefix_cache, "Forget cached prefixes.", answer=answers.Success
+    ),
+    Route("GET", "/", dashboard.chat, "A page to talk with the model.", answer="text/html"),
+    Route("GET", "/dashboard", dashboard.dashboard, "A page that shows what goes on.", answer="text/html"),
+    Route(
+        "GET", "/dashboard/data", dashboard.data, "What that page shows.", answer=dashboard.DashboardData,
+        query=(Parameter(name="after", type=Annotated[int, Meta(ge=0)], text="requests that ended after this number"),),
     ),
     Route("GET", "/openapi.json", openapi.openapi, "This description.", answer=dict),
     Route("GET", "/docs", openapi.docs, "This description as a page.", answer="text/html"),

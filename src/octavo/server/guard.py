@@ -18,8 +18,9 @@ from octavo.errors import OctavoError
 from octavo.log import get_logger
 from octavo.server import errors
 
-PUBLIC = frozenset({"/health", "/ping"})
-QUIET = PUBLIC | {"/metrics"}  # asked every few seconds by machines: not logged
+PAGES = frozenset({"/", "/dashboard"})  # of no content: what they show they ask for with the key
+PUBLIC = frozenset({"/health", "/ping"}) | PAGES
+QUIET = PUBLIC | {"/metrics", "/dashboard/data"}  # asked every few seconds by machines: not logged
 MAX_BODY_BYTES = 32 * 2**20
 
 

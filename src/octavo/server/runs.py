@@ -30,8 +30,11 @@ class Runs:
 
     async def batches(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
         """(number of the prompt, what was added to its outputs since the turn before), as they come."""
-        with self._service.admitted():
+        service = self._service
+        with service.admitted():
             otherwise = "abort"  # the client left
+            for generation in self._generations:
+                service.history.started(generation.state)
             try:
                 source = self._one() if len(self._generations) == 1 else self._merged()
                 async with contextlib.aclosing(source) as items:
@@ -41,8 +44,10 @@ class Runs:
                 otherwise = "error"
                 raise
             finally:
-                for result in self.results:
-                    self._service.metrics.finished(result, otherwise)
+                for generation, result in zip(self._generations, self.results, strict=True):
+                    service.metrics.finished(result, otherwise)
+                    reason = next((o.finish_reason for o in result.outputs if o.finish_reason), None)
+                    service.history.ended(generation.state, result, reason or otherwise)
 
     async def finish(self) -> list[RequestOutput]:
         """Waits for the end of all."""

@@ -12,6 +12,7 @@ from octavo.config import ModelOptions
 from octavo.frontend.parse.registry import AUTO, Formats, special_ids
 from octavo.server.errors import shutting_down, unknown_model
 from octavo.server.files.store import FileStore
+from octavo.server.history import History
 from octavo.server.metrics import Metrics
 from octavo.server.responses.store import ResponseStore
 from octavo.server.route import Route
@@ -43,6 +44,7 @@ class Service:
         self.formats = formats or formats_of(llm)
         self._kept_ids = [special_ids(llm.tokenizer, self.formats.markers(tools=tools)) for tools in (False, True)]
         self.metrics = Metrics(names[0])
+        self.history = History()
         self.responses = ResponseStore()
         self.background: dict[str, asyncio.Task[None]] = {}  # responses that nobody waits for
         self.files = files
