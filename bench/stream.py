@@ -1,9 +1,10 @@
 """What streaming costs: a server whose engine computes nothing, 256 clients, and the processor time of a token.
 
     python bench/stream.py [--clients 256] [--tokens 256] [--rounds 5] [--endpoint chat|completions]
+                           [--engines 1] [--api-processes 1]
 
 Server and engine are processes of their own; this one reads the sockets and counts events. Processor time (user and
-system) of the API process is the figure that other load on the machine changes least. Needs psutil.
+system) of the API processes is the figure that other load on the machine changes least. Needs psutil.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ import json, sys
 from octavo.config import EngineConfig, ServerConfig
 from octavo.server.run import serve
 config = EngineConfig.of(**json.loads(sys.argv[1]))
-sys.exit(serve(config, ServerConfig(port=0, disable_log_requests=True), worker="stub"))
+server = ServerConfig(port=0, disable_log_requests=True, api_server_count=int(sys.argv[2]))
+sys.exit(serve(config, server, worker="stub"))
 """
 MARK, LAST = b"data: ", b"data: [DONE]\n\n"
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
@@ -42,16 +44,16 @@ POLL = 0.002  # seconds between looks at the sockets: clients elsewhere would no
 
 
 class Server(NamedTuple):
-    """A running server: where it listens, and its two processes."""
+    """A running server: where it listens, and its processes."""
 
     address: tuple[str, int]
-    api: psutil.Process
-    core: psutil.Process
+    apis: list[psutil.Process]
+    cores: list[psutil.Process]
 
 
 @contextmanager
-def serving(clients: int, tokens: int) -> Iterator[Server]:
-    """A server with the stub engine and room for all clients at once."""
+def serving(clients: int, tokens: int, engines: int = 1, apis: int = 1) -> Iterator[Server]:
+    """A server with stub engines, each with room for all clients at once."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tiny.tokenizer(folder, 256 + len(tiny.SPECIAL))  # the stub knows 256: bytes, no merges
@@ -63,16 +65,25 @@ def serving(clients: int, tokens: int) -> Iterator[Server]:
             "max_num_batched_tokens": 4096,
             "max_model_len": tokens + 64,
             "kv_cache_memory_bytes": 4 * 2 * room,
+            "data_parallel_size": engines,
+            "device": "cpu",
         }
         process = subprocess.Popen(
-            [sys.executable, "-c", SERVE, json.dumps(options)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            [sys.executable, "-c", SERVE, json.dumps(options), str(apis)],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
         )
         try:
-            api = psutil.Process(process.pid)
-            yield Server(_address(process), api, api.children()[0])
+            address, parent = _address(process), psutil.Process(process.pid)
+            cores = _children(parent, "octavo.core.process")
+            yield Server(address, _children(parent, "octavo.server.api_process") or [parent], cores)
         finally:
             process.terminate()
             process.wait()
+
+
+def _children(parent: psutil.Process, module: str) -> list[psutil.Process]:
+    return [child for child in parent.children() if module in child.cmdline()]
 
 
 def _address(process: subprocess.Popen[bytes]) -> tuple[str, int]:
@@ -108,12 +119,12 @@ def request_for(endpoint: str, tokens: int) -> bytes:
 def measure(server: Server, request: bytes, clients: int, tokens: int) -> Round:
     """All clients ask at once and read to the end."""
     sockets = [socket.create_connection(server.address) for _ in range(clients)]
-    api, core, start = _cpu(server.api), _cpu(server.core), time.perf_counter()
+    api, core, start = _cpu(server.apis), _cpu(server.cores), time.perf_counter()
     for one in sockets:
         one.sendall(request)
     events = read(sockets)
     wall = time.perf_counter() - start
-    return Round(events - clients, clients * tokens, wall, _cpu(server.api) - api, _cpu(server.core) - core)
+    return Round(events - clients, clients * tokens, wall, _cpu(server.apis) - api, _cpu(server.cores) - core)
 
 
 def read(sockets: list[socket.socket]) -> int:
@@ -144,9 +155,9 @@ def _late() -> Any:
     raise SystemExit("nothing came for 30 seconds")
 
 
-def _cpu(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
+def _cpu(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return float(sum(one.user + one.system for one in times))
 
 
 def main() -> None:
@@ -155,9 +166,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--endpoint", choices=PATHS, default="chat")
+    parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--api-processes", type=int, default=1)
     args = parser.parse_args()
     request = request_for(args.endpoint, args.tokens)
-    with serving(args.clients, args.tokens) as server:
+    with serving(args.clients, args.tokens, args.engines, args.api_processes) as server:
         rounds = [measure(server, request, args.clients, args.tokens) for _ in range(args.rounds + 1)][1:]
     for one in rounds:
         print(
@@ -165,7 +178,7 @@ def main() -> None:
             f"token: API {one.api / one.tokens * 1e6:5.1f} us, engine {one.core / one.tokens * 1e6:5.1f} us"
         )
     best = statistics.median(one.api / one.tokens for one in rounds) * 1e6
-    print(f"median: {best:.1f} us of the API process a token, {1e6 / best:.0f} tokens/s of a whole core")
+    print(f"median: {best:.1f} us of API processes a token, {1e6 / best:.0f} tokens/s of a whole core")
 
 
 if __name__ == "__main__":
