@@ -14,11 +14,13 @@ import openai
 import pytest
 
 from octavo.errors import RequestError
+from octavo.server.batches import lines, routes
 from octavo.server.batches import store as batch_store
 from octavo.server.batches.store import BatchStore
 from octavo.server.errors import ApiError
 from octavo.server.files.multipart import parse
 from octavo.server.files.store import FileStore
+from octavo.types import Request, TokenOutput
 from tests.server.clients import Said
 
 FIELD = b"\r\n--x\r\ncontent-disposition: form-data; name=a\r\n\r\n1"
@@ -61,8 +63,8 @@ class Batches:
 def test_a_batch_answers_every_line_at_the_lowest_priority(tmp_path: Path) -> None:
     async def work() -> None:
         setup = Batches(tmp_path)
-        lines = [line(f"r{i}", priority=2**31 - 1) for i in range(40)]
-        batch = await setup.start(b"\n".join([*lines, line("bad", temperature=-1), line("no", model="gpt")]))
+        many = [line(f"r{i}", priority=2**31 - 1) for i in range(40)]
+        batch = await setup.start(b"\n".join([*many, line("bad", temperature=-1), line("no", model="gpt")]))
         assert (batch.status, batch.metadata) == ("validating", {"k": "v"})
         batch = await setup.end(batch)
         assert batch.status == "completed"
@@ -193,6 +195,51 @@ def test_streams_and_background_work_have_no_place_in_a_batch(tmp_path: Path) ->
     run(work)
 
 
+def test_a_line_is_tried_again_while_the_engine_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "RETRY_SECONDS", 0.0)
+
+    async def work() -> None:
+        setup = Batches(tmp_path)
+        script, refusals = setup.said.server.fake._script, iter(range(5))
+
+        def full_at_first(request: Request) -> list[TokenOutput]:
+            if next(refusals, None) is not None:
+                return [TokenOutput(id=request.id, finish_reason="error", error="full.", status=503)]
+            return list(script(request))
+
+        setup.said.server.fake._script = full_at_first
+        batch = await setup.end(await setup.start(line("a") + line("b")))
+        assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 2, 0)
+        assert len(setup.said.server.fake.requests) == 5 + 2
+
+    run(work)
+
+
+def test_a_batch_that_takes_too_long_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "WINDOW_SECONDS", -1)
+
+    async def work() -> None:
+        setup = Batches(tmp_path)
+        setup.said.server.fake._script = lambda request: []
+        batch = await setup.end(await setup.start(line("a")))
+        assert batch.status == "expired"
+        assert batch.expired_at is not None
+        assert len(setup.said.server.fake.aborted) == 1
+
+    run(work)
+
+
+def test_a_batch_without_room_for_its_answers_fails(tmp_path: Path) -> None:
+    async def work() -> None:
+        setup = Batches(tmp_path, max_bytes=3000)
+        batch = await setup.end(await setup.start(b"".join(line(str(i)) for i in range(18))))
+        assert batch.status == "failed"
+        assert "left for files" in batch.errors.data[0].message
+        assert batch.request_counts.completed < 18
+
+    run(work)
+
+
 def test_batches_and_files_are_listed_page_by_page(tmp_path: Path) -> None:
     async def work() -> None:
         setup = Batches(tmp_path)
@@ -204,6 +251,8 @@ def test_batches_and_files_are_listed_page_by_page(tmp_path: Path) -> None:
         assert len([file async for file in setup.client.files.list(purpose="batch")]) == 5
         with pytest.raises(openai.BadRequestError, match="limit"):
             await setup.client.batches.list(limit=1000)
+        with pytest.raises(openai.BadRequestError, match="after"):
+            await setup.client.batches.list(after="batch_of_nobody")
 
     run(work)
 
