@@ -23,6 +23,7 @@ from octavo.parallel import group
 from octavo.runtime.base import Progress, TokenMask, WorkerBase
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache
+from octavo.runtime.progress import LoadProgress
 from octavo.runtime.runner import Launched, Runner, largest_step, rehearse
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
@@ -107,14 +108,16 @@ class Worker:
         if options.load_format == "dummy":
             return fill_dummy(self._model, options.seed, self.platform.device, options.quantization)
         checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
-        return load(
-            self._model,
-            checkpoint,
-            self.platform.device,
-            progress,
-            keep_blocks=options.dtype == "auto",  # who names a type wants the values in it
-            quantization=options.quantization,
-        )
+        nbytes = sum(info.nbytes for info in checkpoint.tensors().values())
+        with LoadProgress(nbytes, progress, shown=self.group.rank == 0) as told:
+            return load(
+                self._model,
+                checkpoint,
+                self.platform.device,
+                told,
+                keep_blocks=options.dtype == "auto",  # who names a type wants the values in it
+                quantization=options.quantization,
+            )
 
     def plan_memory(self, announce: Callable[[], None] | None = None) -> tuple[int, int]:
         """See `runtime.base.WorkerBase.plan_memory`; for ``announce`` see `Runner`."""
