@@ -17,7 +17,8 @@ EVERY: Final = 5.0  # seconds between two lines; a load that is shorter than tha
 class LoadProgress:
     """A `Progress` of ``nbytes`` that tells ``then``, too. Use it as a context.
 
-    Nothing is shown if the log is quieter than info, or without ``shown``. ``clock`` gives seconds; ``stream`` is where a terminal would be.
+    Nothing is shown if the log is quieter than info, or without ``shown``. ``clock`` gives seconds; ``stream`` is where
+    a terminal would be.
     """
 
     def __init__(
