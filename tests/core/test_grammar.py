@@ -279,6 +279,26 @@ def test_a_slow_mask_puts_its_request_aside_and_changes_no_text(
     assert [name.startswith("octavo-mask-slow") for name in slow] == [False, True, True, True, True]
 
 
+def test_a_mask_that_comes_just_after_it_was_due_is_not_taken_for_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between sampling and setting its request aside the mask gets ready; the token was sampled without it."""
+    wanted = {"a": spec(regex="[xy]{30}z"), "plain": None}
+    calm = make()
+    texts = ask(calm, wanted)
+    calm.close()
+    core = make()
+    monkeypatch.setattr("octavo.core.grammar.GRACE_SECONDS", 0.0)
+    put_aside = EngineCore._put_aside
+
+    def later(self: EngineCore, *given: Any) -> Any:
+        time.sleep(0.005)
+        return put_aside(self, *given)
+
+    monkeypatch.setattr(EngineCore, "_put_aside", later)
+    assert ask(core, wanted) == texts
+    assert core.stats().preemptions > 0
+    core.close()
+
+
 def test_abort_while_a_grammar_compiles_answers_once(monkeypatch: pytest.MonkeyPatch) -> None:
     core = make()
     go = threading.Event()

@@ -212,7 +212,7 @@ def tokens_of(client: openai.OpenAI, text: str) -> list[int]:
     ("extra", "words"),
     [
         ({"response_format": response_format({"type": "object", "uniqueItems": True})}, "uniqueItems"),
-        ({"response_format": {"type": "json_schema"}}, "no json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "no schema"),
         ({"response_format": {"type": "xml"}}, "xml"),
         ({"structured_outputs": {"regex": "("}}, "unclosed"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "regex and choice"),

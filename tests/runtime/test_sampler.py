@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,7 +352,7 @@ def mask_of(allowed: dict[int, set[int]]) -> TokenMask:
     for at, tokens in enumerate(allowed.values()):
         for token in tokens:
             bits[at, token // 32] |= np.uint32(1 << token % 32)
-    return TokenMask(list(allowed), bits.view(np.int32))
+    return TokenMask.of(list(allowed), bits.view(np.int32))
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -398,3 +400,36 @@ def test_an_empty_mask_makes_its_item_bad_and_no_other() -> None:
     tokens, _, bad = sampler.sample(logits, [SampleItem(0, 4), SampleItem(1, 4)], mask=mask_of({0: set()})).finish()
     assert bad == [0]
     assert tokens[1] == int(logits[1].argmax())
+
+
+def test_a_mask_changes_nothing_for_items_that_sample_what_it_allows_and_is_not_asked_for() -> None:
+    logits = random_logits(2, 13)
+    sampler = Sampler(VOCAB, CPU)
+    for row in range(2):
+        sampler.start(row, PROMPT, 4, params(seed=row, temperature=float(row)))
+    items = [SampleItem(0, 4), SampleItem(1, 4)]
+    free = sampler.sample(logits, items).finish()[0]
+    asked: list[int] = []
+
+    def bits(places: Sequence[int]) -> Any:
+        asked.extend(places)
+        return mask_of({0: {5}}).bits([0])
+
+    mask = TokenMask([0, 1], lambda place, token: place == 1 and token == free[1], bits)
+    assert sampler.sample(logits, items, mask=mask).finish()[0] == [5, free[1]]
+    assert asked == [0]
+
+
+def test_few_tokens_are_looked_at_alone_with_the_same_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = []
+    allowed = {i: {*range(i, VOCAB, 97 + i)} for i in range(0, len(MIXED), 2)}
+    for most in (512, 0):
+        monkeypatch.setattr("octavo.runtime.sampler._FEW_OCTETS", most)
+        sampler = Sampler(VOCAB, CPU)
+        for row, sampling in enumerate(MIXED):
+            sampler.start(row, PROMPT, len(PROMPT), sampling)
+        items = [SampleItem(row, len(PROMPT)) for row in range(len(MIXED))]
+        outcomes.append(
+            [sampler.sample(random_logits(len(MIXED), s), items, mask=mask_of(allowed)).finish() for s in range(4)]
+        )
+    assert outcomes[0] == outcomes[1]

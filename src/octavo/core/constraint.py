@@ -105,6 +105,12 @@ class Constraint:
         elif token < len(self._words.tokens):
             self._read(self._words.tokens[token])
 
+    def allows(self, token: int) -> bool:
+        """Whether the next token may be ``token``; the mask need not be known."""
+        if self.stale:
+            return bool(self._matcher.validate_tokens([token]) == 1)
+        return bool(self.mask[token // 32] >> token % 32 & 1)
+
     def fill(self) -> None:
         """Computes the mask of the next token if it is ``stale``."""
         grammar = self._grammar

@@ -5,11 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from octavo.config import EngineConfig
 from octavo.core.grammar import Grammars
@@ -89,7 +90,7 @@ class EngineCore:
         )
         self.model_config = model
         self.scheduler = Scheduler(limits, self.info.hash_key)
-        self._grammars = Grammars(vocabulary or (lambda: load_vocabulary(config, model)))
+        self._grammars = Grammars(vocabulary or (lambda: load_vocabulary(config, model)), ahead=self._depth > 0)
         self._compiling: dict[str, Request] = {}
         self._deferred: set[str] = set()
 
@@ -132,8 +133,10 @@ class EngineCore:
         if plan is not None:
             try:
                 self._worker.step(plan)
-                mask = self._mask(outputs) if self._grammars.live else None
-                self._pending.append(self._worker.sample(mask))
+                held = self._held(outputs) if self._grammars.live else {}
+                late: set[str] = set()
+                self._pending.append(self._worker.sample(self._mask(held, late)))
+                outputs += self._put_aside(held, late)
             except MemoryError as error:
                 return outputs + self._shed(error)
         elif (self._compiling or self._deferred) and not self._pending and not outputs:
@@ -181,26 +184,46 @@ class EngineCore:
                 self.scheduler.resume(id)
         return refusals
 
-    def _mask(self, outputs: list[TokenOutput]) -> TokenMask | None:
-        """What the latest plan may sample. What comes to light on the way is appended to ``outputs``."""
+    def _held(self, outputs: list[TokenOutput]) -> dict[int, str]:
+        """Id by item of the latest plan's that a grammar holds. What comes to light on the way goes to ``outputs``."""
         if not self.scheduler.constrained():
-            return None
+            return {}
         while self._pending:
             outputs += self._commit()
-        items = self.scheduler.constrained()
-        self._grammars.settle([id for _, id in items])
-        masked, bits = [], []
-        for item, id in items:
+        items = dict(self.scheduler.constrained())
+        self._grammars.settle(list(items.values()))
+        outputs += self._put_aside(items, {id for id in items.values() if not self._grammars.live[id].ready})
+        return {item: id for item, id in items.items() if (one := self._grammars.live.get(id)) and one.masks}
+
+    def _put_aside(self, items: dict[int, str], late: set[str]) -> list[TokenOutput]:
+        """Takes out of ``items``, and out of the latest plan, those whose mask is ``late`` or who are at an end."""
+        outputs = []
+        for item, id in list(items.items()):
             constraint = self._grammars.live[id]
-            if not constraint.ready:
+            if id in late:
                 self.scheduler.defer(item)
                 self._deferred.add(id)
             elif constraint.finished:
                 outputs.append(self._end(id))
-            elif constraint.masks:
-                masked.append(item)
-                bits.append(constraint.mask)
-        return TokenMask(masked, np.stack(bits)) if masked else None
+            else:
+                continue
+            del items[item]
+        return outputs
+
+    def _mask(self, held: dict[int, str], late: set[str]) -> TokenMask | None:
+        """What the latest plan may sample. Requests whose mask is not there in time get into ``late``: what they sample
+        means nothing."""
+        if not held:
+            return None
+        ids = list(held.values())
+        constraints = [self._grammars.live[id] for id in ids]
+
+        def bits(places: Sequence[int]) -> npt.NDArray[np.int32]:
+            self._grammars.fill([ids[place] for place in places])
+            late.update(ids[place] for place in places if not constraints[place].ready)
+            return np.stack([constraints[place].mask for place in places])
+
+        return TokenMask(list(held), lambda place, token: constraints[place].allows(token), bits)
 
     def _commit(self) -> list[TokenOutput]:
         """Reads the oldest step; constraints take in its tokens."""

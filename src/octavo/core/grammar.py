@@ -82,8 +82,10 @@ class _Opening:
 class Grammars:
     """The constraints of an engine's sequences, by request id. All methods are called from the engine's thread."""
 
-    def __init__(self, load: Callable[[], Vocabulary]) -> None:
+    def __init__(self, load: Callable[[], Vocabulary], *, ahead: bool = True) -> None:
+        """``ahead``: masks are filled while a forward runs on another device; else when they are asked for."""
         self.live: dict[str, Constraint] = {}
+        self._ahead = ahead
         self._compiler = Compiler(load)
         self._cache = _Cache(CACHE_BYTES)
         self._opening: dict[str, _Opening] = {}
@@ -146,8 +148,18 @@ class Grammars:
                 continue
             one.accept(token)
             if one.stale and not one.finished:
-                one.ready = False
                 batch.append(one)
+        if self._ahead:
+            self._fill_soon(batch)
+
+    def fill(self, ids: Sequence[str]) -> None:
+        """Fills the masks of ``ids`` that are not known; those that take too long are not `Constraint.ready` then."""
+        self._fill_soon([one for id in ids if (one := self.live[id]).stale and one.ready])
+        self.settle(ids)
+
+    def _fill_soon(self, batch: list[Constraint]) -> None:
+        for one in batch:
+            one.ready = False
         lanes = min(_FILL_THREADS, -(-len(batch) // _FILL_LEAST))
         for i in range(lanes):
             self._fast_lane.put(partial(self._fill, batch[i::lanes]))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +15,30 @@ from octavo.types import StepPlan, StepResult
 Progress = Callable[[str, float], None]  # (phase, share done 0..1)
 
 
-class TokenMask(NamedTuple):
-    """Tokens that grammars allow: bit v % 32 of word v // 32 of ``bits[i]`` is for token v of the plan's ``items[i]``.
+@dataclass(frozen=True)
+class TokenMask:
+    """Tokens that grammars allow to the plan's ``items``; items that are not named may sample any token.
 
-    Items that are not named may sample any token.
+    A place counts in ``items``. ``allows(place, token)`` is quick. ``bits(places)`` is int32 ``[len(places), at least
+    ceil(vocabulary / 32)]``: bit v % 32 of word v // 32 is for token v. It may have to compute them.
     """
 
     items: list[int]
-    bits: npt.NDArray[np.int32]  # [len(items), at least ceil(vocabulary / 32)]
+    allows: Callable[[int, int], bool]
+    bits: Callable[[Sequence[int]], npt.NDArray[np.int32]]
+
+    @classmethod
+    def of(cls, items: list[int], bits: npt.NDArray[np.int32]) -> TokenMask:
+        """From masks that are known."""
+        return cls(
+            items,
+            lambda place, token: bool(bits[place, token // 32] >> token % 32 & 1),
+            lambda places: bits[list(places)],
+        )
+
+    def all_bits(self) -> npt.NDArray[np.int32]:
+        """`bits` of every item."""
+        return self.bits(range(len(self.items)))
 
 
 class Pending(Protocol):

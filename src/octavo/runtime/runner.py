@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -130,7 +131,7 @@ class Runner:
             where = [SampleItem(plan.rows[b], plan.computed[b] + plan.counts[b]) for b in items]
             if mask is not None:
                 place = {b: s for s, b in enumerate(items)}
-                mask = mask._replace(items=[place[b] for b in mask.items])
+                mask = dataclasses.replace(mask, items=[place[b] for b in mask.items])
             sampled = self._sampler.sample(self._logits, where, self._best, mask)
             if self._best is None or mask is not None or not self._sampler.is_greedy(where):
                 self._tables.last_token[self._sampled_rows] = sampled.tokens

@@ -28,6 +28,7 @@ from octavo.types import Sampling, TokenLogprobs
 _GREEDY_BELOW = 1e-5  # a temperature under it is greedy: logits divided by it may overflow
 _MAX_ELEMENTS = 1 << 24  # logits worked on at once; top_p takes most memory on CUDA, 50 bytes for each: 800 MiB
 _CACHED_ELEMENTS = 1 << 20  # edited at once on CPU: larger copies are memory that the system has to zero first
+_FEW_OCTETS = 512  # of a mask with anything in them: fewer tokens than that, or so, are looked at one by one
 _NOT_A_TOKEN = -2  # before a sequence's first token, in the tail that bad words look at
 
 
@@ -91,6 +92,14 @@ class _LogprobGroup(NamedTuple):
     items: list[int]
     counts: list[int]
     tensors: tuple[torch.Tensor, ...]  # as `kernels.sampling.logprobs` returns them
+
+
+class _Drawing(NamedTuple):
+    """How some items are drawn."""
+
+    key: torch.Tensor  # int32 [S, 2]
+    temperature: torch.Tensor  # float32 [S, 1]
+    filters: kernels.Filters
 
 
 class Sampled:
@@ -192,7 +201,7 @@ class Sampler:
         self.start(0, [0], 1, Sampling(max_tokens=1, top_k=2, presence_penalty=0.1, logprobs=2))
         self.start(1, [0], 1, Sampling(max_tokens=1, top_p=0.5))
         bits = np.full((2, -(-self._vocab // 32)), -1, np.int32)
-        self.sample(logits, items, None, TokenMask([0, 1], bits)).finish()
+        self.sample(logits, items, None, TokenMask.of([0, 1], bits)).finish()
         self.start(0, [0], 1, Sampling(max_tokens=1, top_k=2))
         self.sample(logits, items).finish()
         for row in (0, 1):
@@ -254,7 +263,7 @@ class Sampler:
         settings = upload(packed, self._device)
         x = logits
         if edited:
-            bits = None if mask is None else rows.send(np.ascontiguousarray(mask.bits), self._device)
+            bits = None if mask is None else rows.send(np.ascontiguousarray(mask.all_bits()), self._device)
             x = rows.copy_masked(logits, settings, bits)
             self._edit_(x, items)
             longest = int(packed[8].max())
@@ -289,31 +298,103 @@ class Sampler:
     def _sample_groups(
         self, logits: torch.Tensor, items: list[SampleItem], mask: TokenMask | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token (int64) of each item, and whether its logits were finite, before and after edits."""
-        masked = {} if mask is None else self._binding(logits, items, mask)
-        groups: dict[tuple[bool, _Mode], list[int]] = {}
-        for i, (row, _) in enumerate(items):
-            state = self._rows[row]
-            groups.setdefault((state.edited or i in masked, state.mode), []).append(i)
+        """Token (int64) of each item, and whether its logits were finite, before and after edits.
+
+        A model that is asked for JSON writes JSON: what an item samples without a mask is mostly what it may, and that
+        is then what it samples with it, so most masks are never needed. But filters look at what a mask leaves.
+        """
         chosen = torch.empty(len(items), dtype=torch.int64, device=logits.device)
         finite = torch.empty(len(items), dtype=torch.bool, device=logits.device)
-        for (edited, mode), members in groups.items():
-            most = self._most_edited if edited else self._most
-            for first in range(0, len(members), most):
-                part = members[first : first + most]
-                index = self._ids(part)
-                x = _taken(logits, part)
-                raw_peak = x.amax(-1)
-                if edited:
-                    x = self._masked(x, [masked.get(i) for i in part], mask)
-                    self._edit_(x, [items[i] for i in part])
-                token, peak = self._choose(x, [items[i] for i in part], mode)
-                chosen[index], finite[index] = token, _is_finite(peak) & _is_finite(raw_peak)
+        places = {} if mask is None else {item: at for at, item in enumerate(mask.items)}
+        filtered = [i for i in places if self._rows[items[i].row].mode is _Mode.FILTERED]
+        free = set(range(len(items))).difference(filtered)
+        self._pick(logits, items, sorted(free), None, chosen, finite)
+        if mask is not None:
+            tokens = chosen.tolist()
+            held = filtered + [i for i, at in places.items() if i in free and not mask.allows(at, tokens[i])]
+            if held:
+                bits = mask.bits([places[i] for i in held])
+                rest = self._pick_few(logits, items, held, bits, chosen, finite)
+                self._pick(logits, items, [held[at] for at in rest], bits[rest], chosen, finite)
         return chosen, finite
+
+    def _pick_few(
+        self,
+        logits: torch.Tensor,
+        items: list[SampleItem],
+        held: list[int],
+        bits: npt.NDArray[np.int32],
+        chosen: torch.Tensor,
+        finite: torch.Tensor,
+    ) -> list[int]:
+        """Samples those of ``held`` that may be one of few tokens, from these alone; returns the places of the others.
+
+        They have been sampled without their masks before, so ``finite`` knows of their logits.
+        """
+        rest: list[int] = []
+        few: dict[_Mode, list[tuple[int, npt.NDArray[np.int64]]]] = {}
+        for at, i in enumerate(held):
+            state = self._rows[items[i].row]
+            ids = None if state.edited or state.mode is _Mode.FILTERED else _few_tokens(bits[at], self._vocab)
+            if ids is None:
+                rest.append(at)
+            else:
+                few.setdefault(state.mode, []).append((i, ids))
+        for mode, members in few.items():
+            table = np.full((len(members), max(len(ids) for _, ids in members)), -1)
+            for place, (_, ids) in enumerate(members):
+                table[place, : len(ids)] = ids
+            index, tokens = self._ids([i for i, _ in members]), upload(table, self._device)
+            x = logits[index.unsqueeze(1), tokens.clamp(min=0)].float().masked_fill_(tokens < 0, float("-inf"))
+            if mode is _Mode.GREEDY:
+                best, peak = kernels.argmax(x)
+                chosen[index] = tokens.gather(1, best.unsqueeze(1)).squeeze(1)
+            else:
+                drawing, peak = self._drawing([items[i] for i, _ in members]), x.amax(-1)
+                chosen[index] = kernels.draw(kernels.probabilities(x, drawing.temperature), drawing.key, tokens)
+            finite[index] &= _is_finite(peak)
+        return rest
+
+    def _pick(
+        self,
+        logits: torch.Tensor,
+        items: list[SampleItem],
+        members: list[int],
+        bits: npt.NDArray[np.int32] | None,
+        chosen: torch.Tensor,
+        finite: torch.Tensor,
+    ) -> None:
+        """Fills in ``chosen`` and ``finite`` of the ``items`` that ``members`` names, under masks if there are any."""
+        groups: dict[tuple[bool, _Mode], list[int]] = {}
+        for at, member in enumerate(members):
+            state = self._rows[items[member].row]
+            groups.setdefault((state.edited, state.mode), []).append(at)
+        for (edited, mode), places in groups.items():
+            most = self._most_edited if edited or bits is not None else self._most
+            for first in range(0, len(places), most):
+                part = places[first : first + most]
+                rows = [members[at] for at in part]
+                index, x = self._ids(rows), _taken(logits, rows)
+                raw_peak = None
+                if edited or bits is not None:
+                    raw_peak = x.amax(-1)
+                    x = self._masked(x, None if bits is None else bits[part])
+                if edited:
+                    self._edit_(x, [items[i] for i in rows])
+                token, peak = self._choose(x, [items[i] for i in rows], mode)
+                chosen[index] = token
+                finite[index] = _is_finite(peak) if raw_peak is None else _is_finite(peak) & _is_finite(raw_peak)
 
     def _choose(self, x: torch.Tensor, items: list[SampleItem], mode: _Mode) -> tuple[torch.Tensor, torch.Tensor]:
         if mode is _Mode.GREEDY:
             return kernels.argmax(x)
+        drawing = self._drawing(items)
+        probs = kernels.probabilities(x, drawing.temperature)
+        if mode is _Mode.DRAW:
+            return kernels.draw(probs, drawing.key), x.amax(-1)
+        return kernels.draw_filtered(probs, drawing.key, drawing.filters), x.amax(-1)
+
+    def _drawing(self, items: list[SampleItem]) -> _Drawing:
         of = self._parameters[[item.row for item in items]]
         positions = np.array([item.position for item in items], np.uint64)
         keys = kernels.noise_keys(of["seed"], positions)
@@ -321,42 +402,19 @@ class Sampler:
         packed = upload(np.concatenate((keys.T, of["top_k"][None], numbers)), self._device)  # one copy to the device
         key = packed[:2].T.contiguous()
         temperature, top_p, min_p = packed[3:].view(torch.float32).unsqueeze(-1)
-        probs = kernels.probabilities(x, temperature)
-        if mode is _Mode.DRAW:
-            return kernels.draw(probs, key), x.amax(-1)
         filters = kernels.Filters(packed[2].unsqueeze(-1), top_p, min_p, self._filter_width(of))
-        return kernels.draw_filtered(probs, key, filters), x.amax(-1)
+        return _Drawing(key, temperature, filters)
 
     def _filter_width(self, of: npt.NDArray[np.void]) -> int:
         if ((of["top_p"] < 1) & (of["top_k"] == 0)).any():
             return self._vocab
         return max(1, int(of["top_k"].max()))
 
-    def _binding(self, logits: torch.Tensor, items: list[SampleItem], mask: TokenMask) -> dict[int, int]:
-        """Place in ``mask`` by item, without greedy items whose best token is allowed anyway, if that is known at once.
-
-        Most are: a model that is asked for JSON writes JSON. (On CUDA the host would have to wait to find out.)
-        """
-        places = {item: at for at, item in enumerate(mask.items)}
-        if logits.is_cuda:
-            return places
-        best = kernels.argmax(logits)[0].tolist()
-        for item, at in list(places.items()):
-            state, token = self._rows[items[item].row], best[item]
-            if state.mode is _Mode.GREEDY and not state.edited and mask.bits[at, token // 32] >> token % 32 & 1:
-                del places[item]
-        return places
-
-    def _masked(self, x: torch.Tensor, places: list[int | None], mask: TokenMask | None) -> torch.Tensor:
-        """A copy of ``x`` in float32, row i masked by ``mask.bits[places[i]]`` if there is one."""
-        rows = [row for row, place in enumerate(places) if place is not None]
-        if mask is None or not rows:
+    def _masked(self, x: torch.Tensor, bits: npt.NDArray[np.int32] | None) -> torch.Tensor:
+        """A copy of ``x`` in float32, masked."""
+        if bits is None:
             return x.to(torch.float32, copy=True)
-        bits = mask.bits[[place for place in places if place is not None]]
-        bias = kernels.allowed_bias(upload(bits, self._device), x.shape[1])
-        if len(rows) == len(x):
-            return bias.add_(x)
-        return x.to(torch.float32, copy=True).index_add_(0, self._ids(rows), bias)
+        return kernels.allowed_bias(upload(bits, self._device), x.shape[1]).add_(x)
 
     def _edit_(self, x: torch.Tensor, items: list[SampleItem]) -> None:
         """Edits ``x[len(items), V]``, which is float32 and a copy."""
@@ -469,6 +527,18 @@ def _mode(sampling: Sampling) -> _Mode:
         return _Mode.GREEDY
     filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
     return _Mode.FILTERED if filtered else _Mode.DRAW
+
+
+def _few_tokens(bits: npt.NDArray[np.int32], vocab: int) -> npt.NDArray[np.int64] | None:
+    """The tokens of a mask in order; None if they are many or none."""
+    octets = bits.view(np.uint8)
+    filled = np.flatnonzero(octets)
+    if not 0 < len(filled) <= _FEW_OCTETS:
+        return None
+    at, bit = np.nonzero(np.unpackbits(octets[filled], bitorder="little").reshape(-1, 8))
+    ids = filled[at] * 8 + bit
+    ids = ids[ids < vocab]  # the end of a text can be a token that was made up
+    return ids if len(ids) else None
 
 
 def _is_finite(peaks: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ class StubWorker:
     def sample(self, mask: TokenMask | None = None) -> _Done:
         """The tokens of the last `step`; one that ``mask`` forbids is replaced by one that it allows."""
         result = StepResult(tokens=self._tokens)
-        for item, bits in zip(mask.items, mask.bits, strict=True) if mask else ():
+        for item, bits in zip(mask.items, mask.all_bits(), strict=True) if mask else ():
             allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), count=VOCAB, bitorder="little"))
             token = result.tokens[item]
             if not len(allowed):
