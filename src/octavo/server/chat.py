@@ -57,7 +57,7 @@ class _Answer:
         assert job.ask.conversation is not None
         self._readers = readers(job.service, job.ask.conversation, job.prepared[0])
         self._greeted: set[int] = set()
-        self._tally = Tally(len(job.prepared[0].prompt_token_ids))
+        self._tally = Tally(len(job.prepared[0].prompt_token_ids)) if job.body.continuous_usage else None
 
     def whole(self, results: list[RequestOutput]) -> ChatCompletion:
         (result,) = results
@@ -89,7 +89,7 @@ class _Answer:
             if self._body.return_token_ids:
                 chunk.prompt_token_ids = self._job.prepared[0].prompt_token_ids
             yield event(chunk)
-        usage = self._tally.add(len(delta.token_ids)) if self._body.continuous_usage else None
+        usage = self._tally.add(len(delta.token_ids)) if self._tally else None
         for choice in self._pieces(delta):
             yield event(self._chunk([choice], usage))
 

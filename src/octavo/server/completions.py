@@ -68,7 +68,11 @@ class _Answer:
         self._job, self._body = job, job.body
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}  # characters of each choice that log-probabilities have named
-        self._tally = Tally(sum(len(prepared.prompt_token_ids) for prepared in job.prepared))
+        self._tally = (
+            Tally(sum(len(prepared.prompt_token_ids) for prepared in job.prepared))
+            if job.body.continuous_usage
+            else None
+        )
 
     def whole(self, results: list[RequestOutput]) -> Completion:
         choices = [
@@ -88,7 +92,7 @@ class _Answer:
                 made.text = self._prompt_text(number) + text
             if self._body.return_token_ids:
                 made.prompt_token_ids = self._job.prepared[number].prompt_token_ids
-        yield event(self._piece([made], self._tally.add(len(delta.token_ids)) if self._body.continuous_usage else None))
+        yield event(self._piece([made], self._tally.add(len(delta.token_ids)) if self._tally else None))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         if self._body.include_usage:
