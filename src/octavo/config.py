@@ -186,7 +186,8 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on (0.0.0.0: every interface)")
     port: int = option(8000, "TCP port (0: any free one)")
-    api_key: str | None = option(None, "key that clients must send as a bearer token; default: OCTAVO_API_KEY")
+    api_key: str | None = option(None, "key that clients must send, or several with commas; default: OCTAVO_API_KEY")
+    admin_api_key: str | None = option(None, "key for what concerns all users; default: OCTAVO_ADMIN_API_KEY")
     served_model_name: str | None = option(None, "name of the model in the API; default: MODEL")
     chat_template: str | None = option(None, "file with a Jinja chat template, used instead of the model's")
     tool_call_parser: str = option("auto", "format of tool calls: auto (the model's), none, hermes, mistral, …")

@@ -11,6 +11,7 @@ from octavo.async_llm import AsyncLLM
 from octavo.errors import EngineDead
 from octavo.frontend.loading import TextModel
 from octavo.server.app import build_app
+from octavo.server.keys import Keys
 from octavo.server.service import Service
 from octavo.types import Request, TokenLogprobs, TokenOutput
 from tests.frontend.fakes import FakeClient, byte_level, info, prompt_of
@@ -76,7 +77,8 @@ class Server:
         self.fake = FakeClient(script or speak(self.tokenizer.encode(SPOKEN)), info(max_model_len=max_model_len))
         self.llm = AsyncLLM(self.fake, TextModel(self.tokenizer))
         self.service = Service(self.llm, names)
-        self.app = build_app(self.service, **options)
+        keys = Keys.of(options.pop("api_key", None), options.pop("admin_api_key", None))
+        self.app = build_app(self.service, keys=keys, **options)
         self.http = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test")
 
     async def post(self, path: str, body: Any, **kwargs: Any) -> httpx.Response:

@@ -353,6 +353,7 @@ def test_the_key_guards_every_route_but_health_ping_and_empty_pages() -> None:
         assert (await server.http.get("/v1/nothing")).status_code == 401
         good = {"authorization": "Bearer secret"}
         assert (await server.post("/v1/completions", TEXT, headers=good)).status_code == 200
+        assert (await server.post("/reset_prefix_cache", {}, headers=good)).status_code == 200
         assert (await server.http.get("/metrics", headers=good)).status_code == 200
 
     run(work)

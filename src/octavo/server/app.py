@@ -19,6 +19,7 @@ from octavo.server.batches.store import Batch
 from octavo.server.files import routes as files
 from octavo.server.files.store import FileObject
 from octavo.server.guard import MAX_BODY_BYTES, Guard
+from octavo.server.keys import Keys
 from octavo.server.responses import answer
 from octavo.server.responses import body as response
 from octavo.server.responses import events as response_events
@@ -27,6 +28,7 @@ from octavo.server.route import Parameter, Route
 from octavo.server.service import Service
 
 PROMETHEUS = "text/plain"
+NOBODY = Keys()
 
 ROUTES = (
     Route(
@@ -124,10 +126,10 @@ ROUTES = (
 
 
 def build_app(
-    service: Service, *, api_key: str | None = None, max_body: int = MAX_BODY_BYTES, log_requests: bool = False
+    service: Service, *, keys: Keys = NOBODY, max_body: int = MAX_BODY_BYTES, log_requests: bool = False
 ) -> ASGIApp:
     """The whole server as one ASGI application."""
     service.routes = ROUTES
     routes = [HttpRoute(route.path, partial(route.handler, service), methods=[route.method]) for route in ROUTES]
     router = Router(routes, redirect_slashes=False)
-    return Guard(router, api_key=api_key, max_body=max_body, log_requests=log_requests)
+    return Guard(router, keys=keys, max_body=max_body, log_requests=log_requests)

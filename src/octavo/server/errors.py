@@ -72,6 +72,11 @@ def bad_key() -> ApiError:
     )
 
 
+def not_admin(path: str) -> ApiError:
+    """403."""
+    return ApiError(403, "not_admin", f"{path} is the operator's.", "Use the key of --admin-api-key.")
+
+
 def too_large(limit: int) -> ApiError:
     """413."""
     return ApiError(413, "body_too_large", f"the body is larger than {limit} bytes.", "Send less at once.")

@@ -6,10 +6,8 @@ It wraps the whole application, so a route added later is guarded too: only the 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import time
 import uuid
-from hashlib import sha256
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,21 +15,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from octavo.errors import OctavoError
 from octavo.log import get_logger
 from octavo.server import errors
+from octavo.server.keys import Keys
 
 PAGES = frozenset({"/", "/dashboard"})  # of no content: what they show they ask for with the key
 PUBLIC = frozenset({"/health", "/ping"}) | PAGES
+ADMIN = frozenset({"/reset_prefix_cache", "/dashboard/data"})  # what concerns all users, or tells of them
 QUIET = PUBLIC | {"/metrics", "/dashboard/data"}  # asked every few seconds by machines: not logged
 MAX_BODY_BYTES = 32 * 2**20
 
 
 class Guard:
-    """ASGI middleware; see the module. Without ``api_key`` every path is open."""
+    """ASGI middleware; see the module. What is answered belongs to the owner of the key, ``scope["owner"]``."""
 
-    def __init__(
-        self, app: ASGIApp, *, api_key: str | None, max_body: int = MAX_BODY_BYTES, log_requests: bool = False
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys, max_body: int = MAX_BODY_BYTES, log_requests: bool = False) -> None:
         self._app = app
-        self._key = sha256(api_key.encode()).digest() if api_key else None
+        self._keys = keys
         self._max_body = max_body
         self._log = log_requests
 
@@ -60,10 +58,14 @@ class Guard:
 
     def _admit(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        scope["owner"] = self._key or b""
-        guarded = self._key is not None and scope["path"] not in PUBLIC
-        if guarded and not hmac.compare_digest(sha256(_key_of(headers)).digest(), scope["owner"]):
-            raise errors.bad_key()
+        scope["owner"] = b""
+        if self._keys.any and scope["path"] not in PUBLIC:
+            owner = self._keys.owner(_key_of(headers))
+            if owner is None:
+                raise errors.bad_key()
+            if scope["path"] in ADMIN and not self._keys.is_admin(owner):
+                raise errors.not_admin(scope["path"])
+            scope["owner"] = owner
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length[:20]) > self._max_body:
             raise errors.too_large(self._max_body)

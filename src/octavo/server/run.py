@@ -37,6 +37,7 @@ from octavo.frontend.parse.registry import check_names
 from octavo.log import get_logger
 from octavo.server.app import build_app
 from octavo.server.files.store import FileStore
+from octavo.server.keys import Keys
 from octavo.server.service import Service, formats_of, served_names
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class Session:
         announce: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         self._config, self._server, self._worker, self._listener = config, server, worker, listener
+        admin = server.admin_api_key or os.environ.get("OCTAVO_ADMIN_API_KEY")
+        self._keys = Keys.of(server.api_key or os.environ.get("OCTAVO_API_KEY"), admin)
         self._engines, self._announce = engines, announce
         self._stop = asyncio.Event()  # a signal, or the engine's death
         self._hurry = asyncio.Event()  # a second signal
@@ -161,9 +164,8 @@ class Session:
         get_logger().info("tool calls: %s; reasoning: %s", formats.tool or "not read", formats.reasoning or "not read")
         files = None if options.files_dir is None else FileStore(Path(options.files_dir))
         service = Service(llm, names, formats, max_waiting=self._config.limits.max_waiting, files=files)
-        key = self._server.api_key or os.environ.get("OCTAVO_API_KEY")
-        app = build_app(service, api_key=key, log_requests=not self._server.disable_log_requests)
-        banner = _banner(service, self._server, self._listener, guarded=key is not None)
+        app = build_app(service, keys=self._keys, log_requests=not self._server.disable_log_requests)
+        banner = _banner(service, self._server, self._listener, guarded=self._keys.any)
         http = _Http(_http_config(app), lambda: self._announce(banner))
         ending = asyncio.create_task(self._end(service, http))
         gc.collect()
