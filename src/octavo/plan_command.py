@@ -13,6 +13,7 @@ from octavo.errors import ConfigError
 
 if TYPE_CHECKING:
     from octavo.hub.machines import Machine
+    from octavo.hub.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +26,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(config: EngineConfig, *, gpu: str | None, memory: str | None, json: bool) -> int:
     """Prints the plan; returns the exit status that serving would end with (0: it would run)."""
-    from octavo.hub.peek import peek
-    from octavo.hub.plan import describe, make_plan
+    from octavo.hub.plan import describe
 
-    machine = _machine(config.device.device, gpu, memory)
+    plan = _plan(config, _machine(config.device.device, gpu, memory))
+    if json:
+        import msgspec
+
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(plan)).decode() + "\n")
+    else:
+        print(describe(plan))
+    return plan.exit_code
+
+
+def plan_here(config: EngineConfig) -> Plan:
+    """The plan for this machine; raises `OctavoError`."""
+    return _plan(config, _this_machine(config.device.device))
+
+
+def _plan(config: EngineConfig, machine: Machine) -> Plan:
+    from octavo.hub.peek import peek
+    from octavo.hub.plan import make_plan
+
     options = config.model
     with peek(
         options.model,
@@ -37,14 +55,7 @@ def run(config: EngineConfig, *, gpu: str | None, memory: str | None, json: bool
         download_dir=options.download_dir,
         load_format="auto" if options.load_format == "dummy" else options.load_format,
     ) as peeked:
-        plan = make_plan(peeked, config, machine, Models())
-    if json:
-        import msgspec
-
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(plan)).decode() + "\n")
-    else:
-        print(describe(plan))
-    return plan.exit_code
+        return make_plan(peeked, config, machine, Models())
 
 
 class Models:

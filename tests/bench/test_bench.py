@@ -16,7 +16,8 @@ import pytest
 
 from bench import make_workload
 from octavo import cli
-from octavo.bench import offline, plot, report, serve
+from octavo.bench import floor, offline, plot, report, serve
+from octavo.bench.floor import Floor
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import OctavoError
@@ -28,6 +29,7 @@ SMALL = ("--input-len", "20", "--output-len", "6", "--num-prompts", "5", "--roun
 @pytest.fixture
 def _stub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offline, "make_core", lambda config: EngineCore(config, StubWorker(64, 512)))
+    monkeypatch.setattr(floor, "measure", lambda config: Floor(1e9, 1e12, 10**6, 10**5, 10**4, 100, rows=2))
 
 
 @pytest.mark.usefixtures("_stub")
@@ -39,6 +41,7 @@ def test_throughput_prints_a_table_and_writes_rows(tmp_path: Path, capsys: pytes
     assert row["output_tok_s"]["median"] > 0
     assert 0 < row["kv_waste_percent"]["median"] < 60
     assert "ttft_ms" not in row
+    assert row["floor_percent"] > 0
     assert "5 x (20 -> 6)" in capsys.readouterr().out
 
 
@@ -49,6 +52,23 @@ def test_throughput_of_one_request_reports_first_token_and_decode_speed(tmp_path
     (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
     assert row["ttft_ms"]["median"] > 0
     assert row["decode_tok_s"]["median"] > 0
+
+
+def test_the_floor_is_bytes_over_bandwidth_or_operations_over_their_rate() -> None:
+    slow_memory = Floor(bandwidth=1e3, rate=1e9, read=2000, layers=900, head=100, kv_bytes=10, rows=2)
+    # The prompt reads the weights once; 4 steps read them and K and V of 11, 12, 13 and 14 tokens.
+    assert slow_memory.seconds([10], 5) == pytest.approx(2 + 4 * 2 + 0.01 * (11 + 12 + 13 + 14))
+    assert slow_memory.seconds([10], 1) == pytest.approx(2)
+    assert slow_memory.seconds([10, 10, 10], 2) == pytest.approx(2 + 2 * 2 + 0.01 * 3 * 11)  # two go together
+    slow_products = Floor(bandwidth=1e12, rate=1e3, read=2000, layers=900, head=100, kv_bytes=0, rows=8)
+    assert slow_products.seconds([10, 20], 3) == pytest.approx(2 * (30 * 0.9 + 2 * 0.1) + 2 * 2 * 2 * 1.0)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_the_rate_of_products_is_measured(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
+    monkeypatch.setattr(floor, "PROBE_SECONDS", 0.001)
+    monkeypatch.setattr(floor, "PROBE_SIZE", 256)
+    assert 1e8 < floor.product_rate("cpu", "float32", small) < 1e15
 
 
 @pytest.mark.usefixtures("_stub")

@@ -144,6 +144,9 @@ def test_a_cpu_keeps_blocks_of_few_bits_unless_a_dtype_is_named(tmp_path: Path) 
     kept, named = plan(path), plan(path, dtype="float32")
     assert kept.weights.loaded == matrices * 5 // 8 + 4 * norms
     assert kept.quantisation == "GGUF Q4_1 as stored"
+    assert kept.weights.small
+    assert not named.weights.small
+    assert kept.weights.layers + kept.weights.head == kept.weights.parameters  # its head is tied
     assert named.weights.loaded == plan(path, GPU, dtype="float32").weights.loaded == 4 * (matrices + norms)
     assert plan(path, GPU).quantisation == "GGUF Q4_1 dequantised on loading"
 

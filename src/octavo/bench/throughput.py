@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from octavo.bench import offline, report, workload
+from octavo.bench import floor, offline, report, workload
 from octavo.options import add_engine_options, engine_config
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ COLUMNS = {
     "wall s": "wall_s.median",
     "TTFT ms": "ttft_ms.median",
     "decode tok/s": "decode_tok_s.median",
+    "of the floor %": "floor_percent",
     "KV waste %": "kv_waste_percent.median",
     "RSS MiB": "peak_rss_mib",
     "others' CPU %": "others_cpu_percent.max",
@@ -40,16 +42,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures every case and prints a row for each."""
-    core = offline.make_core(engine_config(args))
+    config = engine_config(args)
+    least = floor.measure(config)
+    if least is not None:
+        print(f"floor: {least}", file=sys.stderr)
+    core = offline.make_core(config)
     try:
         cases = workload.cases(args, core.info.vocab_size, args.rounds)
-        report.show([measure(core, case) for case in cases], COLUMNS, args.json)
+        report.show([measure(core, case, least) for case in cases], COLUMNS, args.json)
     finally:
         core.close()
     return 0
 
 
-def measure(core: EngineCore, case: workload.Case) -> report.Row:
+def measure(core: EngineCore, case: workload.Case, least: floor.Floor | None = None) -> report.Row:
     """The row of one case: a warm-up, then every other round timed."""
     offline.warm_up(core, case.rounds[0], case.max_tokens)
     rounds = [offline.run(core, prompts, case.max_tokens) for prompts in case.rounds[1:]]
@@ -63,6 +69,9 @@ def measure(core: EngineCore, case: workload.Case) -> report.Row:
         "kv_waste_percent": report.spread([100 * r.kv_waste for r in rounds]),
         "peak_rss_mib": offline.peak_rss_mib(),
     }
+    if least is not None:
+        lengths = [len(prompt) for prompt in case.rounds[0]]
+        row["floor_percent"] = 100 * least.seconds(lengths, case.max_tokens) / row["wall_s"]["median"]
     if len(case.rounds[0]) == 1:
         row["ttft_ms"] = report.spread([1000 * r.first_token[0] for r in rounds])
     rates = [r.decode_rate for r in rounds if r.decode_rate is not None]

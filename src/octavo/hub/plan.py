@@ -40,13 +40,20 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """``stored`` bytes on disk, ``loaded`` in memory; ``read`` of those in a step for one sequence."""
+    """``stored`` bytes on disk, ``loaded`` in memory; ``read`` of those in a step for one sequence.
+
+    A token is multiplied by ``layers`` numbers, and by those of the ``head`` to sample the next one; 0: not known.
+    ``small``: they take less than 16 bits.
+    """
 
     parameters: int
     stored: int
     loaded: int
     read: int
     note: str = ""
+    layers: int = 0
+    head: int = 0
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,6 +168,8 @@ def size(count: float) -> str:
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
+_EXPERT: Final = re.compile(r"\.experts\.")
+
 # Bits of a value in GGUF's types that the CPU's kernels multiply as they are, the scales included.
 _BLOCK_BITS: Final = {
     "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 5, "Q5_K": 6, "Q6_K": 7,
@@ -196,9 +205,13 @@ def _weights(
         bytes_of |= {name: int(n * bits[kinds[name]] / 8) for name, n in counts.items() if kinds.get(name) in bits}
     idle = 0 if model.tie_embeddings else sum(n for name, n in bytes_of.items() if "embed_tokens" in name)
     share = _active_experts(model.hf)
-    idle += int((1 - share) * sum(n for name, n in bytes_of.items() if re.search(r"\.experts\.", name)))
+    idle += int((1 - share) * sum(n for name, n in bytes_of.items() if _EXPERT.search(name)))
     loaded = sum(bytes_of.values())
-    return Weights(sum(counts.values()), stored, loaded, loaded - idle)
+    head = model.vocab_size * model.hidden_size
+    used = sum(counts.values()) - int((1 - share) * sum(n for name, n in counts.items() if _EXPERT.search(name)))
+    layers = used - (head if model.tie_embeddings else 2 * head)
+    small = quantization is not None or loaded < 2 * sum(counts.values())
+    return Weights(sum(counts.values()), stored, loaded, loaded - idle, layers=layers, head=head, small=small)
 
 
 def _loaded_bytes(info: TensorInfo, count: int, wide: int) -> int:
