@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, RequestError
-from octavo.frontend.chat import ChatRenderer, Message
+from octavo.frontend.chat import ChatRenderer, Message, WantedFormat
 from octavo.frontend.client import EngineClient
 from octavo.frontend.detokenize import TextDecoder
 from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
@@ -58,6 +58,7 @@ class AsyncLLM:
         text: TextModel,
         *,
         chat_template: str | None = None,
+        content_format: WantedFormat = "auto",
         seeds: random.Random | None = None,
     ) -> None:
         self.client = client
@@ -67,6 +68,7 @@ class AsyncLLM:
             text.tokenizer, client.info, eos_ids=text.eos_ids, defaults=text.defaults, seeds=seeds
         )
         self.renderer = ChatRenderer.of(text.tokenizer, chat_template)
+        self.renderer.content_format = content_format
         self._decoder = TextDecoder(text.tokenizer) if text.tokenizer is not None else None
         self._running: dict[str, RequestState] = {}
 
@@ -76,6 +78,7 @@ class AsyncLLM:
         config: EngineConfig,
         *,
         chat_template: str | None = None,
+        content_format: WantedFormat = "auto",
         worker: Literal["real", "stub"] = "real",
         log_level: str = "info",
         on_death: Callable[[OctavoError], None] | None = None,
@@ -83,8 +86,9 @@ class AsyncLLM:
     ) -> AsyncLLM:
         """Starts the engine processes and waits until they are ready; the tokenizer is loaded meanwhile.
 
-        ``chat_template`` is a template's text. ``on_death`` is called once, when no engine is left. ``engines`` are
-        those that another process looks after, instead. Raises what kept an engine from starting, as `LLM` does.
+        ``chat_template`` is a template's text; ``content_format`` that of `ChatRenderer`. ``on_death`` is called once,
+        when no engine is left. ``engines`` are those that another process looks after, instead. Raises what kept an
+        engine from starting, as `LLM` does.
         """
         from octavo.frontend.balancer import open_engines, own_engines
 
@@ -103,7 +107,8 @@ class AsyncLLM:
             if not opening.cancelled() and opening.exception() is None:
                 await opening.result().close()
             raise
-        return cls(client, text, chat_template=chat_template, seeds=random.Random(config.model.seed))
+        seeds = random.Random(config.model.seed)
+        return cls(client, text, chat_template=chat_template, content_format=content_format, seeds=seeds)
 
     @property
     def info(self) -> EngineInfo:

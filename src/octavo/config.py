@@ -190,6 +190,11 @@ class ServerConfig:
     admin_api_key: str | None = option(None, "key for what concerns all users; default: OCTAVO_ADMIN_API_KEY")
     served_model_name: str | None = option(None, "name of the model in the API; default: MODEL")
     chat_template: str | None = option(None, "file with a Jinja chat template, used instead of the model's")
+    chat_template_content_format: str = option(
+        "auto",
+        "how the chat template reads a message: as text (string) or as parts (openai); auto finds out",
+        choices=("auto", "string", "openai"),
+    )
     tool_call_parser: str = option("auto", "format of tool calls: auto (the model's), none, hermes, mistral, …")
     reasoning_parser: str = option("auto", "format of reasoning: auto (the model's), none, think, gpt_oss, …")
     drain_seconds: float = option(0.0, "after SIGTERM, let running requests go on for so long")

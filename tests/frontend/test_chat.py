@@ -198,6 +198,15 @@ def test_a_continued_message_stays_open_as_with_transformers(peer: Any, template
     )
 
 
+def test_the_format_of_content_can_be_said() -> None:
+    printing, looping = "{{ messages[0].content }}", "{% for p in messages[0].content %}[{{ p.text }}]{% endfor %}"
+    messages = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert ChatRenderer(printing, content_format="openai").render(messages).startswith("[{")
+    assert ChatRenderer(looping, content_format="openai").render(messages) == "[a][b]"
+    assert ChatRenderer(looping, content_format="string").render(messages) == "[][][]"
+    assert ChatRenderer(looping).render(messages) == "[a][b]"
+
+
 def test_parts_are_joined_for_a_template_that_prints_the_content() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     messages = [{"role": "user", "content": parts}]

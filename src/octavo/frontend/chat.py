@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]  # as OpenAI's: {"role": …, "content": …, …}
 ContentFormat: TypeAlias = Literal["string", "openai"]
+WantedFormat: TypeAlias = Literal["auto", "string", "openai"]
 
 _TEXT_PARTS = {"text", "input_text", "output_text"}
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
@@ -32,6 +33,7 @@ class ChatRenderer:
     """Renders conversations with one model's template. ``special_tokens`` are what templates call ``bos_token`` etc.
 
     ``named`` are further templates of the model; the one called ``tool_use`` is taken when there are tools.
+    ``content_format`` overrides what is found out of a template (see the function of this name).
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class ChatRenderer:
         template: str | None,
         special_tokens: Mapping[str, str] | None = None,
         named: Mapping[str, str] | None = None,
+        content_format: WantedFormat = "auto",
     ) -> None:
         self.template = template
+        self.content_format = content_format
         self.named = dict(named or {})
         self._special_tokens = dict(special_tokens or {})
 
@@ -88,7 +92,7 @@ class ChatRenderer:
                 "Set one of them.",
                 param="continue_final_message",
             )
-        chat = _conversation(messages, template)
+        chat = _conversation(messages, template, self.content_format)
         plain_tools = None if tools is None else _plain(list(tools), "tools")
         if "tool_calls" not in template:
             chat = tool_prompt.spell_out(chat)
@@ -194,13 +198,15 @@ def _is_content(node: nodes.Node, names: set[str]) -> bool:
     return isinstance(node, nodes.Name) and node.name in names
 
 
-def _conversation(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
+def _conversation(messages: Sequence[Message], template: str, wanted: WantedFormat) -> list[dict[str, Any]]:
     """Checked copies of the messages, in the shape that the template reads."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
         raise _bad("messages", f"is of type {type(messages).__name__}")
     if not messages:
         raise RequestError("messages is empty.", "Send at least one message.", param="messages")
     form, asks = content_format(template)
+    if wanted != "auto":
+        form, asks = ("openai" if wanted == "openai" else "string"), False
     as_text = wants_arguments_as_text(template)
     chat = []
     for i, message in enumerate(messages):

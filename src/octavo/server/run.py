@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import uvicorn
 import uvloop
@@ -32,7 +32,7 @@ import octavo
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import ConfigError, OctavoError
-from octavo.frontend.chat import load_template
+from octavo.frontend.chat import WantedFormat, load_template
 from octavo.frontend.parse.registry import check_names
 from octavo.log import get_logger
 from octavo.server.app import build_app
@@ -140,6 +140,7 @@ class Session:
             AsyncLLM.start(
                 self._config,
                 chat_template=load_template(template) if template is not None else None,
+                content_format=cast("WantedFormat", self._server.chat_template_content_format),
                 worker=self._worker,
                 log_level=self._server.log_level,
                 on_death=self._engine_died,
