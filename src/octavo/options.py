@@ -35,6 +35,7 @@ SAMPLING_HELP = {
     "ignore_eos": "go on after the end-of-sequence token",
     "max_tokens": "longest answer",
     "min_tokens": "shortest answer",
+    "truncate_prompt_tokens": "keep so many tokens at the end of the prompt (-1: as many as fit)",
     "skip_special_tokens": "leave special tokens out of the text",
     "spaces_between_special_tokens": "put spaces between special tokens",
     "logit_bias": "JSON object from token id to what is added to its score",
@@ -146,10 +147,11 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
-    """``--log-level``, with the command's own default."""
+    """``--log-level``, with the command's own default, and ``--log-format``."""
     field = next(f for f in dataclasses.fields(ServerConfig) if f.name == "log_level")
     choices = field.metadata["choices"]
     parser.add_argument("--log-level", choices=choices, default=default, help=f"{field.metadata['help']} ({default})")
+    parser.add_argument("--log-format", choices=("text", "json"), help="a line of the log as text or as a JSON object")
 
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
