@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -27,3 +28,62 @@ def test_an_exception_is_logged_with_its_traceback(capsys: pytest.CaptureFixture
     assert "error: request 1 failed" in said
     assert "why it failed" in said
     assert "test_log.py" in said
+
+
+@pytest.mark.usefixtures("logger")
+def test_json_is_one_object_a_line_with_the_traceback_inside(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(log.FORMAT, "json")
+    log.configure("info")
+    log.get_logger().info("first %s", "line\nwith a break")
+    try:
+        raise ZeroDivisionError("why it failed")
+    except ZeroDivisionError:
+        log.get_logger().exception("request 1 failed")
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["level"], first["message"]) == ("info", "first line\nwith a break")
+    assert first["time"] > 1e9
+    assert (second["level"], second["message"]) == ("error", "request 1 failed")
+    assert "why it failed" in second["exception"]
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("Authorization: Bearer abcdef123456", "abcdef123456"),
+        ("HF_TOKEN=hf_ABCDEFGHIJKL in the environment", "hf_ABCDEFGHIJKL"),
+        ("started with {'api_key': 'verysecret1', 'port': 80}", "verysecret1"),
+        ("--admin-api-key=another-one --port 1", "another-one"),
+        ("password: hunter2hunter2", "hunter2hunter2"),
+        ("GET https://user:passw0rd@example.test/x", "passw0rd"),
+        ("key sk-proj-0123456789abcdef was sent", "sk-proj-0123456789abcdef"),
+    ],
+)
+@pytest.mark.parametrize("style", ["text", "json"])
+@pytest.mark.usefixtures("logger")
+def test_secrets_are_not_logged(
+    style: str, text: str, secret: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(log.FORMAT, style)
+    log.configure("info")
+    log.get_logger().info("%s", text)
+    said = capsys.readouterr().err
+    assert secret not in said
+    assert "***" in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "weights: 272 tensors, 0.27 GB in 0.41 s (0.66 GB/s)",
+        "kv cache: 283 pages of 16 tokens: 23040 bytes a token",
+        "tool calls: hermes; reasoning: not read",
+        "max length: 8192 (the model was made for 8192 = max_position_embeddings)",
+        "POST /v1/chat/completions 200 1.154s dc7b5cc359134ef98319b63128cb820f",
+        "prompt tokens: 1234567, of a token: 12",
+        "serving tiny at http://127.0.0.1:8000/v1",
+    ],
+)
+def test_what_is_no_secret_is_logged_as_it_is(text: str) -> None:
+    assert log.redacted(text) == text

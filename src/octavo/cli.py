@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     if "run" not in args:
         parser.print_help()
         return 2
+    if args.log_format:
+        os.environ[log.FORMAT] = args.log_format  # for the processes that are started, too
     log.configure(args.log_level)
     return _guarded(args.run, args)
 

@@ -1,12 +1,26 @@
-"""One logger, one line a decision."""
+"""One logger, one line a decision, as text or as JSON, without secrets."""
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import re
 import sys
 import time
 
+FORMAT = "OCTAVO_LOG_FORMAT"
+"""The environment variable that says "text" or "json", for this process and those that it starts."""
+
 _START = time.perf_counter()
+# Bearer tokens, keys of well-known services, credentials in URLs, and whatever is assigned to a name that says secret.
+_SECRET = re.compile(
+    r"(?P<name>\bbearer\s+|\b[\w-]*(?:api[_-]?key|token(?!s)|secret|password)[\w-]*[\"']?\s*[=:]\s*[\"']?)"
+    r"[^\s\"',;&@)}\]]{6,}"
+    r"|(?P<user>://[^/\s:@]*:)[^/\s@]+(?=@)"
+    r"|\b(?:hf|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}",
+    re.IGNORECASE,
+)
 
 
 class _Format(logging.Formatter):
@@ -14,7 +28,27 @@ class _Format(logging.Formatter):
         since = time.perf_counter() - _START
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         text = f"octavo {since:7.2f}s  {level}{record.getMessage()}"
-        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+        return redacted(f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text)
+
+
+class _Json(logging.Formatter):
+    """One object a line; ``time`` is seconds since 1970."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": round(record.created, 6),
+            "level": record.levelname.lower(),
+            "message": redacted(record.getMessage()),
+            "process": record.process,
+        }
+        if record.exc_info:
+            entry["exception"] = redacted(self.formatException(record.exc_info))
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def redacted(text: str) -> str:
+    """``text`` with what looks like a key, a token or a password replaced by ``***``."""
+    return _SECRET.sub(lambda found: f"{found['name'] or found['user'] or ''}***", text)
 
 
 def get_logger() -> logging.Logger:
@@ -23,9 +57,9 @@ def get_logger() -> logging.Logger:
 
 
 def configure(level: str = "info") -> None:
-    """Logs to standard error. Called by the command line only."""
+    """Logs to standard error, in the format of the environment variable `FORMAT`. Called by the command line only."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Format())
+    handler.setFormatter(_Json() if os.environ.get(FORMAT) == "json" else _Format())
     logger = get_logger()
     logger.handlers[:] = [handler]
     logger.propagate = False
