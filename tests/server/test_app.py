@@ -508,7 +508,9 @@ def test_tokenize_and_detokenize_are_inverse() -> None:
 def test_models_version_and_reset() -> None:
     async def work() -> None:
         server = Server()
-        (card,) = (await server.http.get("/v1/models")).json()["data"]
+        card, alias = (await server.http.get("/v1/models")).json()["data"]
+        assert alias == card | {"id": "alias"}
+        assert (await server.http.get("/v1/models/alias")).json() == alias
         assert (card["id"], card["object"], card["max_model_len"]) == ("m", "model", 128)
         assert (await server.http.get("/version")).json()["version"]
         assert (await server.post("/reset_prefix_cache", None)).json() == {"success": True}

@@ -63,6 +63,10 @@ def test_the_banner_has_address_limits_a_line_to_paste_and_a_warning_if_open_to_
         assert "warning" in _banner(server.service, ServerConfig(host="0.0.0.0"), listener, guarded=False)
 
 
+def test_the_list_of_models_has_every_name_but_paths(tmp_path: Path) -> None:
+    assert Server(names=("m", "alias", str(tmp_path))).service.shown == ("m", "alias")
+
+
 def test_the_line_to_paste_is_what_a_shell_takes_whatever_the_name() -> None:
     with bound(ServerConfig(port=0)) as listener:
         service = Server(names=("it's $HOME",)).service

@@ -50,12 +50,11 @@ async def version(service: Service, request: Request) -> Response:
 
 
 async def models(service: Service, request: Request) -> Response:
-    return _json(ModelList(data=[_card(service)]))
+    return _json(ModelList(data=[_card(service, name) for name in service.shown]))
 
 
 async def model(service: Service, request: Request) -> Response:
-    service.model(request.path_params["name"])
-    return _json(_card(service))
+    return _json(_card(service, service.model(request.path_params["name"])))
 
 
 async def metrics(service: Service, request: Request) -> Response:
@@ -106,8 +105,8 @@ async def detokenize(service: Service, request: Request) -> Response:
     return _json(Detokenized(text))
 
 
-def _card(service: Service) -> ModelCard:
-    return ModelCard(id=service.names[0], created=_STARTED, max_model_len=service.llm.info.max_model_len)
+def _card(service: Service, name: str) -> ModelCard:
+    return ModelCard(id=name, created=_STARTED, max_model_len=service.llm.info.max_model_len)
 
 
 def _json(content: object) -> Response:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Service:
-    """One engine behind one server. ``names[0]`` is the name that is shown; the others are accepted too."""
+    """One engine behind one server. ``names[0]`` is the name that answers have by default; others are accepted too."""
 
     def __init__(
         self,
@@ -41,6 +41,7 @@ class Service:
         """
         self.llm = llm
         self.names = names
+        self.shown = (names[0], *(name for name in names[1:] if not Path(name).exists()))  # a path is nobody's business
         self.formats = formats or formats_of(llm)
         self._kept_ids = [special_ids(llm.tokenizer, self.formats.markers(tools=tools)) for tools in (False, True)]
         self.metrics = Metrics(names[0])
