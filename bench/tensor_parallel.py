@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
     },
 }
-SIZES = [8 << 10, 64 << 10, 256 << 10, 512 << 10, 1 << 20, 4 << 20, 64 << 20]  # bytes of the sums measured alone
+ROWS = [1, 8, 64, 256, 2048, 8192]  # of 4096 values in bfloat16, in the sums measured alone
 
 
 def engine(model: str, ranks: int, device: str) -> Any:
@@ -67,6 +67,7 @@ def engine(model: str, ranks: int, device: str) -> Any:
         max_num_batched_tokens=8192,
         gpu_memory_utilization=0.85,
         tensor_parallel_size=ranks,
+        dtype=CONFIGS[model]["dtype"],
         device=device,
         distributed_timeout_seconds=60,
     )
@@ -150,9 +151,10 @@ def measure(model: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sums(rank: int, ranks: int, folder: str) -> None:
-    """Microseconds of a sum and of a gather of each size, 50 of them in a graph."""
+    """Microseconds of a sum of each size, alone and with addition and norm, and of a gather; 50 of them in a graph."""
     import torch
 
+    from octavo.kernels import select
     from octavo.parallel.group import connect
 
     torch.cuda.set_device(rank)
@@ -161,18 +163,28 @@ def sums(rank: int, ranks: int, folder: str) -> None:
     peers = group._peers
     if rank == 0:
         print("joined by", group.name, flush=True)
-    for size in SIZES:
-        x = torch.zeros(size // 2, dtype=torch.bfloat16, device=device)
-        cases = {"nccl": lambda x=x: group._backend.allreduce([x], group._sum).wait()}
+    ops = select.ops(device, torch.bfloat16)
+    for rows in ROWS:
+        x, residual = torch.randn(
+            2, rows, 4096, device=device, generator=torch.Generator(device).manual_seed(rank)
+        ).bfloat16()
+        weight = torch.ones(4096, dtype=torch.bfloat16, device=device)
+        args = (residual, weight, 1e-5)
+        cases: dict[str, Any] = {"nccl": lambda x=x: group._wait(lambda: group._backend.allreduce([x], group._sum))}
+        cases["nccl, norm"] = lambda x=x, args=args: (cases["nccl"](), ops.add_rms_norm(x, *args))
         if peers is not None and peers.takes(x):
-            cases["peers"] = lambda x=x: peers(x)
-        if size <= 16 << 20:
-            cases["gather"] = lambda x=x: group.all_gather(x.view(64, -1))
+            wanted = x.clone()
+            group._wait(lambda wanted=wanted: group._backend.allreduce([wanted], group._sum))
+            torch.testing.assert_close(peers.sum(x), wanted)
+            torch.testing.assert_close(peers.add_rms_norm(x, *args), ops.add_rms_norm(wanted, *args))
+            cases["peers"] = lambda x=x: peers.sum(x)
+            cases["peers, norm"] = lambda x=x, args=args: peers.add_rms_norm(x, *args)
+        cases["gather"] = lambda x=x: group.all_gather(x)
         found = {name: _graph_time(work) for name, work in cases.items()}
         if rank == 0:
-            print(f"{size >> 10:6} KiB", {name: round(us, 1) for name, us in found.items()}, flush=True)
-    wanted = torch.full((64, 64), sum(range(1, ranks + 1)), dtype=torch.bfloat16, device=device)
-    assert torch.equal(group.all_reduce(torch.full_like(wanted, rank + 1)), wanted)
+            print(
+                f"{rows:5} rows, {x.nbytes >> 10:6} KiB", {name: round(us, 1) for name, us in found.items()}, flush=True
+            )
 
 
 def _graph_time(work: Any) -> float:

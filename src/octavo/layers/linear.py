@@ -19,7 +19,8 @@ class Linear(Layer):
     are siblings of the layer in the checkpoint: ``….qkv_proj`` is read from ``….q_proj.weight`` and so on.
 
     Among several ranks, ``shard`` "out" gives each its share of every part, "in" its share of the inputs; the results
-    of the latter are summed. All sizes are those of the whole layer. A part of ``units`` is cut between them only.
+    of the latter are summed, here or, without ``sums``, by whoever takes them. All sizes are those of the whole layer.
+    A part of ``units`` is cut between them only.
     """
 
     def __init__(
@@ -30,10 +31,11 @@ class Linear(Layer):
         bias: bool = False,
         shard: Shard | None = None,
         units: Mapping[str, int] | None = None,
+        sums: bool = True,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.group, units = current(), units or {}
+        self.group, self.sums, units = current(), sums, units or {}
         rank, ranks = self.group.rank, self.group.size
         self.parts = dict(parts)
         self.cuts: dict[str, Cut] = {}
@@ -51,7 +53,7 @@ class Linear(Layer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.ops.linear(x, self.weight, self.bias) if self.packed is None else self.packed(x)
-        return out if self.in_cut is None else self.group.all_reduce(out)
+        return self.group.all_reduce(out) if self.in_cut is not None and self.sums else out
 
     def load_rules(self, name: str) -> list[LoadRule]:
         parent = name.rpartition(".")[0]

@@ -3,7 +3,8 @@
     embed_tokens -> layers x [ norm, attention, add; norm, gated MLP, add ] -> norm -> lm_head
 
 Hidden states are ``[T, C]`` over the flat token axis. Each addition is fused with the norm after it, so a layer takes
-and returns a pair: its output, and the residual that this output has yet to be added to. Window and rotary embedding
+and returns a pair: its output, and the residual that this output has yet to be added to. Among several ranks the output
+is each one's summand, and the norm sums, too. Window and rotary embedding
 are per layer, in its `LayerSpec`; biases and the norm of heads are in `Wiring`.
 """
 
@@ -71,7 +72,9 @@ class LlamaAttention(nn.Module):
         self.k_norm = RMSNorm(spec.head_dim, config.norm_eps, dtype=dtype) if has.qk_norm else None
         self.rotary_emb = rotary
         self.attn = Attention(spec, layer)
-        self.o_proj = Linear(q_size, {"o_proj": config.hidden_size}, bias=has.o_bias, shard="in", dtype=dtype)
+        self.o_proj = Linear(
+            q_size, {"o_proj": config.hidden_size}, bias=has.o_bias, shard="in", sums=False, dtype=dtype
+        )
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1))
@@ -96,7 +99,9 @@ class LlamaMLP(nn.Module):
         parts = {"gate_proj": inner, "up_proj": inner}
         self.gate_up_proj = Linear(config.hidden_size, parts, bias=bias, shard="out", dtype=dtype)
         self.act_fn = GatedActivation(config.hidden_act)
-        self.down_proj = Linear(inner, {"down_proj": config.hidden_size}, bias=bias, shard="in", dtype=dtype)
+        self.down_proj = Linear(
+            inner, {"down_proj": config.hidden_size}, bias=bias, shard="in", sums=False, dtype=dtype
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.down_proj(self.act_fn.of_product(self.gate_up_proj, x))

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from octavo.kernels.select import Ops
 from octavo.log import get_logger
-from octavo.parallel.peer import PeerSum
+from octavo.parallel.peer import peer_sums
+
+if TYPE_CHECKING:
+    from octavo.kernels.peers_triton import PeerSums
 
 
 class LostPeer(RuntimeError):
@@ -33,6 +37,12 @@ class Group:
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of the ranks' ``x``; may be ``x`` itself, overwritten."""
         return x
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, ops: Ops
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`reference.add_rms_norm` of the sum of the ranks' ``x``."""
+        return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """``x[..., N]`` of all ranks side by side: ``[..., size * N]``."""
@@ -79,7 +89,7 @@ def use(group: Group) -> Iterator[None]:
 class TorchGroup(Group):
     """Ranks joined by a process group of torch.distributed: gloo on CPUs, NCCL on NVIDIA GPUs."""
 
-    def __init__(self, backend: Any, rank: int, size: int, device: torch.device, peers: PeerSum | None = None) -> None:
+    def __init__(self, backend: Any, rank: int, size: int, device: torch.device, peers: PeerSums | None = None) -> None:
         from torch.distributed import distributed_c10d
 
         c10d: Any = distributed_c10d  # whose stubs lack some of its options
@@ -97,10 +107,17 @@ class TorchGroup(Group):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         if self._peers is not None and self._peers.takes(x):
-            return self._peers(x)
+            return self._peers.sum(x)
         if not x.is_meta:  # a model is traced without memory
             self._wait(lambda: self._backend.allreduce([x], self._sum))
         return x
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, ops: Ops
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._peers is not None and self._peers.takes(x):
+            return self._peers.add_rms_norm(x.contiguous(), residual.contiguous(), weight, eps)
+        return super().add_rms_norm(x, residual, weight, eps, ops)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         parts = x.new_empty(self.size * x.numel())
@@ -121,7 +138,10 @@ class TorchGroup(Group):
             self._backend.abort()
 
     def close(self) -> None:
-        self._backend.shutdown()
+        if self._device.type == "cuda":
+            self._backend.abort()  # to be polite takes all ranks, and some may be gone
+        else:
+            self._backend.shutdown()
 
     def _wait(self, start: Callable[[], Any]) -> None:
         """On a GPU the stream waits, on a CPU this process."""
@@ -158,9 +178,9 @@ def connect(rank: int, size: int, device: torch.device, folder: Path, seconds: f
     return TorchGroup(backend, rank, size, device, peers if group.least(int(peers is not None)) else None)
 
 
-def _peers(store: Any, rank: int, size: int, device: torch.device) -> PeerSum | None:
+def _peers(store: Any, rank: int, size: int, device: torch.device) -> PeerSums | None:
     try:
-        return PeerSum(store, rank, size, device)
+        return peer_sums(store, rank, size, device)
     except (RuntimeError, ImportError, AttributeError) as error:
         get_logger().warning("rank %d: sums go through NCCL alone: %s", rank, error)
         return None

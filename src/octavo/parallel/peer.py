@@ -1,37 +1,38 @@
-"""Sums over the GPUs of one host, each reading the others' memory: for small tensors a fraction of NCCL's time.
-
-Each rank copies its summand into a buffer that all can read, waits for the others, adds up what it reads, and waits
-again; that is one kernel, torch's, which a graph can capture. Nothing is multicast.
-"""
+"""Memory that the GPUs of one host read from each other, for sums that do without NCCL. Nothing is multicast."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
-MOST_BYTES = 1 << 20  # of a tensor; above, NCCL's rings are as fast
-_NAME = "octavo"
+if TYPE_CHECKING:
+    from octavo.kernels.peers_triton import PeerSums
 
 
-class PeerSum:
-    """``x`` of all ranks added up, in a new tensor; for ``x`` of at most `MOST_BYTES`. Raises RuntimeError where GPUs
-    cannot read each other's memory."""
+def peer_sums(store: Any, rank: int, ranks: int, device: torch.device) -> PeerSums:
+    """Shares a buffer with each other rank, through ``store``; a collective call.
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
-        from torch._C._distributed_c10d import _SymmetricMemory
-        from torch.distributed import _symmetric_memory
+    Raises RuntimeError or ImportError where the GPUs cannot read each other's memory, or without Triton.
+    """
+    from octavo.kernels.peers_triton import BUFFER_BYTES, MOST_ROWS, PeerSums
 
-        _SymmetricMemory.set_group_info(_NAME, rank, size, store)
-        self._buffer = _symmetric_memory.empty(MOST_BYTES, dtype=torch.uint8, device=device)
-        self._mapped = _SymmetricMemory.rendezvous(self._buffer, _NAME)
-        self._sum = torch.ops.symm_mem.one_shot_all_reduce_copy
-
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether ``x`` is small enough, and its bytes divide evenly for the kernel."""
-        return 0 < x.nbytes <= MOST_BYTES and x.nbytes % 16 == 0
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffer.view(x.dtype)[: x.numel()].view(x.shape)
-        found: torch.Tensor = self._sum(buffer, x, "sum", _NAME)
-        return found
+    for other in range(torch.cuda.device_count()):
+        if other != device.index and not torch.cuda.can_device_access_peer(device, other):
+            raise RuntimeError(f"GPU {device.index} cannot read the memory of GPU {other}")
+    memory = torch.zeros(BUFFER_BYTES + 4 * MOST_ROWS * ranks, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)  # flags are zero before any rank sees them
+    mapped = [memory if other == rank else None for other in range(ranks)]
+    storage: Any = memory.untyped_storage()  # of its methods for sharing there are no stubs
+    _, *shared = storage._share_cuda_()
+    store.set(str(rank), msgspec.msgpack.encode((shared, memory.storage_offset())))
+    for other in range(ranks):
+        if other != rank:
+            theirs, offset = msgspec.msgpack.decode(store.get(str(other)))
+            # Opened on this rank's GPU, which then reads over the link; the number in front is that of the device.
+            storage = type(storage)._new_shared_cuda(device.index, *theirs)
+            mapped[other] = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)[offset:]
+    starts = [tensor.data_ptr() for tensor in mapped if tensor is not None]
+    buffers = torch.tensor(starts, dtype=torch.int64, device=device)
+    return PeerSums(rank, buffers, buffers + BUFFER_BYTES, mapped)

@@ -180,6 +180,11 @@ class Executor:
             return True
         return all(follower.answered >= self._asked for follower in self._followers.values())
 
+    @property
+    def failed(self) -> bool:
+        """Whether a rank did."""
+        return self._failure is not None
+
     def check(self) -> None:
         """Raises the failure, if there was one."""
         if self._failure is not None:

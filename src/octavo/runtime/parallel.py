@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,10 +46,12 @@ class ParallelWorker:
         self._on_death = on_death
         self._worker = Worker()
         self._executor: Executor | None = None
+        self._end: Callable[[], object] | None = None
 
     def init(self, config: EngineConfig) -> ModelConfig:
         """Starts the followers first: they import while rank 0 finds, and maybe downloads, the files."""
         self._executor = Executor(config, on_death=self._on_death)
+        self._end = weakref.finalize(self, _end, self._executor, self._worker)  # also at the interpreter's exit
         with self._failing_together():
             model = self._worker.init(config)
             self._executor.ask(Init())
@@ -92,9 +95,9 @@ class ParallelWorker:
 
     def close(self) -> None:
         """Ends the followers."""
-        executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.close()
+        self._executor = None
+        if self._end is not None:
+            self._end()
 
     def _followers(self) -> Executor:
         if self._executor is None:
@@ -116,6 +119,12 @@ class ParallelWorker:
         except BaseException:
             self.close()
             raise
+
+
+def _end(executor: Executor, worker: Worker) -> None:
+    executor.close()
+    if not executor.failed:  # or kernels may still wait for a rank that is gone, and ending would wait for them
+        worker.close()
 
 
 MEMORY_REMEDY = "Lower --max-num-batched-tokens or --gpu-memory-utilization."

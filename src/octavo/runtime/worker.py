@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,7 @@ class Worker:
     def __init__(self, live: LiveModel | None = None, *, rank: int = 0) -> None:
         self._live = live
         self._rank = rank
+        self._runner: Runner | None = None
         self.group = group.SINGLE
 
     def init(self, config: EngineConfig) -> ModelConfig:
@@ -156,19 +158,29 @@ class Worker:
     def step(self, plan: StepPlan) -> None:
         """See `runtime.base.WorkerBase.step`; raises `MemoryError` if the device or the host has none left."""
         with _told_as_memory_error():
-            self._runner.step(plan)
+            self._running().step(plan)
 
     def sample(self, mask: TokenMask | None = None) -> Launched:
         """See `runtime.base.WorkerBase.sample`; raises as `step` does."""
         with _told_as_memory_error():
-            return self._runner.sample(mask)
+            return self._running().sample(mask)
 
     def take_tokens(self) -> None:
         """On other ranks than 0, in place of `sample`, where rank 0 broadcasts its tokens."""
-        self._runner.take_tokens()
+        self._running().take_tokens()
+
+    def _running(self) -> Runner:
+        if self._runner is None:
+            raise RuntimeError("plan_memory comes first, and nothing after close")
+        return self._runner
 
     def close(self) -> None:
-        """See `runtime.base.WorkerBase.close`."""
+        """See `runtime.base.WorkerBase.close`. Graphs go first: NCCL waits for those that have its kernels."""
+        if self.group.size > 1:
+            self._runner = None
+            gc.collect()
+            self.group.close()
+            self.group = group.SINGLE
 
 
 @contextmanager

@@ -117,6 +117,7 @@ class Prover:
         """Compares what the layers add to ``hidden``; in the sum a difference would drown."""
         with small_context(self._config, hidden.dtype, self._device):
             x, residual = made(hidden[0].clone(), None, self._positions)
+            x = made.mlp.down_proj.group.all_reduce(x)
         return same((residual - hidden[0]) + x, (wanted - hidden)[0])
 
     def _make(

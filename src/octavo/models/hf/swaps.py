@@ -53,7 +53,7 @@ class NativeLayer(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, position_ids: torch.Tensor, **kwargs: Any) -> Any:
         x, residual = self.layer(hidden_states[0], None, position_ids[0].int())
-        return (residual + x).unsqueeze(0)
+        return (residual + self.layer.mlp.down_proj.group.all_reduce(x)).unsqueeze(0)
 
 
 def swap(
