@@ -72,6 +72,11 @@ SHRINK: tuple[tuple[str, Any], ...] = (
     ("attention_chunk_size", 32),
     ("pad_token_id|(bos|eos|sep|cls)_token_id|decoder_start_token_id", 3),
     ("mamba_d_state|ssm_state_size|state_size", 16),
+    ("mamba_n_heads|mamba_num_heads", 8),
+    ("mamba_d_ssm", 128),
+    ("linear_num_heads|linear_num_value_heads", 4),
+    ("linear_num_key_heads", 2),
+    ("mamba_d_head|mamba_head_dim|linear_head_dim|linear_key_head_dim|linear_value_head_dim", 16),
     ("laurel_rank|altup_num_inputs", 4),
 )
 HYBRID = ["linear_attention", "full_attention"] * 2
@@ -102,8 +107,6 @@ QWEN4 = {
     "indexer_compress_ratio": 4,
     "ngram_vocab_size_base": 500,
     "hc_lowrank": 8,
-    **{f"linear_num_{kind}_heads": count for kind, count in (("key", 2), ("value", 4))},
-    **{f"linear_{kind}_head_dim": 16 for kind in ("key", "value")},
 }
 # What the defaults of a class imply beside its sizes.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -121,7 +124,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
     "bailing_hybrid": {"layer_types": HYBRID},
-    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
         "encoder_hash_byte_group_vocab": 500,
         "encoder_config": {"hidden_size": 64, "hidden_size_global": 64},
@@ -143,7 +146,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dots3_note_text": DOTS3,
     "gemma4_assistant": {"text_config": DRAFTER, "backbone_hidden_size": 64},
     "gemma4_unified_assistant": {"text_config": DRAFTER, "backbone_hidden_size": 64},
-    "granitemoehybrid": {"layer_types": HYBRID, "mamba_n_heads": 8, "mamba_d_head": 16},
+    "granitemoehybrid": {"layer_types": HYBRID},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
     "kimi_linear": {"layer_types": HYBRID},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},

@@ -51,6 +51,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {}),
     "gpt_oss": ("gpt_oss", {}),
     "deepseek_v3": ("deepseek_v3", {}),
+    "roberta": ("roberta", {}),  # positions from 4 on
+    "opt": ("opt", {}),
+    "gemma3n_text": ("gemma3n_text", {}),
+    "gemma4_text": ("gemma4_text", {}),  # K and V of two shapes
+    "minicpm3": ("minicpm3", {}),
+    "longcat_flash": ("longcat_flash", {}),
+    "dbrx": ("dbrx", {}),
+    "jetmoe": ("jetmoe", {}),
+    "minimax_m2": ("minimax_m2", {}),
+    "modernbert-decoder": ("modernbert-decoder", {}),
+    "emu3": ("emu3", {}),  # the text part of a larger model
 }
 
 

@@ -31,6 +31,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers' own code
         ("deepseek_v32", "passes indices"),
         ("llama4_text", "a mask depends on more"),  # attention in chunks
         ("diffllama", "calls attention twice"),
+        ("falcon", "attention interface"),
+        ("mpt", "attention interface"),
+        ("gpt_neo", "attention interface"),
+        ("bart", "takes no position_ids"),
+        ("jamba", "keep a state"),
+        ("falcon_h1", "recurrent"),
+        ("lfm2", "keep a state (conv)"),
+        ("recurrent_gemma", "keep a state"),
+        ("kimi_linear", "keep a state"),
+        ("doge", "did not make"),
     ],
 )
 def test_logits_and_greedy_tokens_equal_eager(model_type: str, way: str, tmp_path: Path) -> None:
