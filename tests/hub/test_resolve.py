@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.hub.hub_errors import hub_error
 from octavo.hub.repo import Repo
 from octavo.hub.resolve import resolve
@@ -121,6 +121,27 @@ def test_names_that_the_system_refuses_are_errors_not_crashes(name: str) -> None
         resolve(name)
     assert error.value.id == "HF001"
     assert len(error.value.cause) < 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"owner/name": "%s", "other": 5}', "# here\nno-target\nowner/name   %s  \n\nother/name elsewhere"],
+    ids=["json", "lines"],
+)
+def test_a_table_puts_another_name_in_its_place(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, table = tmp_path / "with a blank", tmp_path / f"table-{len(text)}"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    table.write_text(text % folder)
+    monkeypatch.setenv("OCTAVO_MODEL_REDIRECT_PATH", str(table))
+    assert resolve("owner/name").path == folder
+    assert resolve(str(folder)).path == folder
+
+
+def test_a_table_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_MODEL_REDIRECT_PATH", str(tmp_path / "gone"))
+    with pytest.raises(ConfigError, match="OCTAVO_MODEL_REDIRECT_PATH"):
+        resolve(str(tmp_path))
 
 
 def test_folder_named_like_a_repo_wins(hub: Hub, client: Client, tmp_path: Path) -> None:

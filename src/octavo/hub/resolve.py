@@ -1,8 +1,8 @@
 """From the name that a user gives to files on this disk.
 
-Order: a path that exists, a snapshot in the Hugging Face cache, a download. A snapshot that has everything is taken as
-it is, without a single request; a branch that has moved on since is picked up once its snapshot is incomplete or gone,
-or when the new commit is named with ``--revision``.
+Order, behind what `hub.redirect` puts in a name's place: a path that exists, a snapshot in the Hugging Face cache, a
+download. A snapshot that has everything is taken as it is, without a single request; a branch that has moved on since
+is picked up once its snapshot is gone, or when the new commit is named with ``--revision``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 
 from octavo.errors import ModelError
 from octavo.hub.gguf_pick import GgufPick, file_in_repo, models, split_quant
+from octavo.hub.redirect import redirected
 from octavo.hub.repo import Repo
 from octavo.hub.source import CONFIGS, Source
 
@@ -63,6 +64,7 @@ def locate(
     load_format: str = "auto",
 ) -> Source | tuple[Repo, Path | None, list[str]]:
     """As `resolve`, but without the network: the source if everything is here, else (repo, snapshot, what it lacks)."""
+    name = redirected(name)
     path = Path(name).expanduser()
     try:
         if path.exists():
