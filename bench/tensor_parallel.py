@@ -171,7 +171,7 @@ def sums(rank: int, ranks: int, folder: str) -> None:
         weight = torch.ones(4096, dtype=torch.bfloat16, device=device)
         args = (residual, weight, 1e-5)
         cases: dict[str, Any] = {"nccl": lambda x=x: group._wait(lambda: group._backend.allreduce([x], group._sum))}
-        cases["nccl, norm"] = lambda x=x, args=args: (cases["nccl"](), ops.add_rms_norm(x, *args))
+        cases["nccl, norm"] = lambda x=x, args=args, nccl=cases["nccl"]: (nccl(), ops.add_rms_norm(x, *args))
         if peers is not None and peers.takes(x):
             wanted = x.clone()
             group._wait(lambda wanted=wanted: group._backend.allreduce([wanted], group._sum))
