@@ -14,7 +14,7 @@ import pytest
 from octavo.cache.prefix import page_hashes
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, EngineDead, OctavoError, Overloaded, RequestError
-from octavo.frontend import fleet
+from octavo.frontend import core_client, fleet
 from octavo.frontend.balancer import Balancer, open_engines
 from octavo.frontend.core_client import CoreClient
 from octavo.frontend.core_process import Core, CoreProcess
@@ -231,6 +231,22 @@ def test_an_engine_that_does_not_start_again_is_given_up_and_the_last_one_ends_a
 
     (death,) = run(work)
     assert "no engine is left" in death.cause
+
+
+def test_an_engine_that_hangs_is_ended_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(fleet, "HUNG_SECONDS", 2.0)
+    monkeypatch.setattr(core_client, "HEARTBEAT_SECONDS", 0.5)
+
+    async def work(balancer: Balancer, stubs: Stubs) -> None:
+        hung = stubs.cores[0]
+        psutil.Process(hung.process.pid).suspend()
+        tasks = [asyncio.create_task(collect(balancer, request(balancer, f"r{i}", [i, i]))) for i in range(8)]
+        results = await asyncio.gather(*tasks)
+        assert [tokens(o) for o in results] == [expected([i, i], 8) for i in range(8)]
+        await until(lambda: stubs.cores[0] is not hung and all(state.running for state in balancer.engines()))
+
+    assert run(work) == []
 
 
 def test_a_start_that_fails_raises_its_error_and_ends_the_others() -> None:

@@ -86,6 +86,9 @@ class Balancer:
         """Waits for all engines; raises what keeps one from starting."""
         await self._fleet.start()
         infos = [client.info for client in self._fleet.clients()]
+        if not infos:
+            await self._fleet.close()
+            raise EngineDead("all engines ended as soon as they were ready.", "See the log above.")
         self._router = Router(slack_of(infos[0]))
         self.info = together(infos)
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
@@ -98,6 +99,19 @@ class CoreClient:
     def load(self) -> int:
         """Requests that the engine has: those of this client, or more if it said so."""
         return max(len(self._pending), self.stats.running + self.stats.waiting)
+
+    async def answers(self, seconds: float) -> bool:
+        """Whether the engine's loop turns within ``seconds``, or is known to have ended."""
+        since = time.monotonic()
+        while self._death is None and not self._closing and time.monotonic() - since < seconds:
+            with contextlib.suppress(EngineDead):
+                await self.health()
+                return True
+        return self._death is not None or self._closing
+
+    def kill(self) -> None:
+        """Ends an engine that does not answer; `on_death` is called as for any other end."""
+        self._core.kill()
 
     async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
         """See `EngineClient.submit`."""

@@ -73,6 +73,9 @@ class Core:
         """Makes `wait_ready` end soon; from any thread."""
         self._cancelled = True
 
+    def kill(self) -> None:
+        """Ends an engine that does not answer. One that somebody else looks after is left to them."""
+
     def alive(self) -> bool:
         """False once the engine is known to be gone."""
         return not self._monitor.poll(0)
@@ -121,6 +124,10 @@ class CoreProcess(Core):
     def cancel(self) -> None:
         """As in `Core`, and at once; the process is not asked first."""
         super().cancel()
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process without asking it."""
         self.process.kill()
 
     def alive(self) -> bool:

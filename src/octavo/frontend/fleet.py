@@ -17,6 +17,8 @@ from octavo.log import get_logger
 
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS = 30.0
+PING_SECONDS = 10.0
+HUNG_SECONDS = 120.0  # a step on a CPU can take many seconds
 MAX_TRIES = 6  # starts in a row of what does not last
 LASTING_SECONDS = 60.0  # what ran for so long has lasted
 
@@ -50,6 +52,7 @@ class Patience:
 class Source(Protocol):
     """Where engines come from."""
 
+    owned: bool  # whether engines that do not answer are to be ended here
     tries: int | None  # how often in a row an engine is started again; None: until `open` raises `Gone`
 
     async def open(self, index: int) -> Core:
@@ -77,6 +80,7 @@ class Processes:
         hash_key: bytes,
         addresses: list[str] | None = None,
     ) -> None:
+        self.owned = True
         self.tries: int | None = MAX_TRIES if config.parallel.data_parallel_size > 1 else 0
         self._config, self._worker, self._log_level = config, worker, log_level
         self._hash_key = hash_key.hex()
@@ -101,6 +105,7 @@ class Addresses:
     """Engines that another process starts, at ``addresses``, and starts again as long as it sees fit."""
 
     def __init__(self, addresses: list[str]) -> None:
+        self.owned = False
         self.tries: int | None = None if len(addresses) > 1 else 0
         self._addresses = addresses
 
@@ -119,7 +124,8 @@ class Slot:
         self.client: CoreClient | None = None
         self.reason = "the engine is being started."
         self.given_up = False
-        self.dead: asyncio.Queue[CoreClient] = asyncio.Queue()  # clients that are to be closed
+        self.died = asyncio.Event()
+        self.ends: list[asyncio.Task[None]] = []  # of clients whose engines have died
 
 
 class Fleet:
@@ -155,6 +161,8 @@ class Fleet:
             await self.close()
             raise
         self._keepers = [asyncio.create_task(self._keep(slot)) for slot in self.slots]
+        if self._source.owned:
+            self._keepers += [asyncio.create_task(self._watch(slot)) for slot in self.slots]
 
     def clients(self) -> list[CoreClient]:
         """Of the engines that run."""
@@ -166,6 +174,7 @@ class Fleet:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
         await asyncio.gather(*(client.close() for client in self.clients()))
+        await asyncio.gather(*(end for slot in self.slots for end in slot.ends))
         await self._source.close()
 
     async def _open(self, slot: Slot) -> None:
@@ -178,8 +187,9 @@ class Fleet:
         get_logger().error("engine %d: %s: %s", slot.index, error.id, error)
         slot.reason = error.cause
         if slot.client is not None:
-            slot.dead.put_nowait(slot.client)
+            slot.ends.append(asyncio.create_task(slot.client.close()))
             slot.client = None
+            slot.died.set()
         self._on_down(slot)
 
     async def _keep(self, slot: Slot) -> None:
@@ -187,7 +197,10 @@ class Fleet:
         patience = Patience(self._source.tries)
         while not slot.given_up:
             patience.started()
-            await (await slot.dead.get()).close()
+            await slot.died.wait()
+            slot.died.clear()
+            await asyncio.shield(slot.ends[-1])
+            slot.ends.clear()
             while slot.client is None and not slot.given_up:
                 pause = patience.pause()
                 if pause is None:
@@ -195,6 +208,15 @@ class Fleet:
                 else:
                     await asyncio.sleep(pause)
                     await self._try(slot)
+
+    async def _watch(self, slot: Slot) -> None:
+        """Ends the engine when it has not answered for too long, so that it is started again."""
+        while not slot.given_up:
+            await asyncio.sleep(PING_SECONDS)
+            client = slot.client
+            if client is not None and not await client.answers(HUNG_SECONDS):
+                get_logger().error("engine %d has not answered for %.0f s and is ended", slot.index, HUNG_SECONDS)
+                client.kill()
 
     async def _try(self, slot: Slot) -> None:
         try:

@@ -65,6 +65,7 @@ class EngineActor:
 class RayActors:
     """A `Source`: engines on the cluster at ``cluster``, whose actors have ``names`` and are another process's."""
 
+    owned = False
     tries: int | None = None
 
     def __init__(self, cluster: str, names: list[str]) -> None:
@@ -103,6 +104,8 @@ class RayActors:
 class RayEngines(RayActors):
     """Engines of this process's own, made by `start`; they end with it."""
 
+    owned = True
+
     def __init__(self, ray: Any, actors: list[Any], names: list[str], groups: list[Any]) -> None:
         super().__init__(ray.get_runtime_context().gcs_address, names)
         self._ray, self._actors, self._groups = ray, actors, groups
@@ -133,6 +136,10 @@ class _RayCore(Core):
         self._ray, self._actor = ray, actor
         self._asked = time.monotonic()
         self._answer: Any = None  # one that is awaited
+
+    def kill(self) -> None:
+        """Ray starts it again."""
+        self._ray.kill(self._actor, no_restart=False)
 
     def alive(self) -> bool:
         return super().alive() and not self._moved()
