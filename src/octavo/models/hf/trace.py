@@ -29,7 +29,7 @@ _NEUTRAL = frozenset(
         *("dropout", "is_causal", "sliding_window", "position_ids", "cache_position", "past_key_values", "use_cache"),
         *("output_attentions", "output_hidden_states", "return_dict", "layer_idx", "deterministic", "training"),
         *("target_dtype", "position_embeddings", "softmax_scale", "output_router_logits", "token_type_ids"),
-        *("max_seqlen_q", "max_seqlen_k", "num_items_in_batch", "layer_type"),
+        *("max_seqlen_q", "max_seqlen_k", "num_items_in_batch", "layer_type", "logits_to_keep"),
     )
 )
 _HANDLED = frozenset(("scaling", "softcap", "s_aux"))
