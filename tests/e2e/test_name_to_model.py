@@ -233,6 +233,8 @@ def test_mistral_s_own_format(hub: Hub, terminal: Terminal, tmp_path: Path) -> N
     shutil.copy(own / "tekken.json", hf)
     expected = terminal.generate(str(hf), "--tokenizer-mode", "mistral")
     hub.push("nine/mistral", own)
+    downloads = {name for name, _ in planned(terminal.plan("nine/mistral"))["downloads"]}
+    assert downloads == {path.name for path in own.iterdir()}
     assert same(terminal.generate("nine/mistral"), expected)
     for path in own.iterdir():
         shutil.copy(path, hf)
