@@ -64,7 +64,7 @@ def _arguments(schema: Mapping[str, Any], close: str, strict: bool) -> GrammarSp
 
 
 def _json(schema: Mapping[str, Any], strict: bool) -> str:
-    options = {"whitespace_pattern": JSON_WHITESPACE, "lenient": not strict}
+    options = {"whitespace_pattern": JSON_WHITESPACE, "lenient": not strict, "coerce_one_of": not strict}
     return msgspec.json.encode({**schema, "x-guidance": options}).decode()
 
 
