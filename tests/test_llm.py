@@ -216,10 +216,20 @@ def test_it_works_in_a_thread(llm: LLM) -> None:
 def test_options_of_vllm_without_effect_are_accepted() -> None:
     config = engine_config("m", {"tensor_parallel_size": 1, "swap_space": 4, "disable_log_stats": True, "seed": 3})
     assert config.model.seed == 3
+    for backend in (None, "uni", "mp"):
+        config = engine_config("m", {"distributed_executor_backend": backend, "data_parallel_size": 2})
+        assert config.parallel.data_parallel_size == 2
 
 
 @pytest.mark.parametrize(
-    "options", [{"pipeline_parallel_size": 2}, {"quantization": "awq"}, {"no_such_option": 1}, {"dtype": "int8"}]
+    "options",
+    [
+        {"pipeline_parallel_size": 2},
+        {"quantization": "awq"},
+        {"no_such_option": 1},
+        {"dtype": "int8"},
+        {"distributed_executor_backend": "ray"},
+    ],
 )
 def test_options_that_octavo_does_not_have_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -40,7 +40,6 @@ NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "cpu_offload_gb": (0,),
     "disable_custom_all_reduce": None,
     "disable_log_stats": None,
-    "distributed_executor_backend": (None, "uni", "mp"),
     "enable_chunked_prefill": (None, True),
     "enable_expert_parallel": (False,),
     "enable_lora": (False,),
@@ -232,6 +231,13 @@ def engine_config(model: str | os.PathLike[str], options: Mapping[str, Any]) -> 
                 f"{name} is {value!r}, which octavo does not have.",
                 f"Leave it out, or give {' or '.join(map(repr, fine))}.",
             )
+    if known.get("distributed_executor_backend") in (None, "uni"):
+        known.pop("distributed_executor_backend", None)
+    elif known["distributed_executor_backend"] == "ray":
+        raise ConfigError(
+            "distributed_executor_backend is ray, but the engines of LLM run on this machine.",
+            "Take AsyncLLM or octavo serve, or leave it out.",
+        )
     if "dtype" in known:
         known["dtype"] = str(known["dtype"]).removeprefix("torch.")
     return EngineConfig.of(model=os.fspath(model), **known)

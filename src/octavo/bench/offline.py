@@ -46,10 +46,12 @@ def make_core(config: EngineConfig) -> EngineCore:
     from octavo.core.engine import EngineCore
     from octavo.runtime.worker import Worker
 
-    if config.parallel.data_parallel_size > 1:
+    parallel = config.parallel
+    if parallel.data_parallel_size > 1 or parallel.distributed_executor_backend != "mp":
         raise ConfigError(
-            f"data_parallel_size is {config.parallel.data_parallel_size}; this measures one engine.",
-            "Leave it out, or measure a server with octavo bench serve.",
+            f"data_parallel_size is {parallel.data_parallel_size} and distributed_executor_backend "
+            f"{parallel.distributed_executor_backend}; this measures one engine of this machine.",
+            "Leave them out, or measure a server with octavo bench serve.",
         )
     return EngineCore(config, Worker())
 
