@@ -27,6 +27,7 @@ NAMES = {
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
+    "block_sparse_moe": "feed_forward",
 }
 SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]"),
@@ -44,7 +45,7 @@ RESERVED = 24
 
 
 def mistral_repo(hf: Path, folder: Path, *, shards: int = 1, version: str = "v11", **params: Any) -> Path:
-    """The model in ``hf`` (a tiny one of the family mistral), in Mistral's format and nothing of the other."""
+    """The model in ``hf`` (a tiny one of Mistral's families), in Mistral's format and nothing of the other."""
     folder.mkdir(parents=True)
     config = json.loads((hf / "config.json").read_text())
     write_params(folder, config, **params)
@@ -73,7 +74,7 @@ def write_params(folder: Path, config: dict[str, Any], **params: Any) -> None:
         "norm_eps": config["rms_norm_eps"],
         "vocab_size": config["vocab_size"],
         "rope_theta": 10000.0,
-        "sliding_window": config["sliding_window"],
+        "sliding_window": config.get("sliding_window"),
         "max_seq_len": config["max_position_embeddings"],
         **params,
     }

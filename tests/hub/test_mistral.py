@@ -461,3 +461,62 @@ def test_both_formats_of_a_model_give_the_same_tokens(hf: Path, repo: Path) -> N
         answers.append([out.outputs[0].token_ids for out in llm.generate(prompts, params, use_tqdm=False)])
         llm.close()
     assert answers[0] == answers[1]
+
+
+def yarn(factor: float, trained: int) -> dict[str, Any]:
+    return {"factor": factor, "original_max_position_embeddings": trained, "beta": 32.0, "alpha": 1.0}
+
+
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # further keys of config.json, of params.json
+    "Mixtral": (
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_theta": 10000.0}},
+        {"moe": {"num_experts": 4, "num_experts_per_tok": 2}},
+    ),
+    "Ministral3": (
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.1,
+                "max_position_embeddings": 256,
+            }
+        },
+        {
+            "yarn": {**yarn(16.0, 16), "apply_scale": False},
+            "llama_4_scaling": {"beta": 0.1, "original_max_position_embeddings": 16},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_transformers_runs_are_read_too(family: str, tmp_path: Path) -> None:
+    import torch
+    import transformers
+
+    further, params = FAMILIES[family]
+    sizes = {key: value for key, value in tiny.config("mistral").items() if key.endswith(("size", "heads", "layers"))}
+    config = getattr(transformers, f"{family}Config")(
+        **sizes, head_dim=16, sliding_window=None, max_position_embeddings=256, **further
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    model.save_pretrained(tmp_path / "hf")
+    tiny.tokenizer(tmp_path / "hf")
+    answers = []
+    for folder in (tmp_path / "hf", mistral_repo(tmp_path / "hf", tmp_path / "own", **params)):
+        llm = LLM(str(folder), **OPTIONS)
+        greedy = SamplingParams(max_tokens=10, temperature=0, ignore_eos=True)
+        (answer,) = llm.generate({"prompt_token_ids": list(range(30, 50))}, greedy, use_tqdm=False)
+        answers.append(answer.outputs[0].token_ids)
+        llm.close()
+    assert answers[0] == answers[1]
