@@ -2,8 +2,8 @@
 
 The reference is given the prompt and our answer, and says at each place how far our token is behind its greatest
 logit. **Tie rule**: bfloat16 logits near m are 2^(floor(log2 m) - 7) apart. A token counts as the reference's if its
-logit is at most `TIE` such steps below the greatest: the two sum in different orders, and cannot tell such tokens
-apart.
+logit is at most `TIE` such steps below the greatest: the two sum in different orders, layer after layer, and cannot
+tell such tokens apart. Of logits with a standard deviation of one, as here, most tokens are 100 steps behind and more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-TIE = 8.0
+TIE = 16.0
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,74 @@
 from __future__ import annotations
 
 import os
+import signal
+import time
+import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+_SLOW = 0.15  # seconds: what takes longer was not in the cache on disk
+_PATIENCE = 30.0  # seconds that the others get to compile
+
+
+class _Recorder(Executor):
+    """Keeps what it is to compile for later."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn: Callable[[], Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.jobs.append((future, fn))
+        return future
+
+    def finish(self) -> None:
+        """Compiles; from the first on that is not in the cache on disk, in several processes, which fill that cache."""
+        alone = False
+        for number, (future, compile_one) in enumerate(self.jobs):
+            start = time.perf_counter()
+            future.set_result(compile_one())
+            if not alone and time.perf_counter() - start > _SLOW:
+                _share([job for _, job in self.jobs[number + 1 :]])
+                alone = True
+
+
+def _share(jobs: list[Callable[[], Any]]) -> None:
+    """Runs ``jobs`` in copies of this process, one a core; what they leave is on disk. Compilers written in Python hold
+    its lock, so that threads would wait for each other."""
+    children = [_fork(jobs[first :: os.cpu_count() or 1]) for first in range(min(len(jobs), os.cpu_count() or 1))]
+    deadline = time.monotonic() + _PATIENCE
+    while children and time.monotonic() < deadline:
+        children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+        time.sleep(0.01)
+    for child in children:  # this process compiles what they have not
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _fork(jobs: list[Callable[[], Any]]) -> int:
+    """The id of a child that runs ``jobs`` and ends without touching what it shares with this process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # other threads exist; the child needs none of their locks
+        child = os.fork()
+    if child:
+        return child
+    try:
+        for job in jobs:
+            job()
+    finally:
+        os._exit(0)
+
 
 def rehearse(work: Callable[[], None]) -> None:
     """Goes through ``work`` with launches that compile, or take from the cache on disk, and run nothing: what kernels
-    would have written is undefined, and ``work`` may not depend on it. Compilers release Python's lock, so that threads
-    serve."""
-    launch, seen = JITFunction.run, set()
+    would have written is undefined, and ``work`` may not depend on it."""
+    launch, seen, recorder = JITFunction.run, set(), _Recorder()
 
     def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         key = (kernel, *map(_trait, args), *options.items())
@@ -26,8 +80,9 @@ def rehearse(work: Callable[[], None]) -> None:
 
     JITFunction.run = compile_only
     try:
-        with ThreadPoolExecutor(os.cpu_count(), "octavo-compile") as pool, triton.AsyncCompileMode(pool):
+        with triton.AsyncCompileMode(recorder):
             work()
+            recorder.finish()
     finally:
         JITFunction.run = launch
 

@@ -31,7 +31,7 @@ KEY0, KEY1, TOP_K, TEMPERATURE, TOP_P, MIN_P, PLACE, SLOT, LENGTH, REPETITION, P
 FIELDS = 12
 ROUNDS = 6
 _BLOCK, _GROUP = 4096, 128
-_LISTED = 2048  # tokens at most that are listed of a row; others are looked at in the row itself
+_LISTED = 1024  # tokens at most that are listed of a row; others are looked at in the row itself
 _HISTORY = 1024  # tokens of a history that a program looks at
 _LEAST = tl.constexpr(-0x80000000)
 
@@ -159,16 +159,35 @@ def _total(peak_ptr, mass_ptr, row, top, inverse, BLOCKS: tl.constexpr, PAD: tl.
     return tl.sum(masses.to(tl.float64) * _weight(peaks, top, inverse).to(tl.float64))
 
 
+@triton.jit(do_not_specialize_on_alignment=["limit_ptr"])
+def _bound_kernel(
+    limit_ptr, group_ptr, bound_ptr, GROUPS: tl.constexpr, PAD: tl.constexpr, CHAINED: tl.constexpr
+):  # fmt: skip
+    """An order (see `_order`) that ``limit_ptr[row]`` groups of the row reach, and hardly more."""
+    row = tl.program_id(0)
+    release(CHAINED)
+    wait(CHAINED)
+    limit = tl.load(limit_ptr + row)
+    group = tl.arange(0, PAD)
+    keys = _order(tl.load(group_ptr + row * GROUPS + group, group < GROUPS, float("-inf"))) >> 12
+    low, high = -0x80000, 0x7FFFF
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((keys >= middle).to(tl.int32)) >= limit
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    tl.store(bound_ptr + row, low << 12)
+
+
 @triton.jit(
     do_not_specialize=["count"], do_not_specialize_on_alignment=["limit_ptr", "token_ptr", "listed_ptr", "above_ptr"]
 )
 def _gather_kernel(
-    x_ptr, limit_ptr, group_ptr, token_ptr, listed_ptr, value_ptr, id_ptr, above_ptr, stride, count, SIZE,
-    BLOCK: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr, LISTED: tl.constexpr, RANKED: tl.constexpr,
-    CHAINED: tl.constexpr,
+    x_ptr, limit_ptr, bound_ptr, token_ptr, listed_ptr, value_ptr, id_ptr, above_ptr, stride, count, SIZE,
+    BLOCK: tl.constexpr, LISTED: tl.constexpr, RANKED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Lists the tokens that reach the ``limit_ptr[row]``-th greatest group (0: none; the row is not listed), in any
-    order; ``RANKED``: counts those above the logit of ``token_ptr[row]`` too."""
+    """Lists the tokens of an order of at least ``bound_ptr[row]``, in any order, if ``limit_ptr[row]`` is not 0;
+    ``RANKED``: counts those above the logit of ``token_ptr[row]`` too."""
     row, block = tl.program_id(0), tl.program_id(1)
     release(CHAINED)
     wait(CHAINED)
@@ -182,14 +201,7 @@ def _gather_kernel(
             own = tl.load(x_ptr + tl.load(token_ptr + row)).to(tl.float32)
             tl.atomic_add(above_ptr + row, tl.sum((x > own).to(tl.int32)))
         if limit > 0:
-            group = tl.arange(0, GROUPS_PAD)
-            keys = _order(tl.load(group_ptr + row * GROUPS + group, group < GROUPS, float("-inf")))
-            low, high = _LEAST, 0x7FFFFFFF
-            for _ in range(32):  # the greatest key that `limit` groups reach
-                middle = (low | high) - ((low ^ high) >> 1)
-                reached = tl.sum((keys >= middle).to(tl.int32)) >= limit
-                low = tl.where(reached, middle, low)
-                high = tl.where(reached, high, middle - 1)
+            low = tl.load(bound_ptr + row)
             passing = live & (_order(x) >= low) & (x > float("-inf"))
             found = tl.sum(passing.to(tl.int32))
             if found > 0:
@@ -303,13 +315,17 @@ def _mass_from(value_ptr, count, bound, top, inverse, BLOCK: tl.constexpr):
 
 @triton.jit
 def _exact(
-    value_ptr, id_ptr, count, key0, key1, top_k, top_p, floor, top, inverse, LISTED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The token that the filters and the race leave of ``count`` values; ``LISTED``: their tokens are at ``id_ptr``."""
+    value_ptr, id_ptr, count, least, key0, key1, top_k, top_p, floor, top, inverse,
+    LISTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The token that the filters and the race leave of ``count`` values; ``LISTED``: their tokens are at ``id_ptr``.
+
+    At least top_k of them have an order of ``least`` or more.
+    """
     bound = _order(floor)
     if (top_k > 0) & (top_k < count):
-        low, high = _LEAST, 0x7FFFFFFF
-        for _ in range(32):  # the greatest order that top_k values reach
+        low, high = least, _order(top)
+        while low < high:  # to the greatest order that top_k values reach
             middle = (low | high) - ((low ^ high) >> 1)
             reached = _reach(value_ptr, count, middle, BLOCK) >= top_k
             low = tl.where(reached, middle, low)
@@ -318,11 +334,11 @@ def _exact(
     if top_p < 1.0:
         target = _mass_from(value_ptr, count, bound, top, inverse, BLOCK) * top_p.to(tl.float64)
         low, high = bound, _order(top)
-        for _ in range(32):  # the least order above which there is less than the target
+        while low < high:  # to the least order above which there is less than the target
             middle = (low & high) + ((low ^ high) >> 1)
             enough = _mass_from(value_ptr, count, middle + 1, top, inverse, BLOCK) < target
             high = tl.where(enough, middle, high)
-            low = tl.where(enough, low, tl.minimum(middle + 1, high))
+            low = tl.where(enough, low, middle + 1)
         bound = high
     best, winner = -1.0, 0x7FFFFFFF
     for first in range(0, count, BLOCK):
@@ -346,8 +362,8 @@ def _exact(
     do_not_specialize_on_alignment=["mass_ptr", "score_ptr", "at_ptr", "above_ptr", "floor_ptr", "listed_ptr"],
 )
 def _settle_kernel(
-    x_ptr, settings_ptr, peak_ptr, mass_ptr, score_ptr, at_ptr, above_ptr, floor_ptr, state_ptr, listed_ptr, value_ptr,
-    id_ptr, out_ptr, stride, count, SIZE,
+    x_ptr, settings_ptr, peak_ptr, mass_ptr, score_ptr, at_ptr, above_ptr, floor_ptr, state_ptr, listed_ptr, bound_ptr,
+    value_ptr, id_ptr, out_ptr, stride, count, SIZE,
     ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, PAD: tl.constexpr, LISTED: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The token of each row, and whether its greatest logit is finite."""
@@ -369,11 +385,13 @@ def _settle_kernel(
             found = tl.load(listed_ptr + row)
             if (found > 0) & (found <= LISTED):
                 token = _exact(
-                    value_ptr + row * LISTED, id_ptr + row * LISTED, found, key0, key1, top_k, top_p, floor, top,
-                    inverse, True, LISTED,
+                    value_ptr + row * LISTED, id_ptr + row * LISTED, found, tl.load(bound_ptr + row), key0, key1, top_k,
+                    top_p, floor, top, inverse, True, LISTED,
                 )  # fmt: skip
             else:
-                token = _exact(x_ptr, id_ptr, SIZE, key0, key1, top_k, top_p, floor, top, inverse, False, LISTED)
+                token = _exact(
+                    x_ptr, id_ptr, SIZE, _LEAST, key0, key1, top_k, top_p, floor, top, inverse, False, LISTED
+                )
         elif (top_p < 1.0) | (min_p > 0.0):
             state = _judged(
                 x_ptr, peak_ptr, mass_ptr, above_ptr, floor_ptr, state_ptr, row, count, count * BLOCKS, top, inverse,
@@ -381,7 +399,9 @@ def _settle_kernel(
             )  # fmt: skip
             token = -1 - state
             if state < -SIZE:
-                token = _exact(x_ptr, id_ptr, SIZE, key0, key1, top_k, top_p, floor, top, inverse, False, LISTED)
+                token = _exact(
+                    x_ptr, id_ptr, SIZE, _LEAST, key0, key1, top_k, top_p, floor, top, inverse, False, LISTED
+                )
         else:
             token = _scaled_winner(peak_ptr, score_ptr, at_ptr, row, top, inverse, BLOCKS, PAD)
     tl.store(out_ptr + row, token)
@@ -507,6 +527,7 @@ class _Survey:
         self.at = torch.empty((rounds + 1, count, self.blocks), dtype=torch.int32, device=x.device)
         self.group = torch.empty((count, self.groups), dtype=torch.float32, device=x.device)
         self.zeros = torch.empty((2, count), dtype=torch.int32, device=x.device)
+        self.bound = torch.empty(count, dtype=torch.int32, device=x.device)
         self.chain = chained(x.device)
         _survey_kernel[(count, self.blocks)](
             x, settings, self.peak, self.mass, self.score, self.at, self.group, self.zeros, x.stride(0), count,
@@ -519,10 +540,13 @@ class _Survey:
         """Values and tokens that `_gather_kernel` lists; ``zeros`` then holds how many, and ranks."""
         values = torch.empty((len(x), _LISTED), dtype=torch.float32, device=x.device)
         ids = torch.empty((len(x), _LISTED), dtype=torch.int32, device=x.device)
+        _bound_kernel[(len(x),)](
+            limits, self.group, self.bound, self.groups, triton.next_power_of_2(self.groups), self.chain,
+            num_warps=4, launch_pdl=self.chain,
+        )  # fmt: skip
         _gather_kernel[(len(x), self.blocks)](
-            x, limits, self.group, tokens, self.zeros[0], values, ids, self.zeros[1], x.stride(0), len(x), self.size,
-            _BLOCK, self.groups, triton.next_power_of_2(self.groups), _LISTED, tokens is not None, self.chain,
-            num_warps=8, launch_pdl=self.chain,
+            x, limits, self.bound, tokens, self.zeros[0], values, ids, self.zeros[1], x.stride(0), len(x), self.size,
+            _BLOCK, _LISTED, tokens is not None, self.chain, num_warps=8, launch_pdl=self.chain,
         )  # fmt: skip
         return values, ids
 
@@ -549,20 +573,21 @@ def draw(x: torch.Tensor, settings: torch.Tensor, listed: bool, raced: bool) -> 
     out = torch.empty((2, count), dtype=torch.int32, device=x.device)
     _settle_kernel[(count,)](
         x, settings, survey.peak, survey.mass, survey.score, survey.at, survey.above, survey.floor, state,
-        survey.zeros, values, ids, out, x.stride(0), count, survey.size, ROUNDS, survey.blocks, survey.pad, _LISTED,
-        survey.chain, num_warps=8, launch_pdl=survey.chain,
+        survey.zeros, survey.bound, values, ids, out, x.stride(0), count, survey.size, ROUNDS, survey.blocks,
+        survey.pad, _LISTED, survey.chain, num_warps=4, launch_pdl=survey.chain,
     )  # fmt: skip
     return out
 
 
 def send(array: npt.NDArray[np.int32], device: torch.device) -> torch.Tensor:
     """A copy on ``device`` that is made beside what runs there; what is launched next waits for it."""
-    host = torch.from_numpy(array)
     if device.type != "cuda":
-        return host
+        return torch.from_numpy(array)
+    host = torch.empty(array.shape, dtype=torch.int32, pin_memory=True)
+    host.numpy()[:] = array
     aside, current = _side_stream(device), torch.cuda.current_stream(device)
     with torch.cuda.stream(aside):
-        out = host.pin_memory().to(device, non_blocking=True)
+        out = host.to(device, non_blocking=True)
     current.wait_stream(aside)
     out.record_stream(current)
     return out

@@ -33,7 +33,7 @@ class TokenMask:
         return cls(
             items,
             lambda place, token: bool(bits[place, token // 32] >> token % 32 & 1),
-            lambda places: bits[list(places)],
+            lambda places: bits if places == range(len(bits)) else bits[list(places)],
         )
 
     def all_bits(self) -> npt.NDArray[np.int32]:

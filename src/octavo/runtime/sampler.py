@@ -69,8 +69,11 @@ class _Row:
     edited: bool = False
 
     def is_edited(self) -> bool:
-        edits = (self.allowed, self.bad_words, self.until_min, self.bias, self.slot)
-        return any(edit is not None for edit in edits)
+        return self.slot is not None or self.is_edited_by_hand()
+
+    def is_edited_by_hand(self) -> bool:
+        """By more than penalties."""
+        return any(edit is not None for edit in (self.allowed, self.bad_words, self.until_min, self.bias))
 
 
 _PARAMETERS = np.dtype(
@@ -86,6 +89,19 @@ _PARAMETERS = np.dtype(
         ("frequency", "f4"),
     ],
 )
+
+
+class _Batch(NamedTuple):
+    """Some rows, and what does not change from step to step: ``packed`` as `kernels.sampling_triton` takes settings."""
+
+    rows: list[int]
+    packed: npt.NDArray[np.int32]
+    seeds: npt.NDArray[np.uint64]
+    slots: list[int]  # of `Penalties`
+    listed: bool  # some have a top_k
+    raced: bool  # some have a top_p or min_p, and no top_k
+    edited: bool
+    by_hand: bool  # edited by more than penalties
 
 
 class _LogprobGroup(NamedTuple):
@@ -156,6 +172,7 @@ class Sampler:
         self._with_logprobs: set[int] = set()
         self._with_history: set[int] = set()  # rows whose state takes in the sampled token
         self._parameters = np.zeros(0, _PARAMETERS)
+        self._batch: _Batch | None = None
         self._penalties = Penalties(vocab_size, device)
 
     def start(self, row: int, tokens: list[int], prompt_len: int, sampling: Sampling) -> None:
@@ -185,6 +202,7 @@ class Sampler:
 
     def end(self, row: int) -> None:
         """``row`` is free; no effect if it already was."""
+        self._batch = None
         state = self._rows.pop(row, None)
         if state is not None and state.slot is not None:
             self._penalties.end(state.slot)
@@ -257,42 +275,58 @@ class Sampler:
         mask: TokenMask | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(outcome as of `kernels.sampling.greedy`, the settings of the rows on the device)."""
-        of = self._parameters[[item.row for item in items]]
-        edited = mask is not None or any(self._rows[item.row].edited for item in items)
-        packed = self._settings(of, items, mask)
+        batch = self._batch_of([row for row, _ in items])
+        packed = self._settings(batch, items, mask)
         settings = upload(packed, self._device)
         x = logits
-        if edited:
-            bits = None if mask is None else rows.send(np.ascontiguousarray(mask.all_bits()), self._device)
+        if edited := batch.edited or mask is not None:
+            bits = None if mask is None else rows.send(mask.all_bits(), self._device)
             x = rows.copy_masked(logits, settings, bits)
-            self._edit_(x, items)
+            if batch.by_hand:
+                self._edit_(x, items)
             longest = int(packed[8].max())
             if longest > 0:
                 self._penalties.apply_rows_(rows, x, settings, longest)
-        listed = of["top_k"] > 0
-        raced = ~listed & ((of["top_p"] < 1) | (of["min_p"] > 0))
-        outcome = rows.draw(x, settings, bool(listed.any()), bool(raced.any()))
+        outcome = rows.draw(x, settings, batch.listed, batch.raced)
         if edited:  # what is not finite may have been edited away
             raw = self._ops.greedy(logits) if best is None else best
             outcome *= raw[1:, : len(items)]
         return outcome, settings
 
-    def _settings(
-        self, of: npt.NDArray[np.void], items: list[SampleItem], mask: TokenMask | None
-    ) -> npt.NDArray[np.int32]:
+    def _batch_of(self, rows: list[int]) -> _Batch:
+        """What is the same in each step over ``rows``; found once, since steps are often over the same."""
+        if self._batch is None or self._batch.rows != rows:
+            of = self._parameters[rows]
+            packed = np.full((12, len(rows)), -1, np.int32)
+            packed[2], packed[7] = of["top_k"], of["slot"]
+            floats = {3: "temperature", 4: "top_p", 5: "min_p", 9: "repetition", 10: "presence", 11: "frequency"}
+            for at, name in floats.items():
+                packed[at] = of[name].view(np.int32)
+            listed = of["top_k"] > 0
+            raced = ~listed & ((of["top_p"] < 1) | (of["min_p"] > 0))
+            states = [self._rows[row] for row in rows]
+            by_hand = any(state.is_edited_by_hand() for state in states)
+            slots = [state.slot for state in states if state.slot is not None]
+            self._batch = _Batch(
+                rows,
+                packed,
+                of["seed"].copy(),
+                slots,
+                bool(listed.any()),
+                bool(raced.any()),
+                by_hand or bool(slots),
+                by_hand,
+            )
+        return self._batch
+
+    def _settings(self, batch: _Batch, items: list[SampleItem], mask: TokenMask | None) -> npt.NDArray[np.int32]:
         """As `kernels.sampling_triton` takes them."""
-        positions = np.array([item.position for item in items], np.uint64)
-        packed = np.empty((12, len(items)), np.int32)
-        packed[:2] = kernels.noise_keys(of["seed"], positions).T
-        packed[2] = of["top_k"]
-        for at, name in enumerate(("temperature", "top_p", "min_p"), 3):
-            packed[at] = of[name].view(np.int32)
-        packed[6] = -1
+        packed = batch.packed.copy()
+        positions = np.array([position for _, position in items], np.uint64)
+        packed[:2] = kernels.noise_keys(batch.seeds, positions).T
         if mask is not None:
             packed[6, mask.items] = np.arange(len(mask.items))
-        packed[7], packed[8] = of["slot"], self._penalties.lengths(of["slot"])
-        for at, name in enumerate(("repetition", "presence", "frequency"), 9):
-            packed[at] = of[name].view(np.int32)
+        packed[8] = self._penalties.lengths(packed[7]) if batch.slots else 0
         return packed
 
     def _sample_groups(
@@ -445,6 +479,10 @@ class Sampler:
     def _record(self, tokens: torch.Tensor, items: list[SampleItem], settings: torch.Tensor | None) -> None:
         """Takes the sampled tokens into penalty counts and tails."""
         rows = self._ops.row_sampling
+        if rows is not None and settings is not None and self._batch is not None and not self._batch.by_hand:
+            if self._batch.slots:
+                self._penalties.append_rows(rows, self._batch.slots, tokens, settings)
+            return
         slots: list[int] = []
         counted: list[int] = []
         for i, (row, _) in enumerate(items):
