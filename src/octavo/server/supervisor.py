@@ -84,6 +84,7 @@ class _Supervisor:
         self._engines = config.parallel.data_parallel_size
         self._addresses = [f"ipc://{folder}/engine-{i}" for i in range(self._engines)]
         self._cluster = ""
+        self._fleet: Fleet | None = None
         self._apis: dict[int, Process] = {}
         self._keepers: list[asyncio.Task[None]] = []
         self._stop = asyncio.Event()
@@ -92,40 +93,35 @@ class _Supervisor:
 
     async def run(self) -> int:
         with signals(self._signalled):
-            source = await own_engines(
-                self._config, self._worker, log_level=self._server.log_level, addresses=self._addresses
-            )
-            if isinstance(source, RayActors):
-                self._addresses, self._cluster = source.names, source.cluster
-            fleet = Fleet(source, self._engines, on_end=self._fail)
+            starting = asyncio.create_task(self._start())
+            stopped = asyncio.create_task(self._stop.wait())
             try:
-                await self._serve(fleet)
+                await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+                if starting.done():
+                    print(starting.result(), file=sys.stderr, flush=True)
+                    await stopped
             finally:
+                starting.cancel()
+                await asyncio.wait((starting,))
                 await self._end()
-                await fleet.close()
         return self._code
 
-    async def _serve(self, fleet: Fleet) -> None:
-        starting = asyncio.create_task(self._start(fleet))
-        stopped = asyncio.create_task(self._stop.wait())
-        await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.wait((starting,))
-            return
-        count = f"{len(self._listeners)} API processes and {self._engines} engine{'s' * (self._engines > 1)}"
-        print(f"{starting.result()}\n  {count}", file=sys.stderr, flush=True)
-        await stopped
-
-    async def _start(self, fleet: Fleet) -> str:
+    async def _start(self) -> str:
         """Starts everything at once; returns what is to be told once all is ready."""
+        source = await own_engines(
+            self._config, self._worker, log_level=self._server.log_level, addresses=self._addresses
+        )
+        if isinstance(source, RayActors):
+            self._addresses, self._cluster = source.names, source.cluster
+        self._fleet = fleet = Fleet(source, self._engines, on_end=self._fail)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(fleet.start())
                 apis = [group.create_task(self._first_start(index)) for index in self._listeners]
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        return apis[0].result()
+        count = f"{len(self._listeners)} API processes and {self._engines} engine{'s' * (self._engines > 1)}"
+        return f"{apis[0].result()}\n  {count}"
 
     async def _first_start(self, index: int) -> str:
         """Keeps an API process from now on; returns its banner when it takes requests for the first time."""
@@ -177,7 +173,7 @@ class _Supervisor:
         return process
 
     async def _end(self) -> None:
-        """Lets the API processes answer what they have, and ends them."""
+        """Lets the API processes answer what they have, and ends them and the engines."""
         self._stop.set()
         self._send(self._signal)
         waits = [asyncio.create_task(process.wait()) for process in self._apis.values()]
@@ -187,6 +183,8 @@ class _Supervisor:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*waits, *self._keepers, return_exceptions=True)
+        if self._fleet is not None:
+            await self._fleet.close()
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._apis.values():
