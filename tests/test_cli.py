@@ -131,8 +131,15 @@ def test_pooling_is_refused(argv: tuple[str, ...]) -> None:
         options.engine_config(parse("serve", "m", *argv))
 
 
+def test_secrets_are_not_shown_with_the_rest_of_a_config() -> None:
+    assert "hush" not in repr(EngineConfig.of(model="m", hf_token="hush"))
+    assert "hush" not in repr(ServerConfig(api_key="hush", admin_api_key="hush"))
+    assert "model='m'" in repr(EngineConfig.of(model="m"))
+
+
 @pytest.mark.parametrize(
-    ("format", "said"), [("fastsafetensors", "several threads"), ("runai_streamer", "Download"), ("tensorizer", "safetensors")]
+    ("format", "said"),
+    [("fastsafetensors", "several threads"), ("runai_streamer", "Download"), ("tensorizer", "safetensors")],
 )
 def test_load_formats_of_other_engines_are_answered_with_what_to_do(format: str, said: str) -> None:
     with pytest.raises(ConfigError, match="no load format") as caught:

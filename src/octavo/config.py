@@ -33,12 +33,14 @@ OTHER_LOAD_FORMATS = {
 }
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] = (), alias: tuple[str, ...] = ()) -> Any:
-    """A config field with what the command line needs to know about it."""
+def option(
+    default: Any, help: str, *, choices: tuple[str, ...] = (), alias: tuple[str, ...] = (), secret: bool = False
+) -> Any:
+    """A config field with what the command line needs to know about it; a ``secret`` one is never shown."""
     meta = {"help": help, "choices": choices, "alias": alias}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=meta)
-    return field(default=default, metadata=meta)
+    return field(default=default, metadata=meta, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class ModelOptions:
     hf_overrides: dict[str, Any] = option({}, "JSON merged over config.json")
     generation_config: str = option("auto", "sampling defaults: 'auto' (the model's), 'vllm' (none) or a folder")
     override_generation_config: dict[str, Any] = option({}, "JSON merged over the sampling defaults")
-    hf_token: str | None = option(None, "token for the Hub; default: HF_TOKEN or the stored login")
+    hf_token: str | None = option(None, "token for the Hub; default: HF_TOKEN or the stored login", secret=True)
     download_dir: str | None = option(None, "cache folder for downloads; default: that of the Hugging Face client")
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
 
@@ -186,8 +188,12 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on (0.0.0.0: every interface)")
     port: int = option(8000, "TCP port (0: any free one)")
-    api_key: str | None = option(None, "key that clients must send, or several with commas; default: OCTAVO_API_KEY")
-    admin_api_key: str | None = option(None, "key for what concerns all users; default: OCTAVO_ADMIN_API_KEY")
+    api_key: str | None = option(
+        None, "key that clients must send, or several with commas; default: OCTAVO_API_KEY", secret=True
+    )
+    admin_api_key: str | None = option(
+        None, "key for what concerns all users; default: OCTAVO_ADMIN_API_KEY", secret=True
+    )
     served_model_name: str | None = option(None, "name of the model in the API; default: MODEL")
     chat_template: str | None = option(None, "file with a Jinja chat template, used instead of the model's")
     chat_template_content_format: str = option(
