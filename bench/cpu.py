@@ -66,25 +66,22 @@ def run(command: list[str], more: dict[str, str]) -> str:
     return done.stdout
 
 
-def show(case: str, rows: dict[str, Row]) -> None:
-    """A line for each program: its rate, time to first token, memory, and how many times faster octavo is."""
+def describe(case: str, name: str, row: Row, ours: Row) -> str:
+    """One program's rate, time to first token, memory, and how many times faster octavo is."""
+    if "error" in row:
+        return f"{case:3} {name:14} {row['error']}"
     key = FIGURES.get(case, "total_tok_s")
-    ours = rows.get("octavo", {}).get(key)
-    for name, row in rows.items():
-        if "error" in row:
-            print(f"{case:3} {name:14} {row['error']}", flush=True)
-            continue
-        parts = [f"{key} {row[key]:8.1f}"]
-        if row.get("ttft_ms") is not None:
-            parts.append(f"first token {row['ttft_ms']:7.1f} ms")
-        parts.append(f"{row['peak_rss_mib']:5} MiB")
-        if row.get("floor_percent") is not None:
-            parts.append(f"{row['floor_percent']:.0f} % of the floor")
-        if ours and name != "octavo":
-            parts.append(f"octavo is x{ours / row[key]:.2f}")
-        if (row.get("others_cpu_percent") or 0) > 100 * SHARE:
-            parts.append(f"DISTURBED: others took {row['others_cpu_percent']:.0f} %")
-        print(f"{case:3} {name:14} " + " | ".join(parts), flush=True)
+    parts = [f"{key} {row[key]:8.1f}"]
+    if row.get("ttft_ms") is not None:
+        parts.append(f"first token {row['ttft_ms']:7.1f} ms")
+    parts.append(f"{row['peak_rss_mib']:5} MiB")
+    if row.get("floor_percent") is not None:
+        parts.append(f"{row['floor_percent']:.0f} % of the floor")
+    if name != "octavo" and key in ours:
+        parts.append(f"octavo is x{ours[key] / row[key]:.2f}")
+    if (row.get("others_cpu_percent") or 0) > 100 * SHARE:
+        parts.append(f"DISTURBED: others took {row['others_cpu_percent']:.0f} %")
+    return f"{case:3} {name:14} " + " | ".join(parts)
 
 
 def main() -> None:
@@ -111,7 +108,7 @@ def main() -> None:
                     rows[name] = peer(name, peers[name], case, model, workload, arguments.rounds)
             except RuntimeError as error:
                 rows[name] = {"error": str(error)}
-        show(case, rows)
+            print(describe(case, name, rows[name], rows["octavo"]), flush=True)
         everything[case] = rows
     if arguments.json:
         arguments.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")

@@ -18,13 +18,13 @@ from octavo.models.base import Model
 from octavo.runtime import loader
 
 
-def native(folder: Path, max_len: int, dtype: str = "auto") -> Model:
-    """The native model of a local folder, loaded on the CPU."""
+def native(folder: Path, max_len: int, dtype: str = "auto", *, keep_blocks: bool = False) -> Model:
+    """The native model of a local folder or file, loaded on the CPU."""
     source = resolve(str(folder))
     config = model_config(read_hf_dict(source, {}), dtype=dtype, generation={})
     model_class, _ = registry.choose(config, "native")
     model = model_class(config, max_len)
-    loader.load(model, open_checkpoint(source), torch.device("cpu"), lambda phase, share: None)
+    loader.load(model, open_checkpoint(source), torch.device("cpu"), lambda phase, share: None, keep_blocks=keep_blocks)
     return model
 
 

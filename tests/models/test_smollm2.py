@@ -47,3 +47,20 @@ def test_greedy_tokens_equal_transformers_on_the_same_dequantised_weights() -> N
         generated = theirs.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False, eos_token_id=None)
     torch.testing.assert_close(pages.step({(row := pages.start()): PROMPT})[row], expected, atol=5e-4, rtol=5e-4)
     assert pages.greedy(pages.start(), PROMPT, 16) == generated[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_blocks_as_they_are_stored_give_nearly_the_logits_of_their_values(dtype: str) -> None:
+    pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
+    path = gguf()
+    exact = Paged(native(path, 256, dtype="float32"), page_size=16)
+    kept = Paged(native(path, 256, dtype=dtype, keep_blocks=True), page_size=16)
+    wanted = exact.step({(row := exact.start()): PROMPT})[row]
+    got = kept.step({(row := kept.start()): PROMPT})[row]
+    assert float((got - wanted).norm() / wanted.norm()) < 0.06
+    one_by_one = kept.start()
+    rows = [kept.step({one_by_one: [token]})[one_by_one] for token in PROMPT]
+    if dtype == "float32":
+        torch.testing.assert_close(torch.cat(rows), got, atol=2e-2, rtol=1e-3)
+    assert kept.greedy(kept.start(), PROMPT, 4) == exact.greedy(exact.start(), PROMPT, 4)
