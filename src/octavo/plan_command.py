@@ -47,6 +47,7 @@ def _plan(config: EngineConfig, machine: Machine) -> Plan:
     from octavo.hub.peek import peek
     from octavo.hub.plan import make_plan
 
+    config, machine = _joined(config, machine)
     options = config.model
     with peek(
         options.model,
@@ -56,6 +57,21 @@ def _plan(config: EngineConfig, machine: Machine) -> Plan:
         load_format="auto" if options.load_format == "dummy" else options.load_format,
     ) as peeked:
         return make_plan(peeked, config, machine, Models())
+
+
+def _joined(config: EngineConfig, machine: Machine) -> tuple[EngineConfig, Machine]:
+    """Devices that share a model count as one of all their memory and bandwidth, of which each has its part of all."""
+    ranks = config.parallel.tensor_parallel_size
+    if ranks == 1:
+        return config, machine
+    if config.memory.kv_cache_memory_bytes is not None:  # of each device
+        memory = dataclasses.replace(config.memory, kv_cache_memory_bytes=ranks * config.memory.kv_cache_memory_bytes)
+        config = dataclasses.replace(config, memory=memory)
+    if machine.device == "cpu":  # the ranks divide it
+        return config, machine
+    bandwidth = None if machine.bandwidth is None else ranks * machine.bandwidth
+    name = f"{ranks} x {machine.name}"
+    return config, dataclasses.replace(machine, name=name, memory=ranks * machine.memory, bandwidth=bandwidth)
 
 
 class Models:

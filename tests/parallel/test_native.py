@@ -18,6 +18,7 @@ from octavo.models.llama import LlamaForCausalLM
 from octavo.parallel.group import SINGLE, Group
 from octavo.runtime import loader
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
+from tests.gguf_files import tiny_metadata, tiny_tensors, write_gguf
 from tests.models.harness import Paged
 from tests.parallel.ranks import Ranks
 from tools import tiny
@@ -45,10 +46,10 @@ def built(folder: Path) -> Model:
 
 def answer(model: Model) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and the logits of a prompt."""
-    paged = Paged(model)
-    tokens = paged.greedy(paged.start(), PROMPT, 12)
+    paged, prompt = Paged(model), [token % model.config.vocab_size for token in PROMPT]
+    tokens = paged.greedy(paged.start(), prompt, 12)
     row = paged.start()
-    return tokens, paged.step({row: PROMPT})[row]
+    return tokens, paged.step({row: prompt})[row]
 
 
 def loaded(group: Group, folder: Path, load_format: str = "auto") -> tuple[list[int], torch.Tensor]:
@@ -159,3 +160,9 @@ def test_sizes_that_do_not_divide_are_named_with_what_would_work(
         ranks.call(size, parameters, folder)
     assert cause in error.value.cause
     assert error.value.remedy == remedy
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gguf_files_can_be_divided_too(size: int, ranks: Ranks, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tiny_tensors(), tiny_metadata())
+    assert_same(ranks.call(size, loaded, path), loaded(SINGLE, path))

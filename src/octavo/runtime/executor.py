@@ -35,6 +35,7 @@ from octavo.types import StepPlan
 
 LENGTH = struct.Struct("<I")
 POLL_SECONDS = 2e-5  # between looks at the device; other threads of the process run meanwhile
+CLOSE_SECONDS = 5.0  # a process that is killed ends once its device has taken back its memory
 BETTER_REASON_SECONDS = 1.0  # how long a rank that lost another one waits to hear how that one ended
 _ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, OctavoError)}
 
@@ -217,8 +218,11 @@ class Executor:
         self._closing = True
         for follower in self._followers.values():
             follower.process.kill()
-        for follower in self._followers.values():
-            follower.process.wait()
+        for rank, follower in self._followers.items():
+            try:
+                follower.process.wait(CLOSE_SECONDS)
+            except subprocess.TimeoutExpired:
+                get_logger().warning("the process of rank %d is killed, but its device takes long to let go", rank)
             if follower.process.stdin is not None:
                 follower.process.stdin.close()
             follower.connection.close()
