@@ -208,3 +208,26 @@ def test_the_api_process_holds_neither_torch_nor_transformers(server: Server) ->
 def test_the_start_says_where_and_gives_a_line_to_paste(server: Server) -> None:
     assert f"serves tiny-llama at {server.url}/v1" in server.log()
     assert f"curl {server.url}/v1/chat/completions" in server.log()
+
+
+CONTENT = """
+import sys
+from octavo.config import EngineConfig, ServerConfig
+from octavo.server.run import serve
+config = EngineConfig.of(model=sys.argv[1], max_num_seqs=8, max_num_batched_tokens=256)
+server = ServerConfig(port=0, chat_template=sys.argv[2], chat_template_content_format=sys.argv[3])
+from octavo import log
+log.configure("info")
+sys.exit(serve(config, server, worker="stub"))
+"""
+
+
+@pytest.mark.parametrize(("form", "shown"), [("auto", "ab"), ("openai", "[{'type': 'text', 'text': 'ab'}]")])
+def test_the_template_and_how_it_reads_contents_are_the_server_s(form: str, shown: str, tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model")
+    template = tmp_path / "template.jinja"
+    template.write_text("<{{ messages[0].content }}>")
+    with running(["-c", CONTENT, str(model), str(template), form], tmp_path / "log") as made:
+        body = {"messages": [{"role": "user", "content": "ab"}], "return_token_strs": True}
+        answer = httpx.post(f"{made.url}/tokenize", json=body).json()
+    assert "".join(answer["token_strs"]).replace("Ġ", " ") == f"<{shown}>"
