@@ -8,6 +8,7 @@ sends to all are the parent's to handle; they are ignored here.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -164,8 +165,8 @@ class _Desk:
 def _dead(error: Exception) -> Dead:
     if isinstance(error, OctavoError):
         return Dead(error.cause, error.remedy, type(error).__name__, error.exit_code, error.id)
-    return Dead(
-        f"the engine failed with {type(error).__name__}: {error}.",
+    return Dead(  # clients see this: what the error says stays in the log
+        f"the engine failed with {type(error).__name__}.",
         "This is a bug in octavo or in what it runs on; restart, and report it with the traceback on standard error.",
     )
 
@@ -183,7 +184,10 @@ def _build(start: Start, on_death: Callable[[OctavoError], None]) -> Engine:
         from octavo.runtime.worker import worker_for
 
         worker = worker_for(start.config, on_death=on_death)
-    return EngineCore(start.config, worker, hash_key=bytes.fromhex(start.hash_key) or None)
+    engine = EngineCore(start.config, worker, hash_key=bytes.fromhex(start.hash_key) or None)
+    gc.collect()
+    gc.freeze()  # modules and model stay: looking through them again and again would hold up steps
+    return engine
 
 
 def _end_with(error: OctavoError, channel: Channel) -> NoReturn:
