@@ -116,8 +116,10 @@ def test_an_exception_in_the_loop_becomes_one_dead_message_and_exit_code_1(capfd
     assert isinstance(channel.outbox.get_nowait(), Ready)
     dead = channel.outbox.get_nowait()
     assert isinstance(dead, Dead)
-    assert "ZeroDivisionError: seven by zero" in dead.cause
-    assert "in step" in capfd.readouterr().err  # the traceback is in the log
+    assert "ZeroDivisionError" in dead.cause
+    assert "seven by zero" not in dead.cause  # clients see the cause, and what an error says can be anything
+    log = capfd.readouterr().err
+    assert "in step" in log and "ZeroDivisionError: seven by zero" in log
 
 
 def test_an_error_at_start_carries_its_class_id_and_exit_code() -> None:

@@ -82,6 +82,13 @@ def too_large(limit: int) -> ApiError:
     return ApiError(413, "body_too_large", f"the body is larger than {limit} bytes.", "Send less at once.")
 
 
+def too_slow(seconds: float) -> ApiError:
+    """408."""
+    return ApiError(
+        408, "request_timeout", f"nothing more of the body came for {seconds:g} seconds.", "Send the request again."
+    )
+
+
 def no_route(status: int, method: str, path: str) -> ApiError:
     """404 or 405 for a path that is not served, or not with this method."""
     if status == 405:

@@ -22,6 +22,7 @@ PUBLIC = frozenset({"/health", "/ping"}) | PAGES
 ADMIN = frozenset({"/reset_prefix_cache", "/dashboard/data"})  # what concerns all users, or tells of them
 QUIET = PUBLIC | {"/metrics", "/dashboard/data"}  # asked every few seconds by machines: not logged
 MAX_BODY_BYTES = 32 * 2**20
+BODY_SECONDS = 60.0  # for the next piece of a body to come
 
 
 class Guard:
@@ -86,11 +87,19 @@ class _Exchange:
         scope["request_id"] = self.id
         self._scope, self._receive, self._send = scope, receive, send
         self._left = self._max_body = max_body
+        self._whole = False
         self._began = time.perf_counter()
 
     async def receive(self) -> Message:
-        message = await self._receive()
+        if self._whole:  # what comes now is the end of the connection
+            return await self._receive()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                message = await self._receive()
+        except TimeoutError:
+            raise errors.too_slow(BODY_SECONDS) from None
         if message["type"] == "http.request":
+            self._whole = not message.get("more_body", False)
             self._left -= len(message.get("body", b""))
             if self._left < 0:
                 raise errors.too_large(self._max_body)

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import uvicorn
 import uvloop
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 import octavo
 from octavo.async_llm import AsyncLLM
@@ -39,11 +38,11 @@ from octavo.server.app import build_app
 from octavo.server.files.store import FileStore
 from octavo.server.keys import Keys
 from octavo.server.service import Service, formats_of, served_names
+from octavo.server.wire import Protocol
 
 if TYPE_CHECKING:
     from octavo.frontend.fleet import Source
 
-MAX_HEAD_BYTES = 64 * 2**10  # request line and headers
 ANSWER_SECONDS = 0.5  # for requests that were just aborted to write their last byte
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -230,37 +229,10 @@ class _Http(uvicorn.Server):
         self._started()
 
 
-class _Protocol(HttpToolsProtocol):
-    """Bounds the head of a request, which httptools would collect without end."""
-
-    _head_bytes = 0
-    _in_head = True
-
-    def data_received(self, data: bytes) -> None:
-        if self._in_head:
-            self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("The headers are too large.")
-
-    def on_message_begin(self) -> None:
-        self._in_head = True
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self._in_head = False
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        self._in_head = True
-        self._head_bytes = 0
-        super().on_message_complete()
-
-
 def _http_config(app: Any) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=_Protocol,
+        http=Protocol,
         loop="none",
         lifespan="off",
         ws="none",
