@@ -213,3 +213,16 @@ def test_bandwidth_by_the_name_that_a_driver_gives(title: str, bandwidth: float 
 
 def test_measured_bandwidth_is_that_of_some_memory() -> None:
     assert 1e8 < machines.measure_bandwidth() < 1e13
+
+
+def test_what_a_model_without_known_layers_keeps_is_not_guessed(tmp_path: Path) -> None:
+    tiny.make(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    kept = {key: config[key] for key in ("vocab_size", "hidden_size", "max_position_embeddings")}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**kept, "architectures": ["MambaForCausalLM"], "model_type": "mamba"})
+    )
+    made = plan(tmp_path)
+    assert "found out by running the model" in describe(made)
+    assert "none fits" not in describe(made)
+    assert made.exit_code == 0

@@ -124,9 +124,10 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
     cache = _cache(config, model, machine, weights, max_len)
     advice = _advice(config, model, machine, weights, cache, max_len)
     fixed = options.max_model_len not in (None, -1)
-    if _too_heavy(machine, weights, cache) or cache.tokens < (max_len if fixed else 1):
+    fitting = cache.tokens if cache.bytes_per_token else max_len  # what nobody knows is not against it
+    if _too_heavy(machine, weights, cache) or fitting < (max_len if fixed else 1):
         code = code or OutOfMemory.exit_code
-    elif cache.tokens < max_len:
+    elif fitting < max_len:
         max_len, max_len_reason = cache.tokens, f"as many as fit; the model's own is {max_len_reason}"
     return Plan(
         model=source.reason,
@@ -270,7 +271,7 @@ def _advice(
     page = int(config.memory.block_size)
     needed = (-(-max_len // page) + 1) * page * cache.bytes_per_token
     too_heavy = _too_heavy(machine, weights, cache)
-    if cache.tokens >= max_len and not too_heavy:
+    if (cache.tokens >= max_len or not cache.bytes_per_token) and not too_heavy:
         return ()
     out = []
     if too_heavy or cache.budget < 0:
@@ -327,6 +328,10 @@ def describe(plan: Plan) -> str:
     """The plan in lines of a name and what there is to say on it."""
     weights, cache, machine = plan.weights, plan.cache, plan.machine
     fits = [f"{count} of {length}" for length, count in cache.sequences.items()]
+    sequences = ", ".join(fits) + " tokens" if fits else "none fits"
+    room = f"{size(cache.bytes_per_token)} a token; {size(cache.budget)} = {cache.tokens:,} tokens"
+    if not cache.bytes_per_token:
+        room, sequences = f"{size(cache.budget)}; what a token takes is found out by running the model", "not known"
     speed = "" if machine.bandwidth is None else f", {machine.bandwidth / 1e9:.0f} GB/s"
     rows = [
         ("model", plan.model),
@@ -337,9 +342,9 @@ def describe(plan: Plan) -> str:
         *(("rope", line) for line in plan.rope),
         ("quantisation", plan.quantisation or "none"),
         ("weights", f"{weights.parameters:,} parameters, {size(weights.loaded)} ({size(weights.stored)} on disk)"),
-        ("kv cache", f"{size(cache.bytes_per_token)} a token; {size(cache.budget)} = {cache.tokens:,} tokens"),
+        ("kv cache", room),
         ("", cache.budget_reason),
-        ("sequences", ", ".join(fits) + " tokens" if fits else "none fits"),
+        ("sequences", sequences),
         ("sampling", ", ".join(f"{k} {v}" for k, v in plan.sampling.items()) or "octavo's own defaults"),
         ("ends at", ", ".join(map(str, plan.eos_ids)) or "no id is named; the tokenizer's"),
         ("downloads", _downloads_text(plan.downloads)),
