@@ -168,6 +168,6 @@ def test_a_plan_of_a_gguf_file_in_a_repo(hub: Hub, shell: Shell, tmp_path: Path)
     file = write_gguf(tmp_path / "m-F32.gguf", {**tiny_tensors(), **factors}, tiny_metadata())
     hub.push("owner/name", {"m-F32.gguf": file.read_bytes(), "m-Q8_0.gguf": b"GGUF"})
     found = shell.plan("owner/name:F32")
-    assert found["quantisation"] == "GGUF F32, dequantised on loading"
+    assert found["quantisation"] == "GGUF F32 dequantised on loading"
     assert found["rope"] == ["longrope, theta 10000, 8 of 8 dimensions"]
     assert found["downloads"] == [["m-F32.gguf", file.stat().st_size]]
