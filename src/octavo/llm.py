@@ -45,7 +45,6 @@ NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
     "enable_lora": (False,),
     "max_seq_len_to_capture": None,
     "pipeline_parallel_size": (1,),
-    "quantization": (None,),
     "runner": ("auto", "generate"),
     "swap_space": None,
     "task": ("auto", "generate", None),
