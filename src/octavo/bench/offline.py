@@ -44,7 +44,7 @@ class Round:
 def make_core(config: EngineConfig) -> EngineCore:
     """The engine core with the real worker; loads the model. Raises `ConfigError` for several engines."""
     from octavo.core.engine import EngineCore
-    from octavo.runtime.worker import Worker
+    from octavo.runtime.worker import worker_for
 
     parallel = config.parallel
     if parallel.data_parallel_size > 1 or parallel.distributed_executor_backend != "mp":
@@ -53,7 +53,7 @@ def make_core(config: EngineConfig) -> EngineCore:
             f"{parallel.distributed_executor_backend}; this measures one engine of this machine.",
             "Leave them out, or measure a server with octavo bench serve.",
         )
-    return EngineCore(config, Worker())
+    return EngineCore(config, worker_for(config))
 
 
 def warm_up(core: EngineCore, prompts: list[list[int]], max_tokens: int) -> None:

@@ -93,6 +93,9 @@ class Worker:
 
     def load(self, progress: Progress) -> None:
         """See `runtime.base.WorkerBase.load`."""
+        ranks = self._config.parallel.tensor_parallel_size
+        if ranks != self.group.size:
+            raise ConfigError(f"tensor_parallel_size is {ranks}, but this is for one device.", "Leave it out.")
         if self._live is None:
             with group.use(self.group):
                 self._model = self._make(self._model_config, self._max_len)
