@@ -13,33 +13,38 @@ def config(engines: int, ranks: int = 1, device: str = "auto") -> EngineConfig:
     return EngineConfig.of(model="m", data_parallel_size=engines, tensor_parallel_size=ranks, device=device)
 
 
+def env_of(config: EngineConfig) -> list[dict[str, str]]:
+    return [dict(share.env) for share in devices.shares(config)]
+
+
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """One without GPUs, and with 8 threads."""
-    monkeypatch.setattr(devices, "NVIDIA", tmp_path / "gpus")
+    """The devices of one without GPUs, and with 8 threads."""
+    monkeypatch.setattr(devices, "DEVICES", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    return tmp_path / "gpus"
+    return tmp_path
 
 
 def test_one_engine_gets_what_there_is() -> None:
-    assert devices.shares(config(1)) == [{}]
+    assert devices.shares(config(1)) == [devices.Share(config(1))]
 
 
 def test_threads_are_divided_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert devices.shares(config(3)) == [{"OMP_NUM_THREADS": "2"}] * 3
-    assert devices.shares(config(16)) == [{"OMP_NUM_THREADS": "1"}] * 16
+    assert env_of(config(3)) == [{"OMP_NUM_THREADS": "2"}] * 3
+    assert env_of(config(16)) == [{"OMP_NUM_THREADS": "1"}] * 16
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(6)))
-    assert devices.shares(config(2)) == [{"OMP_NUM_THREADS": "3"}] * 2
+    assert env_of(config(2)) == [{"OMP_NUM_THREADS": "3"}] * 2
 
 
-def test_each_engine_gets_gpus_of_its_own(machine: Path) -> None:
-    for i in range(4):
-        (machine / str(i)).mkdir(parents=True)
-    assert devices.shares(config(2)) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
-    assert devices.shares(config(2, 2)) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
-    assert devices.shares(config(2, device="cpu")) == [{"OMP_NUM_THREADS": "4"}] * 2
+def test_each_engine_gets_gpus_of_its_own_and_may_not_do_without(machine: Path) -> None:
+    for name in ("nvidia2", "nvidia3", "nvidia5", "nvidia12", "nvidiactl", "nvidia-uvm"):
+        (machine / name).touch()
+    assert env_of(config(2)) == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    assert env_of(config(2, 2)) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert {share.config.device.device for share in devices.shares(config(2))} == {"cuda"}
+    assert env_of(config(2, device="cpu")) == [{"OMP_NUM_THREADS": "4"}] * 2
     with pytest.raises(ConfigError, match="takes 6 GPUs; 4 can be seen"):
         devices.shares(config(3, 2))
 

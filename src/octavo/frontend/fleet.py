@@ -82,19 +82,20 @@ class Processes:
     ) -> None:
         self.owned = True
         self.tries: int | None = MAX_TRIES if config.parallel.data_parallel_size > 1 else 0
-        self._config, self._worker, self._log_level = config, worker, log_level
+        self._worker, self._log_level = worker, log_level
         self._hash_key = hash_key.hex()
         self._shares = shares(config)
         self._addresses = addresses or [""] * len(self._shares)
 
     async def open(self, index: int) -> Core:
+        share = self._shares[index]
         return spawn(
-            self._config,
+            share.config,
             self._worker,
             log_level=self._log_level,
             address=self._addresses[index],
             hash_key=self._hash_key,
-            env=self._shares[index],
+            env=share.env,
         )
 
     async def close(self) -> None:

@@ -40,7 +40,8 @@ class SeveralCores:
         self._cores: list[Core] = []
         try:
             for share in shares(config):
-                self._cores.append(spawn(config, worker, log_level="warning", hash_key=hash_key.hex(), env=share))
+                core = spawn(share.config, worker, log_level="warning", hash_key=hash_key.hex(), env=share.env)
+                self._cores.append(core)
             infos = [core.wait_ready() for core in self._cores]
         except BaseException:
             for core in self._cores:
