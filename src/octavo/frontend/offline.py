@@ -40,8 +40,8 @@ class SeveralCores:
         self._cores: list[Core] = []
         try:
             for share in shares(config):
-                core = spawn(share.config, worker, log_level="warning", hash_key=hash_key.hex(), env=share.env)
-                self._cores.append(core)
+                started = spawn(share.config, worker, log_level="warning", hash_key=hash_key.hex(), env=share.env)
+                self._cores.append(started)
             infos = [core.wait_ready() for core in self._cores]
         except BaseException:
             for core in self._cores:
