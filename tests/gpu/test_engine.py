@@ -278,6 +278,8 @@ def test_no_request_waits_for_a_compiler(
         serve(core, {id: requests[id]})
     core.reset_prefix_cache()
     serve(core, {id: requests[id] for id in ("r5", "r1", "r2", "r4", "r7")})
+    serve(core, requests, temperature=0.7)
+    serve(core, {"r2": requests["r2"]}, temperature=0.7, frequency_penalty=0.1)
     serve(core, requests, temperature=0.7, top_p=0.8, logprobs=3)
     serve(core, {"r4": requests["r4"]}, temperature=0.7, top_k=5, presence_penalty=0.3, repetition_penalty=1.1)
     assert compiled == []

@@ -314,17 +314,11 @@ def _mass_from(value_ptr, count, bound, top, inverse, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _exact(
-    value_ptr, id_ptr, count, least, key0, key1, top_k, top_p, floor, top, inverse,
-    LISTED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The token that the filters and the race leave of ``count`` values; ``LISTED``: their tokens are at ``id_ptr``.
-
-    At least top_k of them have an order of ``least`` or more.
-    """
+def _exact(value_ptr, count, key0, key1, top_k, top_p, floor, top, inverse, BLOCK: tl.constexpr):
+    """The token that the filters and the race leave of a row's ``count`` values."""
     bound = _order(floor)
-    if (top_k > 0) & (top_k < count):
-        low, high = least, _order(top)
+    if top_k > 0:
+        low, high = _LEAST, _order(top)
         while low < high:  # to the greatest order that top_k values reach
             middle = (low | high) - ((low ^ high) >> 1)
             reached = _reach(value_ptr, count, middle, BLOCK) >= top_k
@@ -345,16 +339,40 @@ def _exact(
         at = first + tl.arange(0, BLOCK)
         live = at < count
         x = tl.load(value_ptr + at, live, float("-inf")).to(tl.float32)
-        token = at
-        if LISTED:
-            token = tl.load(id_ptr + at, live, 0)
-        score = _weight(x, top, inverse) / _exponential(token, key0, key1)
+        score = _weight(x, top, inverse) / _exponential(at, key0, key1)
         score = tl.where(live & (_order(x) >= bound), score, -1.0)
         most = tl.max(score)
-        token = tl.min(tl.where(score == most, token, 0x7FFFFFFF))
-        winner = tl.where((most > best) | ((most == best) & (token < winner)), token, winner)
+        token = tl.min(tl.where(score == most, at, 0x7FFFFFFF))
+        winner = tl.where(most > best, token, winner)
         best = tl.maximum(best, most)
     return winner
+
+
+@triton.jit
+def _exact_of_list(x, token, least, key0, key1, top_k, top_p, floor, top, inverse):
+    """As `_exact` of values and tokens that a program holds, -inf where it has none; at least top_k of them have an
+    order of ``least`` or more."""
+    keys = _order(x)
+    low, high = least, _order(top)
+    while low < high:
+        middle = (low | high) - ((low ^ high) >> 1)
+        reached = tl.sum((keys >= middle).to(tl.int32)) >= top_k
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle - 1)
+    bound = tl.maximum(_order(floor), low)
+    weight = _weight(x, top, inverse)
+    if top_p < 1.0:
+        masses = tl.where(keys >= bound, weight, 0.0).to(tl.float64)
+        target = tl.sum(masses) * top_p.to(tl.float64)
+        low, high = bound, _order(top)
+        while low < high:
+            middle = (low & high) + ((low ^ high) >> 1)
+            enough = tl.sum(tl.where(keys > middle, masses, 0.0)) < target
+            high = tl.where(enough, middle, high)
+            low = tl.where(enough, low, middle + 1)
+        bound = high
+    score = tl.where((keys >= bound) & (x > float("-inf")), weight / _exponential(token, key0, key1), -1.0)
+    return tl.min(tl.where(score == tl.max(score), token, 0x7FFFFFFF))
 
 
 @triton.jit(
@@ -384,14 +402,13 @@ def _settle_kernel(
         if top_k > 0:
             found = tl.load(listed_ptr + row)
             if (found > 0) & (found <= LISTED):
-                token = _exact(
-                    value_ptr + row * LISTED, id_ptr + row * LISTED, found, tl.load(bound_ptr + row), key0, key1, top_k,
-                    top_p, floor, top, inverse, True, LISTED,
-                )  # fmt: skip
+                at = tl.arange(0, LISTED)
+                x = tl.load(value_ptr + row * LISTED + at, at < found, float("-inf"))
+                ids = tl.load(id_ptr + row * LISTED + at, at < found, 0)
+                least = tl.load(bound_ptr + row)
+                token = _exact_of_list(x, ids, least, key0, key1, top_k, top_p, floor, top, inverse)
             else:
-                token = _exact(
-                    x_ptr, id_ptr, SIZE, _LEAST, key0, key1, top_k, top_p, floor, top, inverse, False, LISTED
-                )
+                token = _exact(x_ptr, SIZE, key0, key1, top_k, top_p, floor, top, inverse, LISTED)
         elif (top_p < 1.0) | (min_p > 0.0):
             state = _judged(
                 x_ptr, peak_ptr, mass_ptr, above_ptr, floor_ptr, state_ptr, row, count, count * BLOCKS, top, inverse,
@@ -399,9 +416,7 @@ def _settle_kernel(
             )  # fmt: skip
             token = -1 - state
             if state < -SIZE:
-                token = _exact(
-                    x_ptr, id_ptr, SIZE, _LEAST, key0, key1, top_k, top_p, floor, top, inverse, False, LISTED
-                )
+                token = _exact(x_ptr, SIZE, key0, key1, top_k, top_p, floor, top, inverse, LISTED)
         else:
             token = _scaled_winner(peak_ptr, score_ptr, at_ptr, row, top, inverse, BLOCKS, PAD)
     tl.store(out_ptr + row, token)
@@ -560,7 +575,7 @@ def draw(x: torch.Tensor, settings: torch.Tensor, listed: bool, raced: bool) -> 
     """
     survey = _Survey(x, settings, ROUNDS if raced else 0)
     count = len(x)
-    values = ids = survey.at
+    values, ids = survey.group, survey.at  # of the same types as lists, so that one kernel serves
     if listed:
         values, ids = survey.gather(x, settings[TOP_K], None)
     state = torch.empty((ROUNDS + 1, count), dtype=torch.int32, device=x.device)
