@@ -135,6 +135,8 @@ const Kernels& avx2_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
+#elif defined(__aarch64__)
+const Kernels& neon_dotprod_kernels();
 #endif
 
 // A buffer of the calling thread, 64-byte aligned, that lives until the thread asks for a larger one of the same slot.

@@ -4,40 +4,21 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
-#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+
 #include "blocks.h"
 #include "pool.h"
 
 namespace nb = nanobind;
 using namespace octavo;
-
-void* octavo::scratch(Scratch slot, std::size_t bytes) {
-    struct Free {
-        void operator()(void* p) const { std::free(p); }
-    };
-    struct Buffer {
-        std::unique_ptr<void, Free> memory;
-        std::size_t size = 0;
-    };
-    thread_local Buffer buffers[int(Scratch::count)];
-    Buffer& b = buffers[int(slot)];
-    if (bytes > b.size) {
-        const std::size_t size = (bytes + 4095) / 4096 * 4096;
-        b.memory.reset();
-        b.size = 0;
-        b.memory.reset(std::aligned_alloc(64, size));
-        if (!b.memory) throw std::bad_alloc();
-        b.size = size;
-    }
-    return b.memory.get();
-}
 
 namespace {
 
@@ -55,6 +36,8 @@ std::vector<const Kernels*> supported() {
     if (avx512) tables.push_back(&avx512_kernels());
     if (avx2 && __builtin_cpu_supports("avxvnni")) tables.push_back(&avx2_vnni_kernels());
     if (avx2) tables.push_back(&avx2_kernels());
+#elif defined(__aarch64__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) tables.push_back(&neon_dotprod_kernels());
 #endif
     tables.push_back(&baseline_kernels());
     return tables;

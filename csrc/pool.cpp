@@ -3,7 +3,10 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 
 #if defined(__x86_64__)
@@ -113,5 +116,26 @@ void set_threads(int count) {
 }
 
 int threads() { return pool().wanted; }
+
+void* scratch(Scratch slot, std::size_t bytes) {
+    struct Free {
+        void operator()(void* p) const { std::free(p); }
+    };
+    struct Buffer {
+        std::unique_ptr<void, Free> memory;
+        std::size_t size = 0;
+    };
+    thread_local Buffer buffers[int(Scratch::count)];
+    Buffer& b = buffers[int(slot)];
+    if (bytes > b.size) {
+        const std::size_t size = (bytes + 4095) / 4096 * 4096;
+        b.memory.reset();
+        b.size = 0;
+        b.memory.reset(std::aligned_alloc(64, size));
+        if (!b.memory) throw std::bad_alloc();
+        b.size = size;
+    }
+    return b.memory.get();
+}
 
 }  // namespace octavo
