@@ -233,6 +233,19 @@ def test_an_engine_that_does_not_start_again_is_given_up_and_the_last_one_ends_a
     assert "no engine is left" in death.cause
 
 
+def test_the_health_of_all_does_not_wait_for_one_that_is_late() -> None:
+    async def work(balancer: Balancer, stubs: Stubs) -> None:
+        psutil.Process(stubs.cores[0].process.pid).suspend()
+        began = time.monotonic()
+        assert (await balancer.health()).pages_total == balancer.info.num_pages
+        assert time.monotonic() - began < 10
+        psutil.Process(stubs.cores[1].process.pid).suspend()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(balancer.health(), 1.5)
+
+    run(work)
+
+
 def test_an_engine_that_hangs_is_ended_and_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fleet, "PING_SECONDS", 0.1)
     monkeypatch.setattr(fleet, "HUNG_SECONDS", 2.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 import weakref
@@ -17,6 +18,7 @@ from octavo.frontend.routing import Router, slack_of, together
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 MAX_STARTS = 2  # of one request: if it is what kills engines, it is not to kill them all
+LATE_SECONDS = 1.0  # one long step must not make the whole server look ill
 FRESH_SECONDS = 0.2  # how old the load of engines may be that other processes use too
 RETRY_SECONDS = 2.0  # told to clients while no engine runs
 
@@ -122,12 +124,23 @@ class Balancer:
             await client.abort(ids)
 
     async def health(self) -> Stats:
-        """The sum over the engines that answer; raises `EngineDead` if none does."""
-        answers = await asyncio.gather(*(c.health() for c in self._fleet.clients()), return_exceptions=True)
-        stats = [answer for answer in answers if isinstance(answer, Stats)]
-        if not stats:
-            raise EngineDead("no engine answers.", "They are being started again; see the server's log.")
-        return Stats.sum(stats)
+        """The sum over the engines, of which one must answer; raises `EngineDead` if none does.
+
+        Those that let wait for more than `LATE_SECONDS` while others answered count with what they said last.
+        """
+        clients = self._fleet.clients()
+        asked = [asyncio.ensure_future(client.health()) for client in clients]
+        try:
+            for first in asyncio.as_completed(asked):
+                with contextlib.suppress(EngineDead):
+                    await first
+                    await asyncio.wait(asked, timeout=LATE_SECONDS)
+                    return Stats.sum([client.stats for client in clients])
+        finally:
+            for one in asked:
+                one.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+        raise EngineDead("no engine answers.", "They are being started again; see the server's log.")
 
     async def reset_prefix_cache(self) -> bool:
         """See `EngineClient.reset_prefix_cache`."""
