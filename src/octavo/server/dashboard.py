@@ -14,6 +14,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+import octavo
 from octavo.errors import EngineDead, RequestError
 from octavo.server.history import Span
 from octavo.server.service import Service
@@ -49,8 +50,6 @@ class DashboardData(msgspec.Struct, kw_only=True):
 
 async def data(service: Service, request: Request) -> Response:
     """The state of the engines, the requests that run, and those that ended after number ``after``."""
-    from octavo import __version__
-
     after = request.query_params.get("after", "0")
     if not (after.isascii() and after.isdigit() and len(after) <= 15):
         raise RequestError(f"after is {after[:20]!r}, no number.", "Give the largest number seen.", param="after")
@@ -60,7 +59,7 @@ async def data(service: Service, request: Request) -> Response:
     made = DashboardData(
         now=service.history.now(),
         model=service.names[0],
-        version=__version__,
+        version=octavo.__version__,
         device=info.device,
         dtype=info.dtype,
         max_model_len=info.max_model_len,
