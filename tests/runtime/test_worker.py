@@ -12,6 +12,7 @@ import torch
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import OutOfMemory
+from octavo.models.llama import LlamaForCausalLM
 from octavo.platforms.cpu import CpuPlatform
 from octavo.runtime.worker import Worker
 from tests.core.stub_engine import collect, make_request, run
@@ -171,3 +172,19 @@ def test_dummy_weights_generate_varied_tokens(folder: Path) -> None:
     core = engine(folder, load_format="dummy", seed=3)
     answers = serve(core, prompts(4))
     assert len({token for answer in answers.values() for token in answer}) > 4
+
+
+def test_a_step_without_memory_fails_its_requests_and_no_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core = engine(folder)
+
+    def allocate(*_: Any) -> torch.Tensor:
+        return torch.empty(1 << 62, dtype=torch.uint8)  # what torch says then is its own
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", allocate)
+        core.add(make_request(core, "a", [5, 6, 7]))
+        (failed,) = run(core)
+    assert failed.finish_reason == "error"
+    assert failed.status == 503
+    core.add(make_request(core, "b", [5, 6, 7]))
+    assert len(collect(run(core))["b"]) == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from octavo.errors import EngineDead, OctavoError, OutOfMemory
 from octavo.log import get_logger
 from octavo.parallel.group import LostPeer
 from octavo.runtime.base import Pending, Progress, TokenMask
-from octavo.runtime.executor import Executor, Init, Load, PlanMemory, Step, TakeTokens
+from octavo.runtime.executor import CLOSE_SECONDS, Executor, Init, Load, PlanMemory, Step, TakeTokens
 from octavo.runtime.runner import Launched
 from octavo.runtime.worker import Worker
 from octavo.types import StepPlan, StepResult
@@ -122,8 +123,13 @@ class ParallelWorker:
 
 
 def _end(executor: Executor, worker: Worker) -> None:
+    drained = threading.Thread(target=worker.wait_for_device, daemon=True)
+    if not executor.failed:
+        drained.start()
+        drained.join(CLOSE_SECONDS)
     executor.close()
-    if not executor.failed:  # or kernels may still wait for a rank that is gone, and ending would wait for them
+    # Else kernels may wait for a rank that is gone, and ending would wait for them.
+    if not executor.failed and not drained.is_alive():
         worker.close()
 
 

@@ -177,6 +177,11 @@ class Worker:
             raise RuntimeError("plan_memory comes first, and nothing after close")
         return self._runner
 
+    def wait_for_device(self) -> None:
+        """Until all that was launched is done, if there are other ranks, whose devices this one's may wait for."""
+        if self.group.size > 1:
+            self.platform.to_host(torch.zeros(1, device=self.platform.device)).wait()
+
     def close(self) -> None:
         """See `runtime.base.WorkerBase.close`. Graphs go first: NCCL waits for those that have its kernels."""
         if self.group.size > 1:
