@@ -414,7 +414,7 @@ def write_report(rows: Sequence[Row]) -> None:
     old = rest.split(END)[0].splitlines() if f"Transformers {transformers.__version__}," in rest else []
     lines = {line.split(" | ")[0].strip("| "): line for line in old if line.startswith("| ")}
     for row in rows:
-        why = row.detail.replace("|", "\\|")
+        why = " ".join(row.detail.split()).replace("|", "\\|")
         lines[row.model_type] = f"| {row.model_type} | {row.architecture} | {row.status} | {why} |"
     table = [lines[model_type] for model_type in model_types() if model_type in lines]
     counts = Counter(line.split(" | ")[2] for line in table)

@@ -79,9 +79,10 @@ def build(wanted: ModelConfig, dtype: torch.dtype, classes: Classes | None = Non
             warnings.simplefilter("ignore")
             model = _made(classes.model, config, dtype)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
+        said = " ".join(str(error).split())  # one line
         raise ModelError(
-            f"{classes.model.__name__} cannot be built from this config: {type(error).__name__}: {error}.",
-            "Correct config.json, or install the version of Transformers that the model was made for.",
+            f"{classes.model.__name__} cannot be built from this config: {type(error).__name__}: {said.rstrip('.')}.",
+            "Correct config.json, or install the Transformers, and other packages, that the model was made for.",
             id="HF002",
         ) from error
     _keep_in_float32(model, dtype)
