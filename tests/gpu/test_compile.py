@@ -1,0 +1,64 @@
+"""Kernels compile for a card where there is none: Triton's compilers need only its name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile them for the card at hand")
+
+# In a process of its own, since this one has an interpreter in the compilers' place.
+PROGRAM = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+
+class Hopper:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+driver.set_active(Hopper())
+from octavo.kernels import attn_triton, linear_triton, rehearsal, sampling_triton, triton_ops
+from octavo.kernels.linear_triton import Launch
+from tests.kernels import grid
+
+for module in (attn_triton, linear_triton, sampling_triton, triton_ops):
+    module.chained = lambda device: True
+half = torch.bfloat16
+
+
+def launches():
+    batch = grid.Case(items=grid.DECODES).batch(half)
+    batch.cache = batch.cache.to(torch.float8_e4m3fn)
+    attn_triton.attention(*batch.arguments())
+    x, weight = torch.zeros(64, 1024, dtype=half), torch.zeros(512, 1024, dtype=half)
+    linear_triton.split_linear(x, weight, None, Launch(64, 128, 2, 4, 5, prefetch=True), "silu")
+    logits, settings = torch.zeros(2, 128256, dtype=half), torch.zeros(12, 2, dtype=torch.int32)
+    sampling_triton.draw(logits, settings, True, True)
+    sampling_triton.copy_masked(logits, settings, None)
+    sampling_triton.logprobs(logits, settings[0], 3)
+    triton_ops.greedy(logits)
+
+
+compiled = []
+__import__("triton").knobs.runtime.jit_post_compile_hook = lambda **details: compiled.append(details["repr"])
+rehearsal.rehearse(launches)
+print(len(compiled))
+"""
+
+
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 12
