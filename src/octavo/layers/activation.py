@@ -32,7 +32,7 @@ class GatedActivation(Layer):
     def of_product(self, product: Linear, x: torch.Tensor) -> torch.Tensor:
         """The activation of ``product(x)``."""
         if product.packed is not None:
-            return self(product(x))
+            return self.forward(product(x))
         gelu = self.operator == "gelu_tanh_and_mul"
         out: torch.Tensor = self.ops.gated_linear(x, product.weight, product.bias, gelu)
         return out
