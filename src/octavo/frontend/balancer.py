@@ -14,7 +14,7 @@ from octavo.config import EngineConfig
 from octavo.errors import EngineDead, OctavoError, Overloaded, RequestError
 from octavo.frontend.client import EngineClient, EngineState
 from octavo.frontend.fleet import Fleet, Processes, Slot, Source, connect
-from octavo.frontend.routing import Router, slack_of, together
+from octavo.frontend.routing import Router, router_for, together
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 MAX_STARTS = 2  # of one request: if it is what kills engines, it is not to kill them all
@@ -79,7 +79,7 @@ class Balancer:
     ) -> None:
         self._fleet = Fleet(source, size, on_down=self._down, on_end=on_death)
         self._shared = shared
-        self._router = Router(0)
+        self._router = Router(0, 1)
         self._flights: weakref.WeakValueDictionary[str, _Flight] = weakref.WeakValueDictionary()
         self._asked = 0.0
         self._asking: asyncio.Future[list[Stats | BaseException]] | None = None
@@ -91,7 +91,7 @@ class Balancer:
         if not infos:
             await self._fleet.close()
             raise EngineDead("all engines ended as soon as they were ready.", "See the log above.")
-        self._router = Router(slack_of(infos[0]))
+        self._router = router_for(infos[0])
         self.info = together(infos)
         return self
 

@@ -13,7 +13,7 @@ from octavo.config import EngineConfig
 from octavo.errors import EngineDead
 from octavo.frontend.core_process import LAST_WORDS_MS, Core, decode_output, error_of, spawn
 from octavo.frontend.devices import shares
-from octavo.frontend.routing import Router, slack_of, together
+from octavo.frontend.routing import router_for, together
 from octavo.types import (
     Abort,
     CoreOutput,
@@ -49,7 +49,7 @@ class SeveralCores:
             self.close()
             raise
         self.info = together(infos)
-        self._router = Router(slack_of(infos[0]))
+        self._router = router_for(infos[0])
         self._owners: dict[str, int] = {}
         self._stats = [Stats() for _ in self._cores]
         self._poller = zmq.Poller()

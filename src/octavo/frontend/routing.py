@@ -1,12 +1,17 @@
-"""Which engine a request goes to: the one that has its prefix in the cache, unless that one is much busier.
+"""Which engine a request goes to: one that has its prefix in the cache, unless that one is much busier.
 
 The keys of a prompt's pages (`cache.prefix`) say what it shares with others. The table remembers, for the keys of a
-prompt's pages 1, 2, 4, 8, … and the last, which engine it went to; of a new prompt the deepest page that is known
-decides. So a conversation goes where its last turn went, whatever it shares with others, at a dozen entries a prompt.
+prompt's pages 1, 2, 4, 8, … and the last, which engines it went to; of a new prompt the deepest page that is known
+decides. So a conversation goes where its last turn went, whatever it shares with others, at a dozen entries a prompt;
+and what all share is soon known to be everywhere.
+
+The longer the known prefix, the more may its engine be busier than the least busy one: computing `TOKENS` of a prompt
+again is held to be as bad as one more request beside oneself.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -16,15 +21,18 @@ from octavo.cache.prefix import split_keys
 from octavo.types import EngineInfo
 
 TABLE_SIZE = 100_000  # entries, of about 150 bytes
-SLACK = 0.25  # of a batch: by so much more may an engine have to do and still get the requests of its prefixes
+SLACK = 0.25  # of a batch: no prefix is worth more requests beside oneself
+TOKENS = 128
 
 
 class Router:
-    """``slack``: so many more requests than the least busy engine may one have and still get those of its prefixes."""
+    """``slack``: so many more requests than the least busy engine may one have at most and still get those of its
+    prefixes; ``page_size`` is in tokens."""
 
-    def __init__(self, slack: int, *, table_size: int = TABLE_SIZE) -> None:
+    def __init__(self, slack: int, page_size: int, *, table_size: int = TABLE_SIZE) -> None:
         self._slack = slack
-        self._table: OrderedDict[bytes, int] = OrderedDict()
+        self._page_size = page_size
+        self._table: OrderedDict[bytes, int] = OrderedDict()  # key of a page -> engines, as bits
         self._table_size = table_size
         self._last = -1
 
@@ -37,18 +45,23 @@ class Router:
         if least is None:
             return None
         keys = split_keys(page_hashes)
-        chosen = next((self._table[key] for key in reversed(keys) if key in self._table), least)
-        load, lowest = loads[chosen], loads[least]
-        if load is None or lowest is None or load - lowest > self._slack:
-            chosen = least
+        depth = next((depth for depth in range(len(keys), 0, -1) if keys[depth - 1] in self._table), 0)
+        chosen = self._holder(self._table[keys[depth - 1]], loads, least, depth) if depth else least
         self._remember(keys, chosen)
         self._last = chosen
         return chosen
 
+    def _holder(self, engines: int, loads: Sequence[float | None], least: int, depth: int) -> int:
+        """The least busy of ``engines``, which have ``depth`` pages of the prompt, if it is not too busy for that."""
+        holders = [(load, i) for i, load in enumerate(loads) if load is not None and engines >> i & 1]
+        load, holder = min(holders, default=(math.inf, least))
+        allowed = min(self._slack, depth * self._page_size / TOKENS)
+        return holder if load - (loads[least] or 0) <= allowed else least
+
     def forget(self, engine: int | None = None) -> None:
         """Drops what is known of an engine whose cache is gone; None: of all."""
-        for key in [key for key, index in self._table.items() if engine in (None, index)]:
-            del self._table[key]
+        gone = -1 if engine is None else 1 << engine
+        self._table = OrderedDict((key, left) for key, engines in self._table.items() if (left := engines & ~gone))
 
     def _least_busy(self, loads: Sequence[float | None]) -> int | None:
         """Among equals the next one in turn, so that an idle server warms all of its engines."""
@@ -59,8 +72,9 @@ class Router:
 
     def _remember(self, keys: Sequence[bytes], engine: int) -> None:
         for depth in _depths(len(keys)):
-            self._table[keys[depth - 1]] = engine
-            self._table.move_to_end(keys[depth - 1])
+            key = keys[depth - 1]
+            self._table[key] = self._table.get(key, 0) | 1 << engine
+            self._table.move_to_end(key)
         while len(self._table) > self._table_size:
             self._table.popitem(last=False)
 
@@ -70,9 +84,9 @@ def _depths(pages: int) -> list[int]:
     return [1 << i for i in range((pages - 1).bit_length())] + [pages] if pages else []
 
 
-def slack_of(info: EngineInfo) -> int:
-    """The `Router`'s slack among engines that are like ``info``."""
-    return max(2, int(SLACK * info.max_num_seqs))
+def router_for(info: EngineInfo) -> Router:
+    """The router among engines that are like ``info``."""
+    return Router(max(2, int(SLACK * info.max_num_seqs)), info.page_size)
 
 
 def together(infos: Sequence[EngineInfo]) -> EngineInfo:
