@@ -26,11 +26,11 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-from octavo.kernels import attn_triton, linear_triton, rehearsal, sampling_triton, triton_ops
+from octavo.kernels import attn_triton, linear_triton, peers_triton, rehearsal, sampling_triton, triton_ops
 from octavo.kernels.linear_triton import Launch
 from tests.kernels import grid
 
-for module in (attn_triton, linear_triton, sampling_triton, triton_ops):
+for module in (attn_triton, linear_triton, peers_triton, sampling_triton, triton_ops):
     module.chained = lambda device: True
 half = torch.bfloat16
 
@@ -43,9 +43,12 @@ def launches():
     linear_triton.split_linear(x, weight, None, Launch(64, 128, 2, 4, 5, prefetch=True), "silu")
     logits, settings = torch.zeros(2, 128256, dtype=half), torch.zeros(12, 2, dtype=torch.int32)
     sampling_triton.draw(logits, settings, True, True)
-    sampling_triton.copy_masked(logits, settings, None)
+    edit_triton.copy_masked(logits, settings, None)
     sampling_triton.logprobs(logits, settings[0], 3)
     triton_ops.greedy(logits)
+    sums = peers_triton.PeerSums(0, *torch.zeros(2, 2, dtype=torch.int64), None)
+    sums.sum(x)
+    sums.add_rms_norm(x, x, x[0], 1e-5)
 
 
 compiled = []

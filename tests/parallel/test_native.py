@@ -148,8 +148,8 @@ def test_each_rank_holds_its_share(ranks: Ranks, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "overrides", "cause", "remedy"),
     [
-        (3, {}, "does not divide the 4 of attention heads; neither divides the 2 K/V heads", "Give one of 1, 2, 4."),
-        (4, {"intermediate_size": 90}, "does not divide the 90 of intermediate_size", "Give one of 1, 2."),
+        (3, {}, "does not divide the attention heads (4); neither divides the K/V heads (2)", "Give one of 1, 2, 4."),
+        (4, {"intermediate_size": 90}, "does not divide intermediate_size (90)", "Give one of 1, 2."),
     ],
 )
 def test_sizes_that_do_not_divide_are_named_with_what_would_work(

@@ -59,9 +59,7 @@ def check(ranks: int, sizes: dict[str, int], layers: tuple[LayerSpec, ...]) -> N
 
 
 def _obstacles(ranks: int, sizes: dict[str, int], layers: tuple[LayerSpec, ...]) -> list[str]:
-    heads = {("attention heads", layer.heads) for layer in layers}
-    found = [
-        f"does not divide the {value} of {name}" for name, value in sorted({*sizes.items(), *heads}) if value % ranks
-    ]
+    heads = {("the attention heads", layer.heads) for layer in layers}
+    found = [f"does not divide {name} ({value})" for name, value in sorted({*sizes.items(), *heads}) if value % ranks]
     kv_heads = sorted({layer.kv_heads for layer in layers if layer.kv_heads % ranks and ranks % layer.kv_heads})
-    return found + [f"neither divides the {count} K/V heads nor is a multiple of them" for count in kv_heads]
+    return found + [f"neither divides the K/V heads ({count}) nor is a multiple of them" for count in kv_heads]

@@ -299,7 +299,7 @@ def _refuse_uneven(ranks: int, sharder: _Sharder) -> None:
     fitting = [str(n) for n in range(1, MOST_RANKS) if not any(size % n for size in sizes)]
     name, size = sharder.uneven[0]
     raise ConfigError(
-        f"tensor_parallel_size is {ranks}, which does not divide the {size} of {name}.",
+        f"tensor_parallel_size is {ranks}, which does not divide {name} ({size}).",
         f"Give one of {', '.join(fitting)}.",
     )
 
