@@ -27,30 +27,41 @@ import models_cpu
 HERE = Path(__file__).resolve().parent
 
 CASES = {"A": "A", "B": "B", "C": "C", "Q": "B", "EA": "EA", "EB": "EB"}  # to the workload's
-LIMIT = 600  # seconds for one program on one case
+GROUPS = (("A", "B", "C"), ("Q",), ("EA", "EB"))  # of one model: a program loads it once
+LIMIT = 600  # seconds for one program on one group
 SHARE = 0.05  # of the machine that others may take before a row says so
 FIGURES = {"A": "output_tok_s", "EA": "output_tok_s", "B": "decode_tok_s", "Q": "decode_tok_s", "EB": "decode_tok_s"}
 
 Row = dict[str, Any]
 
 
-def octavo(case: str, model: Path, workload: Path, rounds: int) -> Row:
-    """One case through ``octavo bench throughput``."""
+def octavo(cases: list[str], model: Path, workload: Path, rounds: int) -> list[Row]:
+    """Cases through ``octavo bench throughput``."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "octavo", "bench", "throughput", str(model), "--workload", str(workload)]
-        command += ["--cases", CASES[case], "--rounds", str(rounds), "--max-num-seqs", "64", "--json", str(out)]
+        command += [
+            "--cases",
+            ",".join(CASES[case] for case in cases),
+            "--rounds",
+            str(rounds),
+            "--max-num-seqs",
+            "64",
+            "--json",
+            str(out),
+        ]
         command += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "700M", "--log-level", "warning"]
-        command += [] if case == "Q" else ["--dtype", "bfloat16"]
+        command += [] if cases == ["Q"] else ["--dtype", "bfloat16"]
         run(command, {"PYTHONPATH": str(HERE.parent / "src")})
-        (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    return {key: value["median"] if isinstance(value, dict) else value for key, value in row.items()}
+        rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    return [{key: v.get("median", v.get("max")) if isinstance(v, dict) else v for key, v in r.items()} for r in rows]
 
 
-def peer(name: str, python: str, case: str, model: Path, workload: Path, rounds: int) -> Row:
-    """One case through `bench/cpu_peers.py` in the peer's own environment."""
-    command = [python, str(HERE / "cpu_peers.py"), name, str(model), str(workload), CASES[case], str(rounds)]
-    return dict(json.loads(run(command, {}).splitlines()[-1]))
+def peer(name: str, python: str, cases: list[str], model: Path, workload: Path, rounds: int) -> list[Row]:
+    """Cases through `bench/cpu_peers.py` in the peer's own environment."""
+    wanted = ",".join(CASES[case] for case in cases)
+    command = [python, str(HERE / "cpu_peers.py"), name, str(model), str(workload), wanted, str(rounds)]
+    return [dict(json.loads(line)) for line in run(command, {}).splitlines() if line.startswith("{")]
 
 
 def run(command: list[str], more: dict[str, str]) -> str:
@@ -96,20 +107,21 @@ def main() -> None:
     arguments.models.mkdir(parents=True, exist_ok=True)
     workload = arguments.models / "workload.json"
     workload.write_text(json.dumps(make_workload.workload()), encoding="utf-8")
-    everything: dict[str, dict[str, Row]] = {}
-    for case in arguments.cases.split(","):
-        rows: dict[str, Row] = {}
-        for name in ("octavo", *peers):
+    wanted = arguments.cases.split(",")
+    everything: dict[str, dict[str, Row]] = {case: {} for case in wanted}
+    for cases in ([case for case in group if case in wanted] for group in GROUPS):
+        for name in ("octavo", *peers) if cases else ():
             try:
-                model = models_cpu.path(case, name, arguments.models)
+                model = models_cpu.path(cases[0], name, arguments.models)
                 if name == "octavo":
-                    rows[name] = octavo(case, model, workload, arguments.rounds)
+                    rows = octavo(cases, model, workload, arguments.rounds)
                 else:
-                    rows[name] = peer(name, peers[name], case, model, workload, arguments.rounds)
+                    rows = peer(name, peers[name], cases, model, workload, arguments.rounds)
             except RuntimeError as error:
-                rows[name] = {"error": str(error)}
-            print(describe(case, name, rows[name], rows["octavo"]), flush=True)
-        everything[case] = rows
+                rows = [{"error": str(error)}] * len(cases)
+            for case, row in zip(cases, rows, strict=True):
+                everything[case][name] = row
+                print(describe(case, name, row, everything[case]["octavo"]), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(everything, indent=1), encoding="utf-8")
 

@@ -1,6 +1,6 @@
-"""One case on a peer of octavo, inside the peer's own environment; `bench/cpu.py` runs it. Prints a line of JSON.
+"""Cases on a peer of octavo, inside the peer's own environment; `bench/cpu.py` runs it. Prints a line of JSON for each.
 
-    python bench/cpu_peers.py llama.cpp|vllm|transformers MODEL WORKLOAD CASE ROUNDS
+    python bench/cpu_peers.py llama.cpp|vllm|transformers MODEL WORKLOAD CASES ROUNDS
 
 bfloat16, greedy, the end-of-sequence token ignored. An engine answers `generate(prompts, max_tokens)` with the time of
 the first token and how many tokens each prompt got.
@@ -40,6 +40,9 @@ def llama_cpp(model: str) -> Generate:
 
     def context(count: int) -> Any:
         if count not in contexts:
+            for other in contexts.values():
+                ll.llama_free(other)
+            contexts.clear()
             settings.n_seq_max, settings.n_ctx, settings.kv_unified = count, count * 512 if count > 1 else 4096, False
             contexts[count] = ll.llama_init_from_model(loaded, settings)
         return contexts[count]
@@ -155,14 +158,11 @@ def busy() -> tuple[float, float]:
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK"), own.user + own.system
 
 
-def main() -> None:
-    name, model, workload, case_name, rounds = sys.argv[1:]
-    generate = {"llama.cpp": llama_cpp, "vllm": vllm, "transformers": transformers}[name](model)
-    with open(workload, encoding="utf-8") as file:
-        case = json.load(file)[case_name]
+def measure(generate: Generate, case: dict[str, Any], rounds: int) -> dict[str, float]:
+    """Medians of the timed rounds, after a warm-up."""
     count = case["max_tokens"]
     rows: list[dict[str, float]] = []
-    for number, turn in enumerate(case["rounds"][: int(rounds) + 1]):
+    for number, turn in enumerate(case["rounds"][: rounds + 1]):
         prompts, before, start = turn["prompts"], busy(), time.perf_counter()
         if number == 0:
             generate(prompts, min(count, 16))
@@ -180,9 +180,17 @@ def main() -> None:
             row |= {"ttft_ms": 1000 * (first - start)}
             row |= {"decode_tok_s": (count - 1) / (start + seconds - first)} if count > 1 else {}
         rows.append(row)
-    result: dict[str, float] = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    print(json.dumps(result | {"peak_rss_mib": usage // 1024}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]} | {"peak_rss_mib": peak}
+
+
+def main() -> None:
+    name, model, workload, cases, rounds = sys.argv[1:]
+    generate = {"llama.cpp": llama_cpp, "vllm": vllm, "transformers": transformers}[name](model)
+    with open(workload, encoding="utf-8") as file:
+        found = json.load(file)
+    for case in cases.split(","):
+        print(json.dumps(measure(generate, found[case], int(rounds))), flush=True)
 
 
 if __name__ == "__main__":
