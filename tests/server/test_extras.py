@@ -154,3 +154,23 @@ def test_the_end_of_a_prompt_is_kept(keep: int, left: int) -> None:
         assert refused.json()["error"]["param"] == "truncate_prompt_tokens"
 
     run(work)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_timings_come_with_the_whole_and_with_the_last_chunk_when_asked_for(path: str) -> None:
+    async def work() -> None:
+        server = Server()
+        ask = {**(CHAT if "chat" in path else {"prompt": "hello"}), "max_tokens": 5}
+        assert "timings" not in (await server.post(path, ask)).json()
+        whole = (await server.post(path, {**ask, "return_timings": True})).json()["timings"]
+        text = (await server.post(path, {**ask, "return_timings": True, "stream": True})).text
+        *earlier, last = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert not any("timings" in chunk for chunk in earlier)
+        for timings in (whole, last["timings"]):
+            assert (timings["predicted_n"], timings["cached_n"]) == (5, 4)
+            assert 0 < timings["prompt_ms"] <= timings["total_ms"] < 20_000
+            rest = timings["total_ms"] - timings["prompt_ms"]
+            assert timings["predicted_per_token_ms"] == pytest.approx(rest / 4)
+        assert last["choices"] == []
+
+    run(work)

@@ -37,6 +37,40 @@ class Usage(msgspec.Struct):
         return cls(prompt, output, prompt + output, PromptDetails(sum(r.num_cached_tokens for r in results)))
 
 
+class Timings(msgspec.Struct, kw_only=True):
+    """How long a request took, in milliseconds, under llama.cpp's names where the meaning is equal.
+
+    ``prompt_ms`` is from the arrival to the first token, waiting included; ``predicted_per_token_ms`` is the mean over
+    the tokens after the first, of the longest of n answers. Of several prompts they are the first one's beginning and
+    the last one's end.
+    """
+
+    prompt_n: int
+    cached_n: int
+    prompt_ms: float
+    predicted_n: int
+    predicted_per_token_ms: float | None
+    total_ms: float
+
+    @classmethod
+    def of(cls, results: Sequence[RequestOutput]) -> Timings:
+        """Of all prompts of one request, which has ended."""
+        times = [result.metrics for result in results]
+        began = min(one.arrival_time for one in times)
+        first = min((one.first_token_time for one in times if one.first_token_time is not None), default=began)
+        end = max((one.finished_time for one in times if one.finished_time is not None), default=first)
+        lengths = [len(output.token_ids) for result in results for output in result.outputs]
+        longest = max(lengths, default=0)
+        return cls(
+            prompt_n=sum(len(result.prompt_token_ids) for result in results),
+            cached_n=sum(result.num_cached_tokens for result in results),
+            prompt_ms=1e3 * (first - began),
+            predicted_n=sum(lengths),
+            predicted_per_token_ms=1e3 * (end - first) / (longest - 1) if longest > 1 else None,
+            total_ms=1e3 * (end - began),
+        )
+
+
 class Tally:
     """The usage of an answer so far, for streams that tell it with every piece."""
 
@@ -88,6 +122,7 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    timings: Timings | msgspec.UnsetType = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct):
@@ -172,6 +207,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    timings: Timings | msgspec.UnsetType = msgspec.UNSET
     prompt_logprobs: Any = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
@@ -185,6 +221,7 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatDelta]
     usage: Usage | None = None
+    timings: Timings | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
 
 

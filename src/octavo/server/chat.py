@@ -17,6 +17,7 @@ from octavo.server.answers import (
     Logprobs,
     MessageDelta,
     Tally,
+    Timings,
     Usage,
     chat_logprobs,
 )
@@ -78,6 +79,7 @@ class _Answer:
             model=self._job.ask.model,
             choices=choices,
             usage=Usage.of([result]),
+            timings=self._timings(results),
             prompt_logprobs=msgspec.UNSET if self._body.prompt_logprobs is None else result.prompt_logprobs,
             prompt_token_ids=result.prompt_token_ids if self._body.return_token_ids else msgspec.UNSET,
         )
@@ -94,12 +96,17 @@ class _Answer:
             yield event(self._chunk([choice], usage))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
-        if self._body.include_usage:
-            yield event(self._chunk([], Usage.of(results)))
+        last = self._chunk([], Usage.of(results) if self._body.include_usage else None)
+        last.timings = self._timings(results)
+        if self._body.include_usage or self._body.return_timings:
+            yield event(last)
         yield DONE
 
     def broken(self, error: OctavoError) -> Iterable[bytes]:
         return broken_openai(error)
+
+    def _timings(self, results: list[RequestOutput]) -> Timings | msgspec.UnsetType:
+        return Timings.of(results) if self._body.return_timings else msgspec.UNSET
 
     def _chunk(self, choices: list[ChatDelta], usage: Usage | None = None) -> ChatChunk:
         job = self._job

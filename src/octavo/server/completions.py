@@ -17,6 +17,7 @@ from octavo.server.answers import (
     CompletionChoice,
     CompletionLogprobs,
     Tally,
+    Timings,
     Usage,
     completion_logprobs,
     name_of,
@@ -80,7 +81,9 @@ class _Answer:
             for i, result in enumerate(results)
             for output in result.outputs
         ]
-        return self._piece(choices, self._usage(results))
+        made = self._piece(choices, self._usage(results))
+        made.timings = self._timings(results)
+        return made
 
     def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
         choice = number * (self._body.n or 1) + delta.index
@@ -95,8 +98,10 @@ class _Answer:
         yield event(self._piece([made], self._tally.add(len(delta.token_ids)) if self._tally else None))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
-        if self._body.include_usage:
-            yield event(self._piece([], self._usage(results)))
+        last = self._piece([], self._usage(results) if self._body.include_usage else None)
+        last.timings = self._timings(results)
+        if self._body.include_usage or self._body.return_timings:
+            yield event(last)
         yield DONE
 
     def broken(self, error: OctavoError) -> Iterable[bytes]:
@@ -105,6 +110,9 @@ class _Answer:
     def _piece(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         job = self._job
         return Completion(id=job.id, created=job.created, model=job.ask.model, choices=choices, usage=usage)
+
+    def _timings(self, results: list[RequestOutput]) -> Timings | msgspec.UnsetType:
+        return Timings.of(results) if self._body.return_timings else msgspec.UNSET
 
     def _usage(self, results: list[RequestOutput]) -> Usage:
         usage = Usage.of(results)

@@ -110,6 +110,7 @@ class _Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
     max_tokens: int | None = None
     prompt_logprobs: int | None = None
     return_token_ids: bool | None = None
+    return_timings: bool | None = None  # how long it took, in the answer or in the stream's last chunk
     return_tokens_as_token_ids: bool | None = None  # names of tokens in log-probabilities: token_id:7
     response_format: ResponseFormat | None = None
     guided_json: JsonSchema | None = None
