@@ -215,7 +215,8 @@ def _use_own_attention(model: Any) -> None:
 def _caches(runner: nn.Module, output: Any) -> dict[str, Any]:
     """What ``runner`` returned to be given back; raises if that is nothing."""
     names = inspect.signature(runner.forward).parameters
-    found = {name: getattr(output, name, None) for name in CACHES if name in names}
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
+    found = {name: getattr(output, name, None) for name in CACHES if name in names or takes_all}
     found = {name: value for name, value in found.items() if value is not None}
     if not found:
         raise ValueError("nothing to keep was returned")
