@@ -213,6 +213,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     prompt_logprobs: list[TokenLogprobs] = []
     finish_reason: FinishReason | None = None
     cached: int = 0  # prompt tokens found in the prefix cache
+    queued: float = 0.0  # with the first token: seconds before the request was first part of a step
     error: str = ""  # with finish_reason "error": cause and remedy
     status: int = 0  # with finish_reason "error": the HTTP status of the error
 
@@ -416,6 +417,7 @@ class RequestMetrics(msgspec.Struct, kw_only=True):
     """Seconds on the monotonic clock of the process that made the request."""
 
     arrival_time: float = 0.0
+    scheduled_time: float | None = None  # known with the first token; time on the way to the engine comes after it
     first_token_time: float | None = None
     finished_time: float | None = None
 

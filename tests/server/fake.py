@@ -40,6 +40,7 @@ def speak(tokens: Sequence[int], *, ends: bool = True, finish: str = "length") -
                     prompt_logprobs=[] if prompt is None or i else prompt_scores(request, prompt),
                     finish_reason=finish if last else None,
                     cached=4 if i == 0 else 0,
+                    queued=0.25 if i == 0 else 0.0,
                 )
             )
         return outputs

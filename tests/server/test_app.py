@@ -534,8 +534,21 @@ def test_metrics_use_the_names_that_dashboards_know() -> None:
             "prefix_cache_hits_total",
         ):
             assert f"vllm:{name}{of_engine}" in samples
-        for name in ("time_to_first_token_seconds_count", "e2e_request_latency_seconds_count"):
-            assert f"vllm:{name}{label}" in samples
+        for name in (
+            "time_to_first_token_seconds",
+            "e2e_request_latency_seconds",
+            "request_queue_time_seconds",
+            "request_prefill_time_seconds",
+            "request_decode_time_seconds",
+            "request_inference_time_seconds",
+        ):
+            assert samples[f"vllm:{name}_count{label}"] == "1.0"
+        names = ("e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time")
+        whole, *parts = [float(samples[f"vllm:{name}_seconds_sum{label}"]) for name in names]
+        assert sum(parts) == pytest.approx(whole)
+        assert min(parts[0], parts[2]) > 0
+        assert samples[f"vllm:request_params_n_sum{label}"] == "2.0"
+        assert samples[f"vllm:request_params_max_tokens_sum{label}"] == "5.0"
         assert samples['vllm:request_success_total{finished_reason="length",model_name="m"}'] == "2.0"
         assert samples[f"vllm:request_generation_tokens_sum{label}"] == "10.0"
 

@@ -148,7 +148,8 @@ class RequestState:
         """Appends tokens up to a stop string; returns how many."""
         tokens = output.token_ids
         if tokens and self.metrics.first_token_time is None:
-            self.metrics.first_token_time = time.monotonic()
+            now = self.metrics.first_token_time = time.monotonic()
+            self.metrics.scheduled_time = min(self.metrics.arrival_time + output.queued, now)
         # The token that ended the output has no text, unless it is asked for; core and frontend agree on its place.
         ends = output.finish_reason == "stop" and not self.prepared.params.include_stop_str_in_output
         silent = len(tokens) - 1 if ends else len(tokens)

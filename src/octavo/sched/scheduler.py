@@ -393,6 +393,7 @@ class Scheduler:
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             cached=seq.cached,
+            queued=seq.queued if len(seq.tokens) == seq.prompt_len + 1 else 0.0,
         )
 
     def _reason(self, seq: SequenceState) -> FinishReason | None:

@@ -10,6 +10,7 @@ There are no phases: a prompt, its chunks, a recomputation and a decode all clos
 
 from __future__ import annotations
 
+import time
 from array import array
 from enum import Enum
 
@@ -46,6 +47,7 @@ class SequenceState:
         "preemptions",
         "prompt_len",
         "published",
+        "queued",
         "row",
         "salt",
         "sampling",
@@ -75,6 +77,7 @@ class SequenceState:
         self.inflight = 0
         self.scored = 0  # prompt log-probabilities sent
         self.cached = 0
+        self.queued = time.monotonic()  # when it came; from the first step on, the seconds until then
         self.epoch = 0
         self.preemptions = 0
         self.held = False  # waits until `Scheduler.resume`
@@ -98,6 +101,7 @@ class SequenceState:
         self.published = len(hit)
         if self.preemptions == 0:
             self.cached = self.computed
+            self.queued = time.monotonic() - self.queued
 
     def advance(self, count: int) -> bool:
         """``count`` more tokens are launched; returns whether that reaches the end of the known: one is sampled."""

@@ -15,7 +15,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from octavo.frontend.client import EngineState
-from octavo.types import RequestOutput, Stats
+from octavo.types import RequestOutput, SamplingParams, Stats
 
 _SECONDS = (
     0.001,
@@ -99,14 +99,23 @@ class Metrics:
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the last token.", _LONG)
         self._each = self._histogram("request_time_per_output_token_seconds", "Mean of a request.", _SECONDS)
+        self._queue = self._histogram("request_queue_time_seconds", "From arrival to the first step.", _LONG)
+        self._prefill = self._histogram("request_prefill_time_seconds", "From then to the first token.", _LONG)
+        self._decode = self._histogram("request_decode_time_seconds", "From then to the last token.", _LONG)
+        self._inference = self._histogram("request_inference_time_seconds", "From the first step to the end.", _LONG)
+        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request.", _TOKENS)
+        self._n = self._histogram("request_params_n", "n of a request.", (1, 2, 5, 10, 20, 50, 100, 128))
         self._prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self._output = self._histogram("request_generation_tokens", "Generated tokens of a request.", _TOKENS)
 
-    def finished(self, result: RequestOutput, otherwise: str) -> None:
+    def finished(self, result: RequestOutput, params: SamplingParams, otherwise: str) -> None:
         """Counts a request that has ended; ``otherwise`` is the reason of outputs that have none of their own."""
         times = result.metrics
         lengths = [len(output.token_ids) for output in result.outputs]
         self._prompt.observe(len(result.prompt_token_ids))
+        self._n.observe(len(result.outputs))
+        if params.max_tokens is not None:
+            self._max_tokens.observe(params.max_tokens)
         for output, length in zip(result.outputs, lengths, strict=True):
             self._ends.labels(self._model, output.finish_reason or otherwise).inc()
             self._output.observe(length)
@@ -114,6 +123,11 @@ class Metrics:
             return
         self._first.observe(times.first_token_time - times.arrival_time)
         self._whole.observe(times.finished_time - times.arrival_time)
+        scheduled = times.arrival_time if times.scheduled_time is None else times.scheduled_time
+        self._queue.observe(scheduled - times.arrival_time)
+        self._prefill.observe(times.first_token_time - scheduled)
+        self._decode.observe(times.finished_time - times.first_token_time)
+        self._inference.observe(times.finished_time - scheduled)
         if max(lengths) > 1:
             self._each.observe((times.finished_time - times.first_token_time) / (max(lengths) - 1))
 

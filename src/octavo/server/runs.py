@@ -45,7 +45,7 @@ class Runs:
                 raise
             finally:
                 for generation, result in zip(self._generations, self.results, strict=True):
-                    service.metrics.finished(result, otherwise)
+                    service.metrics.finished(result, generation.state.prepared.params, otherwise)
                     reason = next((o.finish_reason for o in result.outputs if o.finish_reason), None)
                     service.history.ended(generation.state, result, reason or otherwise)
 
