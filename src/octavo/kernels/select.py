@@ -117,7 +117,8 @@ class FusedLayer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """Sampling in which each row of a batch has its own settings: the functions of `kernels.sampling_triton`."""
+    """Sampling in which each row of a batch has its own settings: functions of `kernels.sampling_triton` and
+    `kernels.edit_triton`."""
 
     draw: Callable[[torch.Tensor, torch.Tensor, bool, bool], torch.Tensor]
     copy_masked: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -222,7 +223,7 @@ def int8_ops(device: torch.device, dtype: torch.dtype) -> Ops | None:
 def _triton() -> Ops | str:
     """The Triton kernels, or why not."""
     try:
-        from octavo.kernels import attn_triton, linear_triton, rehearsal, sampling_triton, triton_ops
+        from octavo.kernels import attn_triton, edit_triton, linear_triton, rehearsal, sampling_triton, triton_ops
     except ImportError as error:
         return f"no Triton ({error}): install the package triton for many times the speed"
     return Ops(
@@ -242,11 +243,11 @@ def _triton() -> Ops | str:
         fuse_layer=_never_fuses,
         row_sampling=RowSampling(
             draw=sampling_triton.draw,
-            copy_masked=sampling_triton.copy_masked,
-            penalise_=sampling_triton.penalise_,
-            record_=sampling_triton.record_,
+            copy_masked=edit_triton.copy_masked,
+            penalise_=edit_triton.penalise_,
+            record_=edit_triton.record_,
             logprobs=sampling_triton.logprobs,
-            send=sampling_triton.send,
+            send=edit_triton.send,
         ),
         rehearse=rehearsal.rehearse,
     )
