@@ -15,7 +15,7 @@ import pytest
 
 import octavo
 from octavo import cli, options
-from octavo.config import EngineConfig, ServerConfig, option_fields
+from octavo.config import LOAD_PACKAGES, EngineConfig, ServerConfig, option_fields
 from octavo.errors import ConfigError, ModelError, OutOfMemory
 from octavo.types import SamplingParams
 
@@ -139,7 +139,7 @@ def test_secrets_are_not_shown_with_the_rest_of_a_config() -> None:
 
 @pytest.mark.parametrize(
     ("format", "said"),
-    [("fastsafetensors", "several threads"), ("runai_streamer", "Download"), ("tensorizer", "safetensors")],
+    [("instanttensor", "several threads"), ("runai_streamer_sharded", "Download"), ("tensorizer", "safetensors")],
 )
 def test_load_formats_of_other_engines_are_answered_with_what_to_do(format: str, said: str) -> None:
     with pytest.raises(ConfigError, match="no load format") as caught:
@@ -147,6 +147,19 @@ def test_load_formats_of_other_engines_are_answered_with_what_to_do(format: str,
     assert said in caught.value.remedy
     with pytest.raises(ConfigError, match="no load format"):
         EngineConfig.of(model="m", load_format=format)
+
+
+@pytest.mark.parametrize(("version", "said"), [(None, "not installed"), ("0.4.9", "there as 0.4.9")])
+@pytest.mark.parametrize("format", ["fastsafetensors", "runai_streamer"])
+def test_a_load_format_without_its_package_is_answered_with_how_to_install_it(
+    format: str, version: str | None, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("octavo.config.package_version", lambda name: version)
+    with pytest.raises(ConfigError, match=said) as caught:
+        options.engine_config(parse("serve", "m", "--load-format", format))
+    assert caught.value.remedy.startswith(f"pip install '{LOAD_PACKAGES[format].name}>=0.")
+    monkeypatch.setattr("octavo.config.package_version", lambda name: "1.0rc1")
+    assert EngineConfig.of(model="m", load_format=format).model.load_format == format
 
 
 @pytest.mark.parametrize(

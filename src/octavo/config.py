@@ -13,7 +13,7 @@ import types as pytypes
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from octavo.errors import ConfigError
 
@@ -23,13 +23,25 @@ DEFAULT_BATCHED_TOKENS = 2048
 # Load formats of vLLM that octavo has no reader for, with what to do instead.
 OTHER_LOAD_FORMATS = {
     "bitsandbytes": "Take a GGUF file of the model, or its plain weights.",
-    "fastsafetensors": "Leave --load-format out: octavo reads the same files itself, with several threads.",
     "instanttensor": "Leave --load-format out: octavo reads the same files itself, with several threads.",
     "npcache": "Leave --load-format out: safetensors need no cache.",
-    "runai_streamer": "Download the model and leave --load-format out: octavo reads local files.",
     "runai_streamer_sharded": "Download the model and leave --load-format out: octavo reads local files.",
     "sharded_state": "Take the model's original files: octavo reads of each what a process needs.",
     "tensorizer": "Take the model's safetensors.",
+}
+
+
+class Package(NamedTuple):
+    """What a load format needs that octavo does not install: a distribution and its least version."""
+
+    name: str
+    least: str
+
+
+# Load formats that read safetensors with another package.
+LOAD_PACKAGES = {
+    "fastsafetensors": Package("fastsafetensors", "0.5"),
+    "runai_streamer": Package("runai-model-streamer", "0.17"),
 }
 
 
@@ -64,7 +76,9 @@ class ModelOptions:
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
     load_format: str = option(
-        "auto", "what to read the weights from", choices=("auto", "hf", "safetensors", "pt", "mistral", "gguf", "dummy")
+        "auto",
+        "what to read the weights from, and by which package if not by octavo",
+        choices=("auto", "hf", "safetensors", "pt", "mistral", "gguf", "dummy", *LOAD_PACKAGES),
     )
     model_impl: str = option(
         "auto", "who implements the model ('vllm' means native)", choices=("auto", "native", "vllm", "transformers")
@@ -162,6 +176,7 @@ class EngineConfig:
         for part, f in option_fields(type(self)):
             value, choices = getattr(getattr(self, part), f.name), f.metadata["choices"]
             check_choice(f.name, value, choices)
+        check_package(self.model.load_format)
         if not self.model.model:
             raise ConfigError("no model is named.", "Give a repo id, a folder or a .gguf file.")
         _range("max_num_seqs", self.limits.max_num_seqs, 1, 65_536)
@@ -223,6 +238,34 @@ def check_choice(name: str, value: object, choices: tuple[str, ...], *, shown: s
     if name == "load_format" and value in OTHER_LOAD_FORMATS:
         raise ConfigError(f"octavo has no load format {value}.", OTHER_LOAD_FORMATS[str(value)])
     raise ConfigError(f"{shown or name} is {value!r}.", f"Give one of {', '.join(choices)}.")
+
+
+def check_package(load_format: str) -> None:
+    """Raises `ConfigError` if ``load_format`` needs a package that is not there, or is older than what is used."""
+    if load_format not in LOAD_PACKAGES:
+        return
+    package = LOAD_PACKAGES[load_format]
+    found = package_version(package.name)
+    if found is None or _numbers(found) < _numbers(package.least):
+        state = "not installed" if found is None else f"there as {found}"
+        raise ConfigError(
+            f"load format {load_format} needs {package.name} {package.least} or newer, which is {state}.",
+            f"pip install '{package.name}>={package.least}', or leave --load-format out.",
+        )
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed distribution."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", version)[:2]]
 
 
 def _range(name: str, value: float | None, low: float, high: float) -> None:
@@ -355,6 +398,6 @@ class ModelConfig:
         return sum(2 * layer.kv_heads * layer.head_dim * size for layer in self.layers)
 
     def cache_shape(self, pages: int, page_size: int) -> tuple[int, ...]:
-        """Of the KV cache, see `kernels.metadata`; its layers have one shape. A model may have no layers that use it."""
+        """Of the KV cache, see `kernels.metadata`; its layers have one shape. A model may have none that use it."""
         first = self.layers[0] if self.layers else LayerSpec(heads=1, kv_heads=1, head_dim=1)
         return len(self.layers), pages, 2, first.kv_heads, page_size, first.head_dim

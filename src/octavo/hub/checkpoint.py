@@ -1,7 +1,8 @@
 """Weights on disk behind one face: names, shapes and slices of tensors as numpy arrays, without torch.
 
 `open_checkpoint` picks the files (index, shards, duplicates) and the reader. Pickled PyTorch files need torch to read,
-so their reader is `runtime.torch_checkpoint.PyTorchCheckpoint`, which the caller hands in as ``pytorch``.
+so their reader is `runtime.torch_checkpoint.PyTorchCheckpoint`, which the caller hands in as ``pytorch``; readers of
+safetensors that need it, too, are in `runtime.safetensors_packages`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from octavo.config import LOAD_PACKAGES
 from octavo.errors import ModelError
 from octavo.hub.gguf import GgufReader
 from octavo.hub.gguf_names import attention_rows, hf_names
@@ -68,6 +70,10 @@ class SafetensorsCheckpoint:
     def tensors(self) -> Mapping[str, TensorInfo]:
         return {name: file.tensors[name] for name, file in self._files.items()}
 
+    def file(self, name: str) -> SafetensorsFile:
+        """The file that tensor ``name`` is in."""
+        return self._files[name]
+
     def read(self, name: str, slices: Slices | None = None) -> Array:
         file = self._files[name]
         return Array(file.read(name, slices), file.tensors[name].dtype)
@@ -113,20 +119,24 @@ _MAX_INDEX = 100_000_000  # bytes
 
 
 def open_checkpoint(
-    source: Source, load_format: str = "auto", *, pytorch: Callable[[tuple[Path, ...]], Checkpoint] | None = None
+    source: Source,
+    load_format: str = "auto",
+    *,
+    pytorch: Callable[[tuple[Path, ...]], Checkpoint] | None = None,
+    safetensors: Callable[[tuple[Path, ...]], Checkpoint] = SafetensorsCheckpoint,
 ) -> Checkpoint:
     """The weights of ``source``. ``load_format`` is that of `ModelOptions`.
 
-    ``pytorch`` opens pickled files; without it, finding only such files is an error. Raises `ModelError`: HF040 if
-    files are missing, HF041 if one is damaged.
+    ``pytorch`` opens pickled files; without it, finding only such files is an error. ``safetensors`` opens those of
+    Transformers' layout. Raises `ModelError`: HF040 if files are missing, HF041 if one is damaged.
     """
     if source.kind == "gguf":
         return GgufCheckpoint(GgufReader(source.path))
     folder = source.path
-    if load_format in ("auto", "hf", "safetensors"):
+    if load_format in ("auto", "hf", "safetensors", *LOAD_PACKAGES):
         paths = safetensors_paths(folder)
         if paths and not _is_consolidated(paths):
-            return SafetensorsCheckpoint(paths)
+            return safetensors(paths)
     if load_format in ("auto", "mistral"):
         from octavo.hub.mistral_weights import MistralCheckpoint
 

@@ -55,6 +55,7 @@ class SafetensorsFile:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self._views: dict[str, npt.NDArray[Any]] = {}
+        self._begins: dict[str, int] = {}
         try:
             self._data: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, mode="r"))
         except (ValueError, OSError) as error:
@@ -65,6 +66,10 @@ class SafetensorsFile:
         """A view of the file, or a copy where the file keeps the tensor at an odd address."""
         view = self._views[name][slices or ...]
         return view if view.flags.aligned else view.copy()
+
+    def place(self, name: str) -> tuple[int, np.dtype[Any]]:
+        """The byte of the file at which the tensor begins, and the numpy type that carries its values."""
+        return self._begins[name], self._views[name].dtype
 
     def _parse(self) -> None:
         size = len(self._data)
@@ -115,6 +120,7 @@ class SafetensorsFile:
             if base + stop > len(self._data):
                 self._fail(f"tensor {name!r} ends at byte {base + stop}, but the file has {len(self._data)}")
             self.tensors[name] = TensorInfo(own, tuple(shape), nbytes)
+            self._begins[name] = base + begin
             try:
                 self._views[name] = self._data[base + begin : base + stop].view(carrier).reshape(shape)
             except ValueError as error:  # an empty tensor with a dimension too large for numpy

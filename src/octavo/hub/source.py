@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from octavo.config import LOAD_PACKAGES
+
 # Files beside the weights, at the root of a repo; never code, never media, never other frameworks' weights.
 _SMALL_FILES: Final = (
     "*.json",
@@ -40,14 +42,14 @@ CONFIGS: Final = ("config.json", "params.json")
 _WEIGHTS: Final = {
     "auto": ("*.safetensors", "consolidated*.safetensors", "*.bin"),
     "hf": ("*.safetensors", "*.bin"),
-    "safetensors": ("*.safetensors",),
+    **dict.fromkeys(("safetensors", *LOAD_PACKAGES), ("*.safetensors",)),
     "pt": ("*.bin", "*.pt"),
     "mistral": ("consolidated*.safetensors",),
 }
 _INDICES: Final = {
     "auto": ("model*.safetensors.index.json", "*.bin.index.json", "consolidated*.safetensors.index.json"),
     "hf": ("model*.safetensors.index.json", "*.bin.index.json"),
-    "safetensors": ("model*.safetensors.index.json",),
+    **dict.fromkeys(("safetensors", *LOAD_PACKAGES), ("model*.safetensors.index.json",)),
     "pt": ("*.bin.index.json",),
     "mistral": ("consolidated*.safetensors.index.json",),
 }

@@ -36,11 +36,15 @@ class PyTorchCheckpoint:
         }
 
     def read(self, name: str, slices: Slices | None = None) -> Array:
-        tensor = self._tensors[name].detach()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if tensor.dtype in _CARRIERS:
-            tensor = tensor.contiguous().view(_CARRIERS[tensor.dtype])
-        return Array(tensor[slices or ...].numpy(), dtype)
+        return as_array(self._tensors[name].detach(), slices)
+
+
+def as_array(tensor: torch.Tensor, slices: Slices | None) -> Array:
+    """``slices`` of a CPU tensor, whose memory the array shares."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.dtype in _CARRIERS:
+        tensor = tensor.contiguous().view(_CARRIERS[tensor.dtype])
+    return Array(tensor[slices or ...].numpy(), dtype)
 
 
 def _load(path: Path) -> dict[str, torch.Tensor]:

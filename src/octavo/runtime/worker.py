@@ -26,6 +26,7 @@ from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache
 from octavo.runtime.progress import LoadProgress
 from octavo.runtime.runner import Launched, Runner, largest_step, rehearse
+from octavo.runtime.safetensors_packages import safetensors_reader
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
 
@@ -112,7 +113,10 @@ class Worker:
         options = self._config.model
         if options.load_format == "dummy":
             return fill_dummy(self._model, options.seed, self.platform.device, options.quantization)
-        checkpoint = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint)
+        safetensors = safetensors_reader(options.load_format)
+        checkpoint = open_checkpoint(
+            self._source, options.load_format, pytorch=PyTorchCheckpoint, safetensors=safetensors
+        )
         nbytes = sum(info.nbytes for info in checkpoint.tensors().values())
         with LoadProgress(nbytes, progress, shown=self.group.rank == 0) as told:
             return load(
