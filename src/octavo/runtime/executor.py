@@ -211,10 +211,12 @@ class Executor:
                 raise self.reason(f"nothing came for {self._seconds} s")
             time.sleep(POLL_SECONDS)
 
+    def expect_end(self) -> None:
+        """From now on a rank that ends has not failed."""
+        self._closing = True
+
     def close(self) -> None:
         """Ends the followers at once; may be called twice."""
-        if self._closing:
-            return
         self._closing = True
         for follower in self._followers.values():
             follower.process.kill()

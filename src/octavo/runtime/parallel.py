@@ -123,14 +123,19 @@ class ParallelWorker:
 
 
 def _end(executor: Executor, worker: Worker) -> None:
-    drained = threading.Thread(target=worker.wait_for_device, daemon=True)
-    if not executor.failed:
-        drained.start()
-        drained.join(CLOSE_SECONDS)
+    executor.expect_end()
+    # Rank 0 lets go first: while the system takes back what a killed process had, it may have to wait. After a failure
+    # kernels may wait for a rank that is gone, and rank 0 would wait for them.
+    if not executor.failed and _done_in_time(worker.wait_for_device) and not _done_in_time(worker.close):
+        get_logger().warning("rank 0 takes long to let go of its device")
     executor.close()
-    # Else kernels may wait for a rank that is gone, and ending would wait for them.
-    if not executor.failed and not drained.is_alive():
-        worker.close()
+
+
+def _done_in_time(call: Callable[[], None]) -> bool:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(CLOSE_SECONDS)
+    return not thread.is_alive()
 
 
 MEMORY_REMEDY = "Lower --max-num-batched-tokens or --gpu-memory-utilization."
