@@ -124,6 +124,8 @@ def response_of(error: OctavoError, path: str, request_id: str) -> Response:
     headers = {}
     if isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, round(error.retry_after)))
+    if error.status in (408, 413):  # the rest of the body is not waited for
+        headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     anthropic = path.startswith(ANTHROPIC_PATHS)

@@ -10,6 +10,7 @@ import time
 import uuid
 
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.errors import OctavoError
@@ -43,7 +44,7 @@ class Guard:
         try:
             self._admit(scope)
             await self._app(scope, exchange.receive, exchange.send)
-        except errors.ClientGone:
+        except (errors.ClientGone, ClientDisconnect):
             exchange.status = 499
         except HTTPException as error:  # the router's: 404 or 405
             await exchange.fail(errors.no_route(error.status_code, scope["method"], scope["path"]))
