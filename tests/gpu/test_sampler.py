@@ -11,7 +11,9 @@ import torch
 
 from octavo.kernels import select
 from octavo.runtime.base import TokenMask
-from octavo.runtime.sampler import Sampled, SampleItem, Sampler
+from octavo.runtime.sampled import Sampled
+from octavo.runtime.sampler import Sampler
+from octavo.runtime.sampling_rows import SampleItem
 from octavo.types import Sampling
 
 pytest.importorskip("triton")

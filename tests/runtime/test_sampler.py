@@ -12,7 +12,9 @@ import torch
 
 from octavo.kernels import sampling as kernels
 from octavo.runtime.base import TokenMask
-from octavo.runtime.sampler import Sampled, SampleItem, Sampler
+from octavo.runtime.sampled import Sampled
+from octavo.runtime.sampler import Sampler
+from octavo.runtime.sampling_rows import SampleItem
 from octavo.types import Sampling
 
 VOCAB = 700
@@ -424,7 +426,7 @@ def test_few_tokens_are_looked_at_alone_with_the_same_outcome(monkeypatch: pytes
     outcomes = []
     allowed = {i: {*range(i, VOCAB, 97 + i)} for i in range(0, len(MIXED), 2)}
     for most in (512, 0):
-        monkeypatch.setattr("octavo.runtime.sampler._FEW_OCTETS", most)
+        monkeypatch.setattr("octavo.runtime.sample_groups._FEW_OCTETS", most)
         sampler = Sampler(VOCAB, CPU)
         for row, sampling in enumerate(MIXED):
             sampler.start(row, PROMPT, len(PROMPT), sampling)

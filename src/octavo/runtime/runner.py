@@ -18,7 +18,9 @@ from octavo.runtime.base import TokenMask
 from octavo.runtime.graphs import DecodeGraphs, warm_up
 from octavo.runtime.inputs import pack
 from octavo.runtime.memory import cache_dtype
-from octavo.runtime.sampler import NoSampler, Sampled, SampleItem, Sampler
+from octavo.runtime.sampled import Sampled
+from octavo.runtime.sampler import NoSampler, Sampler
+from octavo.runtime.sampling_rows import SampleItem
 from octavo.runtime.tables import Tables
 from octavo.types import StepPlan, StepResult, TokenLogprobs
 

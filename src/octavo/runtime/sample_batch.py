@@ -1,0 +1,112 @@
+"""Sampling of all rows of a step at once, with the operators of `kernels.select.RowSampling`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from octavo.kernels import sampling as kernels
+from octavo.kernels.select import Ops, RowSampling
+from octavo.runtime.base import TokenMask
+from octavo.runtime.penalties import upload
+from octavo.runtime.sampling_rows import SampleItem, SamplingRows
+
+
+class _Batch(NamedTuple):
+    """Some rows, and what does not change from step to step: ``packed`` as `kernels.sampling_triton` takes settings."""
+
+    rows: list[int]
+    packed: npt.NDArray[np.int32]
+    seeds: npt.NDArray[np.uint64]
+    slots: list[int]  # of `Penalties`
+    listed: bool  # some have a top_k
+    raced: bool  # some have a top_p or min_p, and no top_k
+    edited: bool
+    by_hand: bool  # edited by more than penalties
+
+
+class BatchSampler:
+    """``operators`` are those of ``ops`` that work row by row."""
+
+    def __init__(self, rows: SamplingRows, ops: Ops, operators: RowSampling) -> None:
+        self._rows = rows
+        self._ops = ops
+        self._operators = operators
+        self._batch: _Batch | None = None
+
+    def forget(self) -> None:
+        """To be called when a row gets other settings."""
+        self._batch = None
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        items: list[SampleItem],
+        best: torch.Tensor | None,
+        mask: TokenMask | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(outcome as of `kernels.sampling.greedy`, the settings of the rows on the device)."""
+        batch = self._batch_of([row for row, _ in items])
+        packed = self._settings(batch, items, mask)
+        settings = upload(packed, self._rows.device)
+        x = logits
+        if edited := batch.edited or mask is not None:
+            bits = None if mask is None else self._operators.send(mask.all_bits(), self._rows.device)
+            x = self._operators.copy_masked(logits, settings, bits)
+            if batch.by_hand:
+                self._rows.edit_(x, items)
+            longest = int(packed[8].max())
+            if longest > 0:
+                self._rows.penalties.apply_rows_(self._operators, x, settings, longest)
+        outcome = self._operators.draw(x, settings, batch.listed, batch.raced)
+        if edited:  # what is not finite may have been edited away
+            raw = self._ops.greedy(logits) if best is None else best
+            outcome *= raw[1:, : len(items)]
+        return outcome, settings
+
+    def _batch_of(self, rows: list[int]) -> _Batch:
+        """What is the same in each step over ``rows``; found once, since steps are often over the same."""
+        if self._batch is None or self._batch.rows != rows:
+            of = self._rows.parameters[rows]
+            packed = np.full((12, len(rows)), -1, np.int32)
+            packed[2], packed[7] = of["top_k"], of["slot"]
+            floats = {3: "temperature", 4: "top_p", 5: "min_p", 9: "repetition", 10: "presence", 11: "frequency"}
+            for at, name in floats.items():
+                packed[at] = of[name].view(np.int32)
+            listed = of["top_k"] > 0
+            raced = ~listed & ((of["top_p"] < 1) | (of["min_p"] > 0))
+            states = [self._rows[row] for row in rows]
+            by_hand = any(state.is_edited_by_hand() for state in states)
+            slots = [state.slot for state in states if state.slot is not None]
+            self._batch = _Batch(
+                rows,
+                packed,
+                of["seed"].copy(),
+                slots,
+                bool(listed.any()),
+                bool(raced.any()),
+                by_hand or bool(slots),
+                by_hand,
+            )
+        return self._batch
+
+    def _settings(self, batch: _Batch, items: list[SampleItem], mask: TokenMask | None) -> npt.NDArray[np.int32]:
+        """As `kernels.sampling_triton` takes them."""
+        packed = batch.packed.copy()
+        positions = np.array([position for _, position in items], np.uint64)
+        packed[:2] = kernels.noise_keys(batch.seeds, positions).T
+        if mask is not None:
+            packed[6, mask.items] = np.arange(len(mask.items))
+        packed[8] = self._rows.penalties.lengths(packed[7]) if batch.slots else 0
+        return packed
+
+    def record(self, tokens: torch.Tensor, items: list[SampleItem], settings: torch.Tensor) -> None:
+        """Takes the sampled tokens into penalty counts and tails; ``settings`` are what `sample` returned."""
+        batch = self._batch or self._batch_of([row for row, _ in items])
+        if batch.by_hand:
+            self._rows.shift_tails(tokens, items)
+        if batch.slots:
+            self._rows.penalties.append_rows(self._operators, batch.slots, tokens, settings)
