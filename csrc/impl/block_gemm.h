@@ -1,5 +1,8 @@
-// Products with weights in blocks (see blocks.h). Activations become int8 too, each group by its own greatest value, and
+// Products with weights in blocks (see blocks.h). Activations become integers, each group by its own greatest value, and
 // groups are added up in integers; y = sum over groups of a * d * (q . x) + a * m * sum(x), a being the scale of x.
+//
+// One int8 for an activation would lose more than bfloat16 does (a small model's answers change), so a row becomes two:
+// x = a * 254 * high + a * low. They go through the product as rows of their own and are added at its end.
 // A row's result does not depend on how many rows there are: every form adds the same terms in the same order.
 #pragma once
 
@@ -9,8 +12,8 @@
 
 namespace octavo::OCTAVO_ISA {
 
-// Activations in int8: q [rows, in], and for each row and group a and the rest's factor, which is a * sum(q) where the
-// weight stores a minimum, else -zero * a * sum(q).
+// Activations in int8: q [2 rows, in], the high part of a row and then the low one, and for each of these and each group
+// a and the rest's factor, which is a * sum(q) where the weight stores a minimum, else -zero * a * sum(q).
 struct Quantised {
     const int8_t* q;
     const float* scales;
@@ -19,37 +22,50 @@ struct Quantised {
 
 OCTAVO_INLINE vf absolute(vf v) { return (vf)((vu)v & 0x7fffffff); }
 
+constexpr int kBase = 254;  // high and low parts are in -127 ... 127
+
+OCTAVO_INLINE vi rounded(vf v) { return (vi)(v + 12582912.0f) - 0x4b400000; }  // the integer is then in the low bits
+
+OCTAVO_INLINE void store_bytes(int8_t* to, vi v) {
+    typedef int8_t vb __attribute__((vector_size(kLanes)));
+    const vb bytes = __builtin_convertvector(v, vb);
+    std::memcpy(to, &bytes, sizeof bytes);
+}
+
 template <class T, int GROUP>
-OCTAVO_INLINE void quantise_group(const T* x, float zero, int8_t* q, float* scales) {
+OCTAVO_INLINE void quantise_group(const T* x, float zero, int8_t* high, int8_t* low, float* of_high, float* of_low) {
     constexpr int kVecs = GROUP / kLanes;
     vf v[kVecs], most{};
     for (int i = 0; i < kVecs; i++) v[i] = load(x + i * kLanes), most = vmax(most, absolute(v[i]));
-    const float largest = max(most), a = largest / 127, inverse = largest > 0 ? 127 / largest : 0;
-    vi total{};
+    float largest = max(most);
+    if (largest < 1e-33f) largest = 0;  // or its inverse would be infinite
+    const float a = largest / (127 * kBase), inverse = largest > 0 ? 127 * kBase / largest : 0;
+    vi highs{}, lows{};
     for (int i = 0; i < kVecs; i++) {
-        vf n = v[i] * inverse + 12582912.0f;  // rounds to the nearest integer, which is then in the low bits
-        vi integer = (vi)n - 0x4b400000;
-        total += integer;
-        typedef int8_t vb __attribute__((vector_size(kLanes)));
-        vb bytes = __builtin_convertvector(integer, vb);
-        std::memcpy(q + i * kLanes, &bytes, sizeof bytes);
+        const vi whole = rounded(v[i] * inverse), h = rounded(__builtin_convertvector(whole, vf) * (1.0f / kBase));
+        const vi l = whole - h * kBase;
+        highs += h, lows += l;
+        store_bytes(high + i * kLanes, h);
+        store_bytes(low + i * kLanes, l);
     }
-    float factor = a * sum(__builtin_convertvector(total, vf));
-    scales[0] = a, scales[1] = zero != 0 ? -zero * factor : factor;
+    const float factor = zero != 0 ? -zero * a : a;
+    of_high[0] = a * kBase, of_high[1] = factor * kBase * sum(__builtin_convertvector(highs, vf));
+    of_low[0] = a, of_low[1] = factor * sum(__builtin_convertvector(lows, vf));
 }
 
 template <class T>
 Quantised quantise(const void* x, isize rows, isize in, isize stride, const BlockShape& shape) {
-    const isize groups = in / shape.group, bytes = (rows * in + 63) / 64 * 64;
-    auto* q = (int8_t*)scratch(Scratch::quantised, bytes + rows * groups * 2 * sizeof(float));
+    const isize groups = in / shape.group, bytes = (2 * rows * in + 63) / 64 * 64;
+    auto* q = (int8_t*)scratch(Scratch::quantised, bytes + 2 * rows * groups * 2 * sizeof(float));
     auto* scales = (float*)(q + bytes);
     parallel(rows > 1 && rows * in >= kParallelFrom, rows, [&](isize r) {
         const T* row = (const T*)x + r * stride;
         for (isize g = 0; g < groups; g++) {
             const isize at = g * shape.group;
-            float* to = scales + (r * groups + g) * 2;
-            if (shape.group == 16) quantise_group<T, 16>(row + at, shape.zero, q + r * in + at, to);
-            else quantise_group<T, 32>(row + at, shape.zero, q + r * in + at, to);
+            int8_t *high = q + 2 * r * in + at, *low = high + in;
+            float *of_high = scales + (2 * r * groups + g) * 2, *of_low = of_high + 2 * groups;
+            if (shape.group == 16) quantise_group<T, 16>(row + at, shape.zero, high, low, of_high, of_low);
+            else quantise_group<T, 32>(row + at, shape.zero, high, low, of_high, of_low);
         }
     });
     return {q, scales, in, groups};
@@ -170,7 +186,7 @@ struct BlockProduct {
     DType type;
     Quantised x;
     const uint8_t* panels;
-    isize record, rows, out;  // bytes of a record
+    isize record, rows, out;  // bytes of a record; rows of x, two for each of the result
     const void* bias;         // of the part's first output; may be null
     void* to;
     isize to_stride;
@@ -182,8 +198,11 @@ OCTAVO_INLINE void finish_as(const BlockProduct& b, isize row, isize column, con
     const T* bias = b.bias ? (const T*)b.bias + column : nullptr;
     finish_row<T, PANELS>(acc, bias, (T*)b.to + row * b.to_stride + column, b.out - column);
 }
+// Of the high part's row and the low part's after it.
 template <int PANELS>
-void finish_blocks(const BlockProduct& b, isize row, isize column, const vf* acc) {
+void finish_blocks(const BlockProduct& b, isize high, isize column, vf* acc, const vf* low) {
+    for (int v = 0; v < PANELS * kPanelVecs; v++) acc[v] += low[v];
+    const isize row = high / 2;
     if (b.type == DType::f32) finish_as<float, PANELS>(b, row, column, acc);
     else finish_as<bf16, PANELS>(b, row, column, acc);
 }
@@ -191,23 +210,18 @@ void finish_blocks(const BlockProduct& b, isize row, isize column, const vf* acc
 constexpr isize kBlocksAhead = 6144;  // bytes
 constexpr isize kBlockFew = 8;        // rows; more are faster unpacked
 
-// Few rows: straight from the packed records, one panel after the other, so that memory is read in order; two rows at a
-// time, the second time from the cache.
+// Few rows: straight from the packed records, one panel after the other, so that memory is read in order; one row of the
+// result at a time, from the second on from the cache.
 template <Format F>
 void stream_blocks(const BlockProduct& b, isize panel) {
     using R = Packed<F>;
     const isize groups = b.x.groups, stride = groups * R::kBytes;
     const uint8_t* w = b.panels + panel * stride;
-    isize row = 0;
-    for (; row + 2 <= b.rows; row += 2) {
+    for (isize row = 0; row < b.rows; row += 2) {
         vf acc[2][kPanelVecs] = {};
         add_groups<R, 2, 1, kBlocksAhead>(b.x, row, 0, groups, w, stride, acc);
-        for (int r = 0; r < 2; r++) finish_blocks<1>(b, row + r, panel * kPanel, acc[r]);
+        finish_blocks<1>(b, row, panel * kPanel, acc[0], acc[1]);
     }
-    if (row == b.rows) return;
-    vf acc[1][kPanelVecs] = {};
-    add_groups<R, 1, 1, kBlocksAhead>(b.x, row, 0, groups, w, stride, acc);
-    finish_blocks<1>(b, row, panel * kPanel, acc[0]);
 }
 
 #if defined(__AVX512F__)
@@ -238,12 +252,10 @@ void block_unit(const BlockProduct& b, Unit unit) {
                     if (from)
                         for (int i = 0; i < ROWS * kVecs; i++) acc[i / kVecs][i % kVecs] = load(sums + i * kLanes);
                     add_groups<R, ROWS, PANELS>(b.x, unit.first_row + r, from, from + count, unpacked, kStride, acc);
-                    for (int i = 0; i < ROWS; i++) {
-                        if (from + count == groups)
-                            finish_blocks<PANELS>(b, unit.first_row + r + i, unit.first_panel * kPanel, acc[i]);
-                        else
-                            for (int v = 0; v < kVecs; v++) store(sums + (i * kVecs + v) * kLanes, acc[i][v]);
-                    }
+                    for (int i = 0; i < ROWS && from + count < groups; i++)
+                        for (int v = 0; v < kVecs; v++) store(sums + (i * kVecs + v) * kLanes, acc[i][v]);
+                    for (int i = 0; i + 1 < ROWS && from + count == groups; i += 2)
+                        finish_blocks<PANELS>(b, unit.first_row + r + i, unit.first_panel * kPanel, acc[i], acc[i + 1]);
                 }
             });
     }
@@ -278,7 +290,7 @@ inline void block_product(DType type, const Weight& w, const ProductArgs& a) {
         const BlockShape shape = block_shape(part.format);
         if (shape.group != made.group || shape.zero != made.zero) x = quantise(type, w, a, shape), made = shape;
         const void* bias = w.bias ? (const char*)w.bias + first * size : nullptr;
-        const BlockProduct b{type, x, (const uint8_t*)part.panels, 0, a.rows, part.out, bias,
+        const BlockProduct b{type, x, (const uint8_t*)part.panels, 0, 2 * a.rows, part.out, bias,
                              (char*)a.out + first * size, w.out, nullptr};
         switch (part.format) {
             case Format::q4: block_part<Format::q4, Format::q4>(b); break;

@@ -46,13 +46,6 @@ def blocks_of(kind: str, out: int, size: int, seed: int = 0) -> tuple[torch.Tens
     return torch.from_numpy(raw.reshape(out, -1)), torch.from_numpy(dequantise(raw, FORMAT[kind]).astype(np.float64))
 
 
-def rounded(x: torch.Tensor, group: int) -> torch.Tensor:
-    """``x`` as the product sees it: int8 in groups, by the greatest of each."""
-    groups = x.float().unflatten(1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    return ((groups / scale).round().nan_to_num() * scale).flatten(1).double()
-
-
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.double() - expected).norm() / expected.norm())
 
@@ -83,27 +76,28 @@ SHAPES += [(13, 40, 2560), (245, 48, 256), (1, 192, 1536)]
 
 @pytest.mark.parametrize(("rows", "out", "size"), SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_product_equals_float64_on_the_rounded_activations(kind: str, rows: int, out: int, size: int) -> None:
+def test_product_equals_float64(kind: str, rows: int, out: int, size: int) -> None:
     blocks, _ = blocks_of(kind, out, size)
     values = cpu.pack_blocks([(kind, blocks)], None, torch.float32).rows(torch.arange(out)).double()
     generator = torch.Generator().manual_seed(rows)
     x, bias = torch.randn(rows, size + 32, generator=generator)[:, :size], torch.randn(out, generator=generator)
-    group = 16 if kind == "Q6_K" else 32
     for dtype in DTYPES:
         given, added = x.to(dtype), bias.to(dtype)
         for used in (None, added):
             got = cpu.pack_blocks([(kind, blocks)], used, dtype)(given)
-            expected = rounded(given, group) @ values.T + (0 if used is None else used.double())
+            expected = given.double() @ values.T + (0 if used is None else used.double())
             assert got.dtype is dtype
-            assert relative(got, expected) < (4e-3 if dtype is torch.bfloat16 else 1e-5)
+            assert relative(got, expected) < (5e-3 if dtype is torch.bfloat16 else 5e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rounding_activations_to_int8_costs_half_a_percent(kind: str) -> None:
-    blocks, values = blocks_of(kind, 64, 1536)
+def test_rounding_activations_costs_less_than_bfloat16_does(kind: str) -> None:
+    blocks, _ = blocks_of(kind, 64, 1536)
     x = torch.randn(8, 1536, generator=torch.Generator().manual_seed(1))
-    got = cpu.pack_blocks([(kind, blocks)], None, torch.float32)(x)
-    assert relative(got, x.double() @ values.T) < 8e-3
+    packed = cpu.pack_blocks([(kind, blocks)], None, torch.float32)
+    expected = x.double() @ packed.rows(torch.arange(64)).double().T
+    rounded = x.bfloat16().double() @ packed.rows(torch.arange(64)).double().T
+    assert relative(packed(x), expected) < relative(rounded, expected) / 20
 
 
 def test_parts_of_different_types_are_one_weight() -> None:
@@ -114,7 +108,7 @@ def test_parts_of_different_types_are_one_weight() -> None:
     for rows in (1, 9):
         x = torch.randn(rows, 512, generator=torch.Generator().manual_seed(rows))
         expected = torch.cat([x.double() @ values.T for _, _, values in made], dim=1) + bias.double()
-        assert relative(packed(x), expected) < 8e-3
+        assert relative(packed(x), expected) < HALF
     ids = torch.tensor([0, 63, 64, 87, 88, 127])
     assert relative(packed.rows(ids), torch.cat([values for _, _, values in made])[ids]) < HALF
     with pytest.raises(IndexError, match="vocabulary"):
@@ -138,6 +132,7 @@ def test_zeros_and_large_values_stay_what_they_are() -> None:
     x = torch.zeros(1, 64)
     x[0, 3], x[0, 40] = -1e30, 1e-30
     assert relative(packed(x), x.double() @ values.T) < 1e-6
+    assert packed(torch.full((1, 64), 1e-40)).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

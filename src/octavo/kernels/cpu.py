@@ -296,7 +296,7 @@ def pack_blocks(
     """The product of a weight in blocks of few bits, for activations of ``dtype`` (bfloat16 or float32).
 
     ``parts`` lie one below the other: (type, of `BLOCK_TYPES`; uint8 ``[out, bytes of a row]``). Activations are
-    rounded to int8 in groups of 32 (Q6_K: 16), each by its greatest. The scales of Q4_K, Q5_K and Q6_K, which are
+    rounded to 16 bits in groups of 32 (Q6_K: 16), each by its greatest. The scales of Q4_K, Q5_K and Q6_K, which are
     products of two numbers in the file, are rounded to float16. Raises ValueError for parts that do not fit together.
     """
     if not 0 < len(parts) <= MAX_PARTS or dtype not in _TYPES:
