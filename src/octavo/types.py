@@ -329,6 +329,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     prefix_caching: bool
+    phases: dict[str, float] = {}  # seconds of each part of the engine's start
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
+import os
 import statistics
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,12 +19,13 @@ import pytest
 
 from bench import make_workload
 from octavo import cli
-from octavo.bench import floor, offline, plot, report, serve
+from octavo.bench import floor, offline, plot, report, serve, startup
 from octavo.bench.floor import Floor
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import OctavoError
 from octavo.runtime.stub import StubWorker
+from tools import tiny
 
 SMALL = ("--input-len", "20", "--output-len", "6", "--num-prompts", "5", "--rounds", "2")
 
@@ -81,13 +85,22 @@ def test_latency_counts_every_step_and_request(tmp_path: Path) -> None:
     assert rows["first token"]["ms"]["p50"] < rows["request"]["ms"]["p50"]
 
 
-@pytest.mark.usefixtures("_stub")
-def test_startup_names_the_phases_and_their_sum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    out = tmp_path / "rows.json"
-    assert cli.main(["bench", "startup", "stub", "--json", str(out)]) == 0
-    rows = {row["phase"]: row["seconds"] for row in json.loads(out.read_text(encoding="utf-8"))["rows"]}
-    assert {"python", "import", "weights", "cache", "first token"} <= set(rows)
-    assert rows["all"] == pytest.approx(sum(s for name, s in rows.items() if name != "all"))
+def test_startup_names_the_phases_of_both_processes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
+    monkeypatch.setattr(startup, "measure", functools.partial(startup.measure, worker="stub"))
+    out, folder = tmp_path / "rows.json", tiny.make(tmp_path / "model")
+    assert cli.main(["bench", "startup", str(folder), "--json", str(out)]) == 0
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    api = {row["phase"]: row["seconds"] for row in rows if row["process"] == "api"}
+    engine = {row["phase"]: row["seconds"] for row in rows if row["process"] == "engine"}
+    assert list(api) == ["python", "import", "config", "tokenizer", "wait for the engine", "ready", "first token"]
+    assert list(engine) == ["python", "import", "config", "weights", "warm-up"]
+    assert all(seconds > 0 for seconds in (*api.values(), engine["python"], engine["import"]))
+    assert api["ready"] == pytest.approx(sum(list(api.values())[:5]))
+    assert sum(engine.values()) < api["ready"]  # they run beside each other
+    assert "wait for the engine" in capsys.readouterr().out
 
 
 def test_a_request_that_is_refused_fails_the_benchmark() -> None:

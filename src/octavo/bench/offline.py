@@ -46,6 +46,12 @@ def make_core(config: EngineConfig) -> EngineCore:
     from octavo.core.engine import EngineCore
     from octavo.runtime.worker import worker_for
 
+    check_single(config)
+    return EngineCore(config, worker_for(config))
+
+
+def check_single(config: EngineConfig) -> None:
+    """Raises `ConfigError` for several engines."""
     parallel = config.parallel
     if parallel.data_parallel_size > 1 or parallel.distributed_executor_backend != "mp":
         raise ConfigError(
@@ -53,7 +59,6 @@ def make_core(config: EngineConfig) -> EngineCore:
             f"{parallel.distributed_executor_backend}; this measures one engine of this machine.",
             "Leave them out, or measure a server with octavo bench serve.",
         )
-    return EngineCore(config, worker_for(config))
 
 
 def warm_up(core: EngineCore, prompts: list[list[int]], max_tokens: int) -> None:
@@ -66,7 +71,7 @@ def run(core: EngineCore, prompts: list[list[int]], max_tokens: int) -> Round:
 
     Raises `OctavoError` if a request is refused or ends early.
     """
-    requests = [_request(core.info, str(i), prompt, max_tokens) for i, prompt in enumerate(prompts)]
+    requests = [make_request(core.info, str(i), prompt, max_tokens) for i, prompt in enumerate(prompts)]
     first, finished, counts, steps = ({}, {}, dict.fromkeys((r.id for r in requests), 0), [])  # type: ignore[var-annotated]
     stats, cpu, start = core.stats(), _cpu_seconds(), time.perf_counter()
     for request in requests:
@@ -107,7 +112,8 @@ def peak_rss_mib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def _request(info: EngineInfo, id: str, prompt: list[int], max_tokens: int) -> Request:
+def make_request(info: EngineInfo, id: str, prompt: list[int], max_tokens: int) -> Request:
+    """A greedy request for ``max_tokens`` tokens after ``prompt``."""
     token_ids = array("i", prompt).tobytes()
     hashes = page_hashes(info.hash_key, b"", token_ids, info.page_size) if info.prefix_caching else b""
     return Request(

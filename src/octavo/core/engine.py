@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import msgspec
@@ -50,16 +50,17 @@ class EngineCore:
         progress: Progress = _silent,
         vocabulary: Callable[[], Vocabulary] | None = None,
         hash_key: bytes | None = None,
+        phases: Mapping[str, float] | None = None,
     ) -> None:
         self._worker = worker
         self._max_waiting = config.limits.max_waiting
         self._pending: deque[Pending] = deque()
-        self.phases: dict[str, float] = {}  # seconds of each part of the start, for `octavo bench startup`
+        self._phases = dict(phases or {})  # see `EngineInfo`
         model = self._timed("config", lambda: worker.init(config))
         # Launched steps that may stay unread.
         self._depth = int(worker.overlaps if overlap is None else overlap)
         self._timed("weights", lambda: worker.load(progress))
-        num_pages, max_len = self._timed("cache", worker.plan_memory)
+        num_pages, max_len = self._timed("warm-up", worker.plan_memory)
         limits = SchedulerLimits(
             max_rows=worker.max_rows,
             max_tokens=config.limits.max_num_batched_tokens,
@@ -87,6 +88,7 @@ class EngineCore:
             max_num_seqs=limits.max_rows,
             max_num_batched_tokens=limits.max_tokens,
             prefix_caching=limits.prefix_caching,
+            phases=self._phases,
         )
         self.model_config = model
         self.scheduler = Scheduler(limits, self.info.hash_key)
@@ -271,7 +273,7 @@ class EngineCore:
     def _timed(self, name: str, call: Callable[[], T]) -> T:
         start = time.perf_counter()
         value = call()
-        self.phases[name] = time.perf_counter() - start
+        self._phases[name] = time.perf_counter() - start
         return value
 
 

@@ -14,8 +14,10 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, Protocol
 
 import msgspec
@@ -173,6 +175,8 @@ def _dead(error: Exception) -> Dead:
 
 def _build(start: Start, on_death: Callable[[OctavoError], None]) -> Engine:
     """The imports are inside: they take most of the start, and one that fails is to be reported as `Dead`."""
+    phases = {"python": seconds_since_start()}
+    start_of_import = time.perf_counter()
     from octavo.core.engine import EngineCore
 
     worker: WorkerBase
@@ -184,10 +188,21 @@ def _build(start: Start, on_death: Callable[[OctavoError], None]) -> Engine:
         from octavo.runtime.worker import worker_for
 
         worker = worker_for(start.config, on_death=on_death)
-    engine = EngineCore(start.config, worker, hash_key=bytes.fromhex(start.hash_key) or None)
+    phases["import"] = time.perf_counter() - start_of_import
+    engine = EngineCore(start.config, worker, hash_key=bytes.fromhex(start.hash_key) or None, phases=phases)
     gc.collect()
     gc.freeze()  # modules and model stay: looking through them again and again would hold up steps
     return engine
+
+
+def seconds_since_start() -> float:
+    """Seconds since the system started this process (resolution: 10 ms); 0 where the system does not tell."""
+    try:
+        text = Path("/proc/self/stat").read_text(encoding="ascii")
+        ticks = int(text.rpartition(")")[2].split()[19])  # field 22 of proc(5): starttime
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, AttributeError):
+        return 0.0
 
 
 def _end_with(error: OctavoError, channel: Channel) -> NoReturn:
