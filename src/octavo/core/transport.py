@@ -159,7 +159,7 @@ class ZmqChannel:
             self._peers.add(peer)
             try:
                 self._inbox.put((peer, _decode(frames[0] if len(frames) == 1 else b"")))
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 get_logger().error("dropped a message of %d bytes from a client: %s", sum(map(len, frames)), error)
 
     def _flush(self) -> bool:
