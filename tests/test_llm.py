@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from octavo.llm import LLM, engine_config
 from octavo.runtime.stub import StubWorker
 from octavo.types import SamplingParams
 from tests.frontend.fakes import byte_level
+from tools import tiny
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ '>' if add_generation_prompt }}"
 EOS = 40
@@ -235,6 +237,16 @@ def test_options_that_octavo_does_not_have_are_refused(options: dict[str, Any]) 
     with pytest.raises(ConfigError) as caught:
         engine_config("m", options)
     assert caught.value.remedy
+
+
+def test_a_function_may_change_the_config_of_a_model_with_a_name(tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path / "llama", dtype="float32")
+    with LLM(folder, device="cpu", hf_overrides=lambda hf: hf | {"max_position_embeddings": 48}) as llm:
+        assert llm.config.model.hf_overrides == {"max_position_embeddings": 48}
+        with pytest.raises(RequestError, match="48"):
+            llm.generate([5] * 48, use_tqdm=False)
+    with pytest.raises(ConfigError, match="is a function"):
+        EngineConfig.of(model="m", hf_overrides=lambda hf: hf)
 
 
 def test_a_torch_dtype_is_taken_by_its_name() -> None:

@@ -177,6 +177,10 @@ class EngineConfig:
             value, choices = getattr(getattr(self, part), f.name), f.metadata["choices"]
             check_choice(f.name, value, choices)
         check_package(self.model.load_format)
+        if callable(self.model.hf_overrides):
+            raise ConfigError(
+                "hf_overrides is a function.", "Give a dict. LLM takes a function of a model with a name."
+            )
         if not self.model.model:
             raise ConfigError("no model is named.", "Give a repo id, a folder or a .gguf file.")
         _range("max_num_seqs", self.limits.max_num_seqs, 1, 65_536)
@@ -222,6 +226,7 @@ class ServerConfig:
     disable_log_requests: bool = option(False, "no log line for each request")
     api_server_count: int = option(1, "processes that answer HTTP and share the engines")
     files_dir: str | None = option(None, "folder of uploaded files and batches; default: one that the end removes")
+    otlp_traces_endpoint: str | None = option(None, "URL of a collector of OpenTelemetry traces (OTLP over HTTP)")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
 
 

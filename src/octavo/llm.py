@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 from octavo.config import EngineConfig
@@ -21,6 +22,8 @@ from octavo.frontend.detokenize import TextDecoder
 from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
 from octavo.frontend.loading import TextModel, load_text_model
 from octavo.frontend.outputs import OutputProcessor, RequestState, error_of
+from octavo.hub.configs import overrides_by
+from octavo.hub.files import find_files
 from octavo.hub.live import LiveModel, device_of, is_loaded
 from octavo.types import Request, RequestOutput, SamplingParams
 
@@ -55,8 +58,9 @@ class LLM:
     """A model, ready to generate. Not for several threads at once; for a service see `AsyncLLM`.
 
     ``model`` is a repo id, a folder or a ``.gguf`` file; options are the fields of `EngineConfig`, flat, such as
-    ``dtype``, ``max_model_len``, ``max_num_seqs``, ``kv_cache_memory_bytes``, ``device``. Raises `ConfigError`,
-    `ModelError` or `OutOfMemory`.
+    ``dtype``, ``max_model_len``, ``max_num_seqs``, ``kv_cache_memory_bytes``, ``device``. ``hf_overrides`` may also
+    be a function that gets the config as a dict and returns it changed. Raises `ConfigError`, `ModelError` or
+    `OutOfMemory`.
 
     ``model`` may also be a loaded ``transformers.PreTrainedModel``, whose parameters are then shared: each call of
     `generate` or `chat` uses the values that they have at that time. ``tokenizer`` is Transformers' object or a name,
@@ -68,7 +72,7 @@ class LLM:
         if is_loaded(model):
             config, live = _live_model(model, options)
         else:
-            config = engine_config(model, options)
+            config = _named_config(model, options)
         text = load_text_model(config, live)
         self._setup(config, text, _start_core(config, text, live))
         self._is_live = live is not None
@@ -240,6 +244,17 @@ def engine_config(model: str | os.PathLike[str], options: Mapping[str, Any]) -> 
     if "dtype" in known:
         known["dtype"] = str(known["dtype"]).removeprefix("torch.")
     return EngineConfig.of(model=os.fspath(model), **known)
+
+
+def _named_config(model: str | os.PathLike[str], options: Mapping[str, Any]) -> EngineConfig:
+    """As `engine_config`; ``hf_overrides`` may be a function, which is called here, once for all processes."""
+    change = options.get("hf_overrides")
+    if not callable(change):
+        return engine_config(model, options)
+    config = engine_config(model, {**options, "hf_overrides": {}})
+    files = find_files(config.model, weights=False)
+    overrides = overrides_by(change, files.config, config.model.config_format)
+    return replace(config, model=replace(config.model, hf_overrides=overrides))
 
 
 def _live_model(model: PreTrainedModel, options: dict[str, Any]) -> tuple[EngineConfig, LiveModel]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from octavo.config import ModelConfig
-from octavo.errors import ModelError
+from octavo.errors import ConfigError, ModelError
 from octavo.hub import configs
 from octavo.hub.patches import normalise
 from octavo.hub.source import Source
@@ -246,6 +246,34 @@ def test_override_of_a_text_config_is_merged_into_it(tmp_path: Path) -> None:
     assert out["text_config"]["num_hidden_layers"] == 1
     assert out["text_config"]["hidden_size"] == 64
     assert len(configs.model_config(out).layers) == 1
+
+
+def test_what_a_function_sets_in_the_config_becomes_overrides(tmp_path: Path) -> None:
+    inner = {"hidden_size": 64, "rope_theta": 1e4}
+    folder = written(tmp_path, {"model_type": "m", "llm_config": inner, "vocab_size": 5, "use_cache": True})
+
+    def change(hf: dict[str, Any]) -> dict[str, Any]:
+        assert hf["vocab_size"] == 5
+        hf["text_config"]["hidden_size"] = 32
+        return hf | {"vocab_size": None, "new": 1}
+
+    found = configs.overrides_by(change, Source("m", "folder", folder, None, ""))
+    assert found == {"text_config": {"hidden_size": 32, "rope_theta": 1e4}, "vocab_size": None, "new": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda hf: hf.clear(), "returned NoneType"),
+        (lambda hf: {k: v for k, v in hf.items() if k != "vocab_size"}, "removed vocab_size"),
+        (lambda hf: hf | {"text_config": {}}, "removed text_config.hidden_size"),
+    ],
+)
+def test_a_function_that_loses_parts_of_the_config_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+    folder = written(tmp_path, {"model_type": "m", "text_config": {"hidden_size": 64}, "vocab_size": 5})
+    with pytest.raises(ConfigError, match=said) as caught:
+        configs.overrides_by(change, Source("m", "folder", folder, None, ""))
+    assert caught.value.remedy
 
 
 def test_unknown_override_is_merged_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

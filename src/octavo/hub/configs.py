@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from octavo.config import LayerSpec, ModelConfig
 from octavo.errors import ConfigError, ModelError, RequestError
@@ -52,6 +53,31 @@ def read_hf_dict(source: Source, overrides: Mapping[str, Any] | None = None, con
     `ModelError`: HF002 for a missing or broken file, HF020 for contradictory RoPE settings.
     """
     return override(_raw_dict(source, config_format), overrides or {})
+
+
+def overrides_by(change: Callable[[Hf], Any], source: Source, config_format: str = "auto") -> Hf:
+    """What ``change`` sets in a copy of the config of ``source``, not normalised yet, as `override` takes it.
+
+    Raises `ConfigError` if it does not return a dict with all that was there: merging removes nothing.
+    """
+    hf = rename_text_config(_raw_dict(source, config_format), [])
+    changed = change(copy.deepcopy(hf))
+    if not isinstance(changed, Mapping):
+        raise ConfigError(f"hf_overrides returned {type(changed).__name__}.", "Return the config as a dict.")
+    gone = _removed(hf, changed)
+    if gone:
+        raise ConfigError(f"hf_overrides removed {', '.join(gone)} from the config.", "Set them to None.")
+    return {key: value for key, value in changed.items() if key not in hf or value != hf[key]}
+
+
+def _removed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys of ``old`` and its sub-configs that are not in ``new``."""
+    gone = sorted(old.keys() - new.keys())
+    for key, value in new.items():
+        inner = old.get(key)
+        if _is_sub_config(inner, key) and isinstance(value, Mapping):
+            gone += [f"{key}.{name}" for name in _removed(inner, value)]
+    return gone
 
 
 def override(hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> Hf:
@@ -138,13 +164,17 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> Hf:
     out = {**old, **new}
     for key, value in new.items():
         inner = old.get(key)
-        if key.endswith("_config") and key != "quantization_config" and isinstance(inner, dict):
+        if _is_sub_config(inner, key):
             out[key] = _merged(inner, value) if isinstance(value, Mapping) else value
     given = [new[key] for key in _ROPE_DICTS if key in new]
     if given or any(key in new for key in _ROPE_SCALARS):
         rope = _new_rope(old, new, given)
         out = {key: value for key, value in out.items() if key not in _ROPE_DICTS} | {"rope_parameters": rope}
     return out
+
+
+def _is_sub_config(value: Any, key: str) -> TypeGuard[Hf]:
+    return key.endswith("_config") and key != "quantization_config" and isinstance(value, dict)
 
 
 def _new_rope(old: Mapping[str, Any], new: Mapping[str, Any], given: list[Any]) -> Any:
