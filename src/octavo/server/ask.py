@@ -25,11 +25,13 @@ class Origin:
     id: str
     owner: bytes = b""
     delay: int = 0
+    traceparent: str = ""  # the header: the span that this request is part of
 
     @classmethod
     def of(cls, request: HttpRequest) -> Origin:
         """Of an HTTP request that has passed the guard."""
-        return cls(request.scope["request_id"], request.scope["owner"])
+        traceparent = request.headers.get("traceparent", "")
+        return cls(request.scope["request_id"], request.scope["owner"], traceparent=traceparent)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,11 +96,11 @@ class Endpoint(Generic[Body]):
 
 
 async def _whole(job: Job[Any], answer: Answer) -> msgspec.Struct:
-    return answer.whole(await Runs(job.service, job.prepared).finish())
+    return answer.whole(await Runs(job.service, job.prepared, job.origin.traceparent).finish())
 
 
 async def _events(job: Job[Any], answer: Answer) -> AsyncGenerator[bytes, None]:
-    runs = Runs(job.service, job.prepared)
+    runs = Runs(job.service, job.prepared, job.origin.traceparent)
     async with contextlib.aclosing(runs.batches()) as batches:
         async for number, deltas in batches:
             events = b"".join([event for delta in deltas for event in answer.piece(number, delta)])

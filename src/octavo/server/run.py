@@ -38,12 +38,14 @@ from octavo.server.app import build_app
 from octavo.server.files.store import FileStore
 from octavo.server.keys import Keys
 from octavo.server.service import Service, formats_of, served_names
+from octavo.server.tracing import Tracing
 from octavo.server.wire import Protocol
 
 if TYPE_CHECKING:
     from octavo.frontend.fleet import Source
 
 ANSWER_SECONDS = 0.5  # for requests that were just aborted to write their last byte
+TRACE_SECONDS = 2.0  # for the last spans to be sent
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -115,6 +117,8 @@ class Session:
         admin = server.admin_api_key or os.environ.get("OCTAVO_ADMIN_API_KEY")
         self._keys = Keys.of(server.api_key or os.environ.get("OCTAVO_API_KEY"), admin)
         self._engines, self._announce = engines, announce
+        traces, names = server.otlp_traces_endpoint, served_names(config.model, server.served_model_name)
+        self._tracing = None if traces is None else Tracing(traces, names[0])
         self._stop = asyncio.Event()  # a signal, or the engine's death
         self._hurry = asyncio.Event()  # a second signal
         self._drain = server.drain_seconds
@@ -163,7 +167,9 @@ class Session:
         formats = formats_of(llm, tool=options.tool_call_parser, reasoning=options.reasoning_parser)
         get_logger().info("tool calls: %s; reasoning: %s", formats.tool or "not read", formats.reasoning or "not read")
         files = None if options.files_dir is None else FileStore(Path(options.files_dir))
-        service = Service(llm, names, formats, max_waiting=self._config.limits.max_waiting, files=files)
+        limit = self._config.limits.max_waiting
+        tracing = self._tracing
+        service = Service(llm, names, formats, max_waiting=limit, files=files, tracing=tracing)
         app = build_app(service, keys=self._keys, log_requests=not self._server.disable_log_requests)
         banner = _banner(service, self._server, self._listener, guarded=self._keys.any)
         http = _Http(_http_config(app), lambda: self._announce(banner))
@@ -172,6 +178,9 @@ class Session:
         gc.freeze()  # what is there now stays: looking through it again and again would hold up the streams
         await http.serve([self._listener])
         ending.cancel()
+        if tracing is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(asyncio.to_thread(tracing.close), TRACE_SECONDS)
 
     async def _end(self, service: Service, http: _Http) -> None:
         """Waits for the reason to stop; then drains, answers what is left and lets the HTTP server end."""

@@ -19,8 +19,9 @@ class Runs:
     Whatever ends it, a failure of one prompt or the client's leaving, the others are aborted with it.
     """
 
-    def __init__(self, service: Service, prepared: Sequence[Prepared]) -> None:
+    def __init__(self, service: Service, prepared: Sequence[Prepared], traceparent: str = "") -> None:
         self._service = service
+        self._traceparent = traceparent
         self._generations = [service.llm.run(one) for one in prepared]
 
     @property
@@ -45,7 +46,10 @@ class Runs:
                 raise
             finally:
                 for generation, result in zip(self._generations, self.results, strict=True):
-                    service.metrics.finished(result, generation.state.prepared.params, otherwise)
+                    params = generation.state.prepared.params
+                    service.metrics.finished(result, params, otherwise)
+                    if service.tracing is not None:
+                        service.tracing.ended(result, params, self._traceparent, otherwise)
                     reason = next((o.finish_reason for o in result.outputs if o.finish_reason), None)
                     service.history.ended(generation.state, result, reason or otherwise)
 

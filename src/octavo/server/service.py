@@ -16,6 +16,7 @@ from octavo.server.history import History
 from octavo.server.metrics import Metrics
 from octavo.server.responses.store import ResponseStore
 from octavo.server.route import Route
+from octavo.server.tracing import Tracing
 
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
@@ -33,6 +34,7 @@ class Service:
         *,
         max_waiting: int | None = None,
         files: FileStore | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """``formats`` are those of tool calls and reasoning; default: what the model's template tells.
 
@@ -46,6 +48,7 @@ class Service:
         self._kept_ids = [special_ids(llm.tokenizer, self.formats.markers(tools=tools)) for tools in (False, True)]
         self.metrics = Metrics(names[0])
         self.history = History()
+        self.tracing = tracing
         self.responses = ResponseStore()
         self.background: dict[str, asyncio.Task[None]] = {}  # responses that nobody waits for
         self.files = files
