@@ -140,7 +140,7 @@ const Kernels& neon_dotprod_kernels();
 #endif
 
 // A buffer of the calling thread, 64-byte aligned, that lives until the thread asks for a larger one of the same slot.
-enum class Scratch { items, partials, tile, layer, quantised, count };
+enum class Scratch { items, partials, tile, layer, quantised, weights, count };
 void* scratch(Scratch slot, std::size_t bytes);
 
 }  // namespace octavo

@@ -4,6 +4,9 @@
 // One int8 for an activation would lose more than bfloat16 does (a small model's answers change), so a row becomes two:
 // x = a * 254 * high + a * low. They go through the product as rows of their own and are added at its end.
 // A row's result does not depend on how many rows there are: every form adds the same terms in the same order.
+//
+// With activations in bf16 and many rows, that twofold work costs more than making the weights bf16 for each block of
+// rows and multiplying as gemm.h does; which rounding a row gets then depends on the number of rows.
 #pragma once
 
 #include "../blocks.h"
@@ -134,6 +137,29 @@ void unpack(const uint8_t* from, isize groups, uint8_t* to) {
         }
 }
 
+// `groups` records of format F -> bf16 as a panel of gemm.h has them: lines of 16 outputs x 2 inputs.
+template <Format F>
+void widen_panel(const uint8_t* from, isize groups, bf16* to) {
+    using R = Packed<F>;
+    for (; groups; groups--, from += R::kBytes, to += R::kShape.group * kPanel)
+        for (int v = 0; v < kPanelVecs; v++) {
+            const vf d = R::scale(from, v);
+            vf m = d * -R::kShape.zero;
+            if constexpr (R::kShape.minimum) m = R::minimum(from, v);
+#pragma GCC unroll 8
+            for (int i = 0; i < R::kShape.group / 4; i++) {
+                const vu quad = R::quad(from, i, v);
+                for (int pair = 0; pair < 2; pair++) {
+                    const vf even = __builtin_convertvector((vi)(quad >> (16 * pair) & 0xff), vf) * d + m;
+                    const vf odd = __builtin_convertvector((vi)(quad >> (16 * pair + 8) & 0xff), vf) * d + m;
+                    const vu both = __builtin_convertvector(to_bf16(even), vu) |
+                                    __builtin_convertvector(to_bf16(odd), vu) << 16;
+                    std::memcpy(to + (2 * i + pair) * kLine<bf16> + v * kLanes * 2, &both, sizeof both);
+                }
+            }
+        }
+}
+
 // Of ROWS rows from `row` on, groups from … to, with PANELS panels, `stride` bytes apart; AHEAD: asks for the records
 // that many bytes further.
 template <class R, int ROWS, int PANELS, isize AHEAD = 0>
@@ -208,7 +234,7 @@ void finish_blocks(const BlockProduct& b, isize high, isize column, vf* acc, con
 }
 
 constexpr isize kBlocksAhead = 6144;  // bytes
-constexpr isize kBlockFew = 8;        // rows; more are faster unpacked
+constexpr isize kBlockFew = 4;        // rows; more are faster unpacked
 
 // Few rows: straight from the packed records, one panel after the other, so that memory is read in order; one row of the
 // result at a time, from the second on from the cache.
@@ -266,7 +292,7 @@ template <Format F, Format PLAIN>
 void block_part(BlockProduct b) {
     const isize panels = (b.out + kPanel - 1) / kPanel;
     b.record = Packed<F>::kBytes, b.unpack = unpack<F>;
-    if (b.rows > kBlockFew) {
+    if (b.rows > 2 * kBlockFew) {
         each_unit<kBlockTilePanels>(panels, b.rows, [&](Unit unit, auto count) {
             block_unit<PLAIN, decltype(count)::value>(b, unit);
         });
@@ -275,31 +301,64 @@ void block_part(BlockProduct b) {
     parallel(true, panels, [&](isize panel) { stream_blocks<F>(b, panel); });
 }
 
+// The product of x, in bf16, with a part whose panels are widened for each unit of work.
+template <Format F>
+void widened_part(const Weight& w, const ProductArgs& a, const Part& part, const bf16* bias, bf16* to) {
+    const isize groups = w.in / block_shape(F).group, record = Packed<F>::kBytes, stride = w.in * kPanel;
+    const LinearArgs args{(const bf16*)a.x, nullptr, bias, to, a.rows, w.in, part.out, a.x_stride, w.out};
+    each_unit<kTilePanels>((part.out + kPanel - 1) / kPanel, a.rows, [&](Unit unit, auto count) {
+        constexpr int PANELS = decltype(count)::value;
+        auto* wide = (bf16*)scratch(Scratch::weights, PANELS * stride * sizeof(bf16));
+        for (isize p = 0; p < PANELS; p++)
+            widen_panel<F>((const uint8_t*)part.panels + (unit.first_panel + p) * groups * record, groups, wide + p * stride);
+        run_unit<PANELS>(args, unit, wide);
+    });
+}
+
 inline Quantised quantise(DType type, const Weight& w, const ProductArgs& a, const BlockShape& shape) {
     if (type == DType::f32) return quantise<float>(a.x, a.rows, w.in, a.x_stride, shape);
     return quantise<bf16>(a.x, a.rows, w.in, a.x_stride, shape);
 }
 
+template <class F>
+void with_format(Format format, F&& f) {
+    switch (format) {
+        case Format::q4: f(std::integral_constant<Format, Format::q4>{}); break;
+        case Format::q4m: f(std::integral_constant<Format, Format::q4m>{}); break;
+        case Format::q5: f(std::integral_constant<Format, Format::q5>{}); break;
+        case Format::q5m: f(std::integral_constant<Format, Format::q5m>{}); break;
+        case Format::q6: f(std::integral_constant<Format, Format::q6>{}); break;
+        default: f(std::integral_constant<Format, Format::q8>{});
+    }
+}
+
+// What a format is alike to once unpacked.
+constexpr Format plain(Format f) { return f == Format::q5 ? Format::q4 : f == Format::q5m ? Format::q4m : f; }
+
 inline void block_product(DType type, const Weight& w, const ProductArgs& a) {
     const isize size = type == DType::f32 ? 4 : 2;
+    const bool widens = type == DType::bf16 && a.rows > kBlockFew;
     Quantised x{};
     BlockShape made{};
     isize first = 0;
     for (int i = 0; i < w.count; first += w.parts[i++].out) {
         const Part& part = w.parts[i];
+        if (widens) {
+            auto* bias = w.bias ? (const bf16*)w.bias + first : nullptr;
+            with_format(part.format, [&](auto format) {
+                widened_part<decltype(format)::value>(w, a, part, bias, (bf16*)a.out + first);
+            });
+            continue;
+        }
         const BlockShape shape = block_shape(part.format);
         if (shape.group != made.group || shape.zero != made.zero) x = quantise(type, w, a, shape), made = shape;
         const void* bias = w.bias ? (const char*)w.bias + first * size : nullptr;
         const BlockProduct b{type, x, (const uint8_t*)part.panels, 0, 2 * a.rows, part.out, bias,
                              (char*)a.out + first * size, w.out, nullptr};
-        switch (part.format) {
-            case Format::q4: block_part<Format::q4, Format::q4>(b); break;
-            case Format::q4m: block_part<Format::q4m, Format::q4m>(b); break;
-            case Format::q5: block_part<Format::q5, Format::q4>(b); break;
-            case Format::q5m: block_part<Format::q5m, Format::q4m>(b); break;
-            case Format::q6: block_part<Format::q6, Format::q6>(b); break;
-            default: block_part<Format::q8, Format::q8>(b);
-        }
+        with_format(part.format, [&](auto format) {
+            constexpr Format F = decltype(format)::value;
+            block_part<F, plain(F)>(b);
+        });
     }
 }
 

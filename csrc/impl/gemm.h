@@ -160,11 +160,11 @@ OCTAVO_INLINE void each_unit(isize panels, isize rows, F f) {
     });
 }
 
+// `weight`: the unit's panels.
 template <int PANELS>
-void run_unit(const LinearArgs& a, Unit unit) {
+void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
     constexpr int kVecs = PANELS * kPanelVecs;
     const isize steps = a.in / 2, panel_stride = steps * kLine<bf16>;
-    const bf16* weight = a.panels + unit.first_panel * panel_stride;
     const bool blocked = steps > kBlockSteps;
     auto* partial = blocked ? (float*)scratch(Scratch::tile, kBlockRows * kVecs * kLanes * 4) : nullptr;
     for (isize from = 0; from < steps; from += kBlockSteps) {
@@ -223,8 +223,9 @@ OCTAVO_INLINE void stream_panels(const LinearArgs& a, isize first) {
 inline void linear(const LinearArgs& a) {
     const isize panels = (a.out + kPanel - 1) / kPanel;
     if (a.rows > 4) {
-        each_unit<kTilePanels>(panels, a.rows,
-                               [&](Unit unit, auto count) { run_unit<decltype(count)::value>(a, unit); });
+        each_unit<kTilePanels>(panels, a.rows, [&](Unit unit, auto count) {
+            run_unit<decltype(count)::value>(a, unit, a.panels + unit.first_panel * a.in * kPanel);
+        });
         return;
     }
     with_rows(int(a.rows), [&](auto height) {
