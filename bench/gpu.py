@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace, model: str, impl: str) -> dict[str, Any]:
     log.configure()
     engine = Engine(model, impl, args.kv_cache_dtype)
     ready = time.perf_counter() - begin
-    phases = {name: round(seconds, 2) for name, seconds in engine.core.phases.items()}
+    phases = {name: round(seconds, 2) for name, seconds in engine.core.info.phases.items()}
     result: dict[str, Any] = {"model": model, "impl": impl, "ready_s": ready, "phases": phases, "workloads": {}}
     print(model, impl, f"ready after {ready:.2f} s", phases, flush=True)
     card, compiled = rates(), Compiled()
