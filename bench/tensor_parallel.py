@@ -196,7 +196,7 @@ def _graph_time(work: Any) -> float:
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(50):
             work()
-    times = []
+    times: list[float] = []
     for _ in range(5):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -246,10 +246,10 @@ def main() -> None:
     args = parser.parse_args()
     pairs = [(model, int(ranks)) for model in args.models.split(",") if model for ranks in args.ranks.split(",")]
     if args.sums:
-        import torch.multiprocessing
+        from torch.multiprocessing.spawn import spawn
 
         most = max(int(ranks) for ranks in args.ranks.split(","))
-        torch.multiprocessing.spawn(sums, (most, tempfile.mkdtemp()), nprocs=most)
+        spawn(sums, (most, tempfile.mkdtemp()), nprocs=most)
         options = [option for option in sys.argv[1:] if option != "--sums"]
     else:
         options = sys.argv[1:]
