@@ -329,6 +329,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     prefix_caching: bool
+    weight_bytes: int = 0  # that a step reads; 0: not known
+    kv_bytes: int = 0  # of a token
+    bandwidth: float = 0.0  # bytes a second of the device's memory; 0: not known
     phases: dict[str, float] = {}  # seconds of each part of the engine's start
 
 
@@ -346,6 +349,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     preemptions: int = 0
     slots_allocated: int = 0  # summed over steps: slots of the pages that requests hold …
     slots_filled: int = 0  # … and how many of those hold a token; their ratio is 1 - waste
+    busy_seconds: float = 0.0  # in steps
 
     @classmethod
     def sum(cls, several: Sequence[Stats]) -> Stats:

@@ -188,3 +188,18 @@ def test_a_step_without_memory_fails_its_requests_and_no_others(folder: Path, mo
     assert failed.status == 503
     core.add(make_request(core, "b", [5, 6, 7]))
     assert len(collect(run(core))["b"]) == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_a_step_reads_is_known_and_counted(dtype: str, tied: bool, tmp_path: Path) -> None:
+    made = tiny.make(tmp_path / "m", "llama", tie_word_embeddings=tied)
+    core = engine(made, dtype=dtype)
+    sizes = {name: p.numel() for name, p in tiny.build("llama", tie_word_embeddings=tied).named_parameters()}
+    read = sum(count for name, count in sizes.items() if tied or "embed_tokens" not in name)
+    width = 4 if dtype == "float32" else 2
+    assert read * width <= core.info.weight_bytes <= 1.2 * read * width  # panels are filled up to 16 outputs
+    assert core.info.kv_bytes == core.model_config.kv_bytes_per_token
+    assert core.stats().busy_seconds == 0
+    serve(core, prompts(2))
+    assert core.stats().busy_seconds > 0

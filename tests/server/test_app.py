@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from octavo.server.app import ROUTES
-from octavo.types import Request, TokenOutput
+from octavo.types import Request, Stats, TokenOutput
+from tests.frontend.fakes import info
 from tests.server.fake import SPOKEN, Server, speak
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -514,6 +515,19 @@ def test_models_version_and_reset() -> None:
         assert (card["id"], card["object"], card["max_model_len"]) == ("m", "model", 128)
         assert (await server.http.get("/version")).json()["version"]
         assert (await server.post("/reset_prefix_cache", None)).json() == {"success": True}
+
+    run(work)
+
+
+def test_metrics_tell_the_share_of_the_floor_where_it_is_known() -> None:
+    async def work() -> None:
+        server = Server()
+        assert "floor_share" not in (await server.http.get("/metrics")).text
+        server.fake.info = info(weight_bytes=1000, kv_bytes=10, bandwidth=6000.0)
+        server.fake.stats = Stats(steps=5, slots_filled=100, busy_seconds=2.0)
+        text = (await server.http.get("/metrics")).text
+        assert 'octavo:floor_share{engine="0",model_name="m"} 0.5' in text
+        assert 'octavo:bytes_read_total{engine="0",model_name="m"} 6000.0' in text
 
     run(work)
 

@@ -88,6 +88,9 @@ class EngineCore:
             max_num_seqs=limits.max_rows,
             max_num_batched_tokens=limits.max_tokens,
             prefix_caching=limits.prefix_caching,
+            weight_bytes=worker.step_bytes,
+            kv_bytes=model.kv_bytes_per_token,
+            bandwidth=worker.bandwidth,
             phases=self._phases,
         )
         self.model_config = model
@@ -95,6 +98,7 @@ class EngineCore:
         self._grammars = Grammars(vocabulary or (lambda: load_vocabulary(config, model)), ahead=self._depth > 0)
         self._compiling: dict[str, Request] = {}
         self._deferred: set[str] = set()
+        self._busy = 0.0
 
     def add(self, request: Request) -> TokenOutput | None:
         """Queues a request; returns its terminal message at once if it is refused."""
@@ -130,6 +134,12 @@ class EngineCore:
 
     def step(self) -> list[TokenOutput]:
         """Launches the next step, if there is one, and reads back the oldest that is due."""
+        start = time.perf_counter()
+        outputs = self._step()
+        self._busy += time.perf_counter() - start
+        return outputs
+
+    def _step(self) -> list[TokenOutput]:
         outputs = self._admit_compiled() if self._compiling or self._deferred else []
         plan = self.scheduler.schedule()
         if plan is not None:
@@ -150,9 +160,8 @@ class EngineCore:
     def stats(self) -> Stats:
         """Gauges and counters of the scheduler; a request whose grammar is being compiled is waiting."""
         stats = self.scheduler.stats()
-        if self._compiling:
-            stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(self._compiling))
-        return stats
+        waiting = stats.waiting + len(self._compiling)
+        return msgspec.structs.replace(stats, waiting=waiting, busy_seconds=self._busy)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets every reusable page; always possible."""

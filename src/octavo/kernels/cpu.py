@@ -244,6 +244,11 @@ class PackedLinear:
             in_features,
         )
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        return sum(panels.nbytes for panels in self.panels)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x[..., in] @ weight.T + bias``; another type or width than the weight's is a ValueError."""
         if x.dtype is not self.dtype or x.shape[-1] != self.in_features:

@@ -43,6 +43,11 @@ class Attention(Protocol):
 class PackedLinear(Protocol):
     """A weight in the layout its kernel reads, the only copy of it."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight."""
+        ...
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """``x[T, in] @ weight.T + bias``."""
         ...

@@ -26,7 +26,7 @@ class Embedding(Layer):
         self.group = current()
         self.cut = vocab_cut(vocab_size, self.group)
         self.weight = parameter(vocab_size if self.cut is None else self.cut.size, size, dtype=dtype)
-        self._packed: PackedLinear | None = None
+        self.packed: PackedLinear | None = None
         self.dtype = dtype
         self.kind: str | None = None  # of blocks0, which stands in the place of weight
 
@@ -39,15 +39,15 @@ class Embedding(Layer):
         return self.group.all_reduce(rows.masked_fill_(~own.unsqueeze(-1), 0))
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        if self._packed is not None:
-            return self._packed.rows(ids)
+        if self.packed is not None:
+            return self.packed.rows(ids)
         return F.embedding(ids, self.weight)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden[S, C]`` to ``[S, vocab]``, when tied."""
         if not self.tied:
             raise RuntimeError("this embedding is not the model's head")
-        own = self._packed(hidden) if self._packed is not None else self.ops.linear(hidden, self.weight)
+        own = self.packed(hidden) if self.packed is not None else self.ops.linear(hidden, self.weight)
         return gather_vocab(own, self.vocab_size, self.group)
 
     def load_rules(self, name: str) -> list[LoadRule]:
@@ -66,11 +66,11 @@ class Embedding(Layer):
     def finish(self, ops: Ops) -> None:
         super().finish(ops)
         if self.kind is not None:
-            self._packed = ops.pack_blocks([(self.kind, self.blocks0.data)], None, self.dtype)
+            self.packed = ops.pack_blocks([(self.kind, self.blocks0.data)], None, self.dtype)
             del self.blocks0
             return
-        self._packed = ops.pack_linear(self.weight, None) if self.tied else None
-        if self._packed is not None:
+        self.packed = ops.pack_linear(self.weight, None) if self.tied else None
+        if self.packed is not None:
             del self.weight
 
 

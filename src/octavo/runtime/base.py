@@ -55,13 +55,16 @@ class WorkerBase(Protocol):
     ``step(N+1)`` may be called before ``sample(N).result()``: the worker feeds a decoding row its own last token.
     ``overlaps``, known after init, says whether that gains anything; ``device`` names the device for people.
     Known after plan_memory: ``max_rows``, the sequences that there is room for at once, and ``shares_prefixes``: the
-    model keeps nothing of a sequence but pages.
+    model keeps nothing of a sequence but pages. ``step_bytes`` are the weights that a step reads and ``bandwidth`` the
+    bytes a second of the device's memory, each 0 if not known.
     """
 
     overlaps: bool
     device: str
     max_rows: int
     shares_prefixes: bool
+    step_bytes: int
+    bandwidth: float
 
     def init(self, config: EngineConfig) -> ModelConfig:
         """Resolves and reads the model's config, picks device and dtype; nothing large is allocated."""

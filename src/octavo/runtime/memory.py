@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from octavo.config import ModelConfig
 from octavo.errors import OutOfMemory, UnsupportedModel
 from octavo.hub.plan import kv_remedy
+from octavo.layers.embedding import Embedding
 from octavo.models.base import OwnCache
 from octavo.platforms.base import Platform
 
@@ -28,6 +30,25 @@ class CachePlan:
     def allocate(self, config: ModelConfig, platform: Platform) -> torch.Tensor:
         """The cache, laid out as `kernels.metadata` says; zeros, since masked slots are still multiplied by 0."""
         return platform.zeros(config.cache_shape(self.num_pages + 1, self.page_size), cache_dtype(config))
+
+
+def step_bytes(model: nn.Module) -> int:
+    """Bytes of weights that a step reads: all, but for a table of embeddings that is not the head, too.
+
+    0 for a model with experts, of which a step reads those that its tokens choose.
+    """
+    weights: dict[int, int] = {}
+    for module in model.modules():
+        if "experts" in type(module).__name__.lower():
+            return 0
+        if isinstance(module, nn.Embedding) or (isinstance(module, Embedding) and not module.tied):
+            continue
+        for parameter in module.parameters(recurse=False):
+            weights[parameter.data_ptr()] = parameter.nbytes
+        packed = getattr(module, "packed", None)
+        if packed is not None:
+            weights[id(packed)] = packed.nbytes
+    return sum(weights.values())
 
 
 def cache_dtype(config: ModelConfig) -> torch.dtype:

@@ -42,6 +42,8 @@ class ParallelWorker:
     device = ""
     max_rows = 0
     shares_prefixes = True
+    step_bytes = 0
+    bandwidth = 0.0
 
     def __init__(self, *, on_death: Callable[[OctavoError], None] | None = None) -> None:
         self._on_death = on_death
@@ -80,6 +82,7 @@ class ParallelWorker:
             found = self._worker.plan_memory(announce=lambda: executor.tell(TakeTokens()))
             executor.wait()
         self.max_rows, self.shares_prefixes = self._worker.max_rows, self._worker.shares_prefixes
+        self.step_bytes, self.bandwidth = self._worker.step_bytes, self._worker.bandwidth
         get_logger().info("ranks: %d, joined by %s", self._worker.group.size, self._worker.group.name)
         return found
 

@@ -42,6 +42,8 @@ class StubWorker:
     overlaps = False
     device = "stub"
     shares_prefixes = True
+    step_bytes = 0
+    bandwidth = 0.0
 
     def __init__(self, num_pages: int = 1024, max_len: int = MAX_LEN) -> None:
         self.num_pages = num_pages

@@ -16,6 +16,7 @@ from octavo.hub.checkpoint import open_checkpoint
 from octavo.hub.configs import max_model_len, model_config
 from octavo.hub.files import ModelFiles, find_files
 from octavo.hub.live import LiveModel
+from octavo.hub.machines import bandwidth_of
 from octavo.kernels import select
 from octavo.log import get_logger
 from octavo.models import registry
@@ -23,7 +24,7 @@ from octavo.models.base import Model
 from octavo.parallel import group
 from octavo.runtime.base import Progress, TokenMask, WorkerBase
 from octavo.runtime.loader import LoadReport, fill_dummy, load
-from octavo.runtime.memory import plan_cache
+from octavo.runtime.memory import plan_cache, step_bytes
 from octavo.runtime.progress import LoadProgress
 from octavo.runtime.runner import Launched, Runner, largest_step, rehearse
 from octavo.runtime.safetensors_packages import safetensors_reader
@@ -149,6 +150,8 @@ class Worker:
         )
         get_logger().info("kv cache: %s", plan.reason)
         self.max_rows, self.shares_prefixes = plan.max_rows, self._model.own_cache is None
+        self.step_bytes = step_bytes(self._model)
+        self.bandwidth = bandwidth_of(self.platform.describe().partition(",")[0]) or 0.0
         cache = plan.allocate(self._model_config, self.platform)
         self._runner = Runner(
             self._model,

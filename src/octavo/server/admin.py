@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 import octavo
 from octavo.errors import EngineDead, RequestError
+from octavo.frontend.floor import bandwidth_here
 from octavo.server import errors
 from octavo.server.answers import Detokenized, ModelCard, ModelList, Success, Tokenized, Version, now
 from octavo.server.protocol import DetokenizeRequest, TokenizeRequest, decode
@@ -60,7 +61,10 @@ async def model(service: Service, request: Request) -> Response:
 async def metrics(service: Service, request: Request) -> Response:
     with contextlib.suppress(EngineDead, TimeoutError):
         await asyncio.wait_for(service.llm.health(), METRICS_SECONDS)
-    return Response(service.metrics.text(service.llm.client.engines()), media_type=CONTENT_TYPE_LATEST)
+    info = service.llm.info
+    bandwidth = info.bandwidth or (await asyncio.to_thread(bandwidth_here) if info.device == "cpu" else 0.0)
+    text = service.metrics.text(service.llm.client.engines(), info, bandwidth)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 async def reset_prefix_cache(service: Service, request: Request) -> Response:

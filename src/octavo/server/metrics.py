@@ -15,7 +15,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from octavo.frontend.client import EngineState
-from octavo.types import RequestOutput, SamplingParams, Stats
+from octavo.frontend.floor import bytes_read, floor_share
+from octavo.types import EngineInfo, RequestOutput, SamplingParams, Stats
 
 _SECONDS = (
     0.001,
@@ -49,6 +50,8 @@ class _Engine(Collector):
 
     def __init__(self, model: str) -> None:
         self.engines: Sequence[EngineState] = ()
+        self.info: EngineInfo | None = None
+        self.bandwidth = 0.0  # bytes a second; 0: not known
         self._model = model
 
     def collect(self) -> Iterable[Metric]:
@@ -67,6 +70,14 @@ class _Engine(Collector):
         yield self._counter("octavo:steps", "Steps of the engine.", lambda s: s.steps)
         yield self._counter("octavo:kv_slots_allocated", "KV slots held, over all steps.", lambda s: s.slots_allocated)
         yield self._counter("octavo:kv_slots_filled", "Those of them with a token.", lambda s: s.slots_filled)
+        yield self._counter("octavo:busy_seconds", "Time that steps took.", lambda s: s.busy_seconds)
+        info, bandwidth = self.info, self.bandwidth
+        if info is not None and info.weight_bytes and bandwidth:
+            text = "Bytes that steps had to read."
+            yield self._counter("octavo:bytes_read", text, lambda s: bytes_read(info, s))
+            yield GaugeMetricFamily("octavo:memory_bandwidth", "Bytes a second of the memory.", bandwidth)
+            text = "Least time for these bytes as a share of the time that steps took."
+            yield self._gauge("octavo:floor_share", text, lambda s: floor_share(info, s, bandwidth))
 
     def _gauge(self, name: str, text: str, value: Callable[[Stats], float]) -> Metric:
         return self._fill(GaugeMetricFamily(name, text, labels=LABELS), value)
@@ -131,9 +142,12 @@ class Metrics:
         if max(lengths) > 1:
             self._each.observe((times.finished_time - times.first_token_time) / (max(lengths) - 1))
 
-    def text(self, engines: Sequence[EngineState]) -> bytes:
-        """The exposition format, with the state of ``engines``; of several API processes it is the sum."""
-        self._engine.engines = engines
+    def text(self, engines: Sequence[EngineState], info: EngineInfo, bandwidth: float) -> bytes:
+        """The exposition format, with the state of ``engines``; of several API processes it is the sum.
+
+        ``bandwidth`` of the device's memory is in bytes a second, 0 if it is not known.
+        """
+        self._engine.engines, self._engine.info, self._engine.bandwidth = engines, info, bandwidth
         if SHARED_FOLDER not in os.environ:
             return generate_latest(self._registry)
         registry = CollectorRegistry()
