@@ -26,11 +26,11 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-from octavo.kernels import attn_triton, linear_triton, peers_triton, rehearsal, sampling_triton, triton_ops
+from octavo.kernels import attn_triton, edit_triton, linear_triton, peers_triton, rehearsal, sampling_triton, triton_ops
 from octavo.kernels.linear_triton import Launch
 from tests.kernels import grid
 
-for module in (attn_triton, linear_triton, peers_triton, sampling_triton, triton_ops):
+for module in (attn_triton, edit_triton, linear_triton, peers_triton, sampling_triton, triton_ops):
     module.chained = lambda device: True
 half = torch.bfloat16
 
@@ -67,3 +67,13 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 12
+
+
+def test_work_that_fails_does_not_leave_compilers_waited_for(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    broken = PROGRAM.replace("    x, weight = ", "    raise ZeroDivisionError('in the middle')\n    x, weight = ")
+    done = subprocess.run([sys.executable, "-c", broken], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 1
+    assert "in the middle" in done.stderr

@@ -29,6 +29,12 @@ class _Recorder(Executor):
         self.jobs.append((future, fn))
         return future
 
+    def fail(self, error: BaseException) -> None:
+        """Gives up what is not compiled; nobody waits for it then."""
+        for future, _ in self.jobs:
+            if not future.done():
+                future.set_exception(error)
+
     def finish(self) -> None:
         """Compiles; from the first on that is not in the cache on disk, in several processes, which fill that cache."""
         alone = False
@@ -81,8 +87,12 @@ def rehearse(work: Callable[[], None]) -> None:
     JITFunction.run = compile_only
     try:
         with triton.AsyncCompileMode(recorder):
-            work()
-            recorder.finish()
+            try:
+                work()
+                recorder.finish()
+            except BaseException as error:
+                recorder.fail(error)
+                raise
     finally:
         JITFunction.run = launch
 
