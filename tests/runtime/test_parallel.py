@@ -182,7 +182,8 @@ def test_a_rank_without_memory_is_named(tmp_path: Path) -> None:
     wide = tiny.make(tmp_path, "llama", **sizes)  # a step of 1800 tokens asks the system for 59 MB at once
     core, pid, _ = start(wide)
     used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (used, used))
+    limit = used + (40 << 20)  # for threads' own stacks and data, without which the C library ends the process
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
     core.add(make_request(core, "a", [5, 6, 7] * 600, max_tokens=2))
     with pytest.raises(OctavoError) as error:
         run(core)
