@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from octavo.hub.checkpoint import open_checkpoint
-from octavo.hub.configs import read_hf_dict
+from octavo.hub.configs import model_config, read_hf_dict
 from octavo.hub.resolve import resolve
+from octavo.models import registry
 from octavo.models.base import as_tensor
+from octavo.models.hf.backend import TransformersModel
+from octavo.runtime import loader
 from tests.models.harness import Paged, native
 
 # "The capital of France is", in ids of the model's tokenizer.
@@ -64,3 +67,15 @@ def test_blocks_as_they_are_stored_give_nearly_the_logits_of_their_values(dtype:
     if dtype == "float32":
         torch.testing.assert_close(torch.cat(rows), got, atol=2e-2, rtol=1e-3)
     assert kept.greedy(kept.start(), PROMPT, 4) == exact.greedy(exact.start(), PROMPT, 4)
+
+
+@pytest.mark.slow
+def test_the_transformers_model_is_replaced_as_a_whole_in_bfloat16() -> None:
+    """Some channels of its hidden states are large, and 30 layers of bfloat16 round: neither may look like a difference."""
+    source = resolve(str(gguf()))
+    config = model_config(read_hf_dict(source, {}), dtype="bfloat16", generation={})
+    make, _ = registry.choose(config, "transformers")
+    model = make(config, 256)
+    loader.load(model, open_checkpoint(source), torch.device("cpu"), lambda phase, share: None)
+    assert isinstance(model, TransformersModel)
+    assert "30 decoder layers, 1 decoder" in model.swapped

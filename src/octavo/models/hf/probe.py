@@ -41,11 +41,25 @@ class Call:
         return found
 
 
-def same(found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """Whether ``found`` is ``wanted`` but for rounding in its type."""
+def same(found: torch.Tensor, wanted: torch.Tensor, *, rounded_at: torch.Tensor | None = None) -> bool:
+    """Whether ``found`` is ``wanted`` but for rounding in its type; that of the values ``rounded_at`` comes on top."""
     if found.shape != wanted.shape or not bool(wanted.isfinite().all()):
         return False
-    return bool((found.float() - wanted.float()).norm() <= SAME[wanted.dtype] * wanted.float().norm())
+    allowed = SAME[wanted.dtype] * wanted.float().norm()
+    if rounded_at is not None:
+        allowed += torch.finfo(wanted.dtype).eps * rounded_at.float().norm()
+    return bool((found.float() - wanted.float()).norm() <= allowed)
+
+
+def same_after(layers: int, found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """As `same` after so many layers, whose roundings add up as independent ones do: they turn the result, but do not
+    stretch it."""
+    a, b = found.float(), wanted.float()
+    if a.shape != b.shape or not bool(b.isfinite().all()):
+        return False
+    allowed, size = SAME[wanted.dtype], b.norm()
+    stretch = (a * b).sum() / size**2
+    return bool((a - b).norm() <= allowed * layers**0.5 * size) and abs(float(stretch) - 1) <= allowed
 
 
 def spread(max_len: int, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ from octavo.kernels.select import PackedLinear, ops
 from octavo.layers.base import Layer
 from octavo.layers.embedding import Embedding
 from octavo.models.hf.native import NativeDecoder, Prover, native_norm
-from octavo.models.hf.probe import Call, same, small_context, spread, watch
+from octavo.models.hf.probe import Call, same, same_after, small_context, spread, watch
 from octavo.models.llama import LlamaDecoderLayer
 
 
@@ -75,7 +75,7 @@ def swap(
         if whole is not None:
             with small_context(config, dtype, device):
                 found = whole(seen[body].kwargs["input_ids"][0], positions)
-            if same(found, seen[body].result[0]):
+            if same_after(len(whole.layers), found, seen[body].result[0]):
                 done["decoder"] += 1
                 _drop_layers(body)
                 return whole, _told(done)
