@@ -71,7 +71,7 @@ def test_blocks_as_they_are_stored_give_nearly_the_logits_of_their_values(dtype:
 
 @pytest.mark.slow
 def test_the_transformers_model_is_replaced_as_a_whole_in_bfloat16() -> None:
-    """Some channels of its hidden states are large, and 30 layers of bfloat16 round: neither may look like a difference."""
+    """Some channels of its hidden states are large, and 30 layers round: neither may look like a difference."""
     source = resolve(str(gguf()))
     config = model_config(read_hf_dict(source, {}), dtype="bfloat16", generation={})
     make, _ = registry.choose(config, "transformers")
