@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from functools import cache
 
-from octavo.hub.machines import measure_bandwidth
 from octavo.types import EngineInfo, Stats
 
 
 @cache
 def bandwidth_here() -> float:
     """Bytes a second of this machine's memory, measured once (0.2 s); low if the engine computes meanwhile."""
+    from octavo.hub.machines import measure_bandwidth  # and numpy, which the start does without
+
     return measure_bandwidth()
 
 
