@@ -77,7 +77,7 @@ def test_the_slow_path_gives_the_tokens_of_the_unmodified_model(model_type: str,
     check_greedy(wanted, serve(worker_and_engine(tmp_path, max_num_batched_tokens=13, max_num_seqs=2)[1]))
 
 
-@pytest.mark.parametrize("model_type", ("mamba", "qwen3_next"))
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next"])
 def test_the_slow_path_in_bfloat16_ends_each_answer(model_type: str, tmp_path: Path) -> None:
     saved(tmp_path, model_type)
     answers = serve(worker_and_engine(tmp_path, dtype="bfloat16")[1])
@@ -92,8 +92,8 @@ def test_models_over_pages_give_the_tokens_of_the_unmodified_one(model_type: str
     check_greedy(wanted, serve(core))
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
-@pytest.mark.parametrize("model_type", ("llama", "qwen2", "qwen3", "phi3", "smollm3", "granite", "gemma"))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3", "smollm3", "granite", "gemma"])
 def test_a_decoder_as_llamas_is_native_in_every_type(model_type: str, dtype: str, tmp_path: Path) -> None:
     wanted = saved(tmp_path, model_type)
     worker, core = worker_and_engine(tmp_path, dtype=dtype)
