@@ -57,13 +57,47 @@ def test_a_shared_prefix_is_computed_once() -> None:
     assert collect(outputs)["b"] == expected([*shared, 2], 2)
 
 
-def test_a_burst_with_one_prefix_computes_it_once() -> None:
-    core = make_engine(pages=128)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("budget", [32, 512])
+def test_a_burst_with_one_prefix_computes_it_once(budget: int, overlap: bool) -> None:
+    core = make_engine(pages=128, max_num_batched_tokens=budget, overlap=overlap)
     shared = prompt(3, 64)
     for i in range(4):
         core.add(make_request(core, f"r{i}", [*shared, i], max_tokens=2))
     assert collect(run(core)) == {f"r{i}": expected([*shared, i], 2) for i in range(4)}
     assert core.stats().cached_tokens == 3 * 64
+
+
+def test_a_crowd_that_waits_for_one_prefix_costs_a_step_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_engine(max_num_batched_tokens=512, overlap=True)
+    shared = prompt(3, 160)
+    for i in range(100):
+        core.add(make_request(core, f"r{i}", [*shared, i], max_tokens=2))
+    looks, match = [], core.scheduler.pool.match
+    monkeypatch.setattr(core.scheduler.pool, "match", lambda keys: looks.append(keys) or match(keys))
+    outputs = core.step()
+    assert len(looks) == 100 and core.stats().waiting == 99
+    outputs += core.step()  # scheduled before the first step is read
+    assert len(looks) == 100
+    assert collect(outputs + run(core)) == {f"r{i}": expected([*shared, i], 2) for i in range(100)}
+    assert core.stats().cached_tokens == 99 * 160
+
+
+@pytest.mark.parametrize("why", ["abort", "reset"])
+def test_who_waits_for_a_prefix_computes_it_when_nobody_does_any_more(why: str) -> None:
+    core = make_engine(max_num_batched_tokens=16)
+    shared = prompt(3, 160)
+    for i in range(4):
+        core.add(make_request(core, f"r{i}", [*shared, i], max_tokens=2))
+    for _ in range(3):
+        core.step()
+    assert core.stats().waiting == 3
+    core.abort(["r0", "r2"])
+    if why == "reset":
+        core.reset_prefix_cache()
+    texts = collect(run(core))
+    assert {id: texts[id] for id in ("r1", "r3")} == {f"r{i}": expected([*shared, i], 2) for i in (1, 3)}
+    assert_idle(core)
 
 
 def test_a_prompt_that_is_wholly_cached_still_computes_its_last_token() -> None:

@@ -264,7 +264,7 @@ class EngineCore:
         """The last message of a request whose grammar lets nothing follow, or failed."""
         error = self._grammars.live[id].error
         self._grammars.close(id)
-        self.scheduler.end(id, "error" if error else "stop")
+        self.scheduler.end(id)
         if error:
             error = f"The grammar cannot be followed: {error}."
             return TokenOutput(id=id, finish_reason="error", error=error, status=400)

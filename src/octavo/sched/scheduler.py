@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from octavo.cache.pages import Page, PagePool
 from octavo.cache.prefix import page_key
+from octavo.sched.claims import Claims
 from octavo.sched.sequence import SequenceState, Status
 from octavo.types import (
     FinishReason,
@@ -76,12 +77,13 @@ class Scheduler:
         self.counters = Counters()
         self._hash_key = hash_key
         self._sequences: dict[str, SequenceState] = {}
-        self._waiting: list[tuple[tuple[int, int], SequenceState]] = []  # heap; entries that are not WAITING are stale
-        self._num_waiting = 0
+        # A heap; entries that are not WAITING are stale. Those that wait for a page of another are in `_claims`.
+        self._waiting: list[tuple[tuple[int, int], SequenceState]] = []
+        self._num_waiting = 0  # in both
         self._running: list[SequenceState] = []  # in the order of admission
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._ended: list[int] = []
-        self._claims: dict[bytes, SequenceState] = {}  # key -> the running sequence that is computing that page
+        self._claims = Claims()
         self._launched: list[list[_Item]] = []  # plans not committed yet, oldest first
         self._arrivals = 0
         self._step = 0
@@ -101,17 +103,13 @@ class Scheduler:
         for id in ids:
             seq = self._sequences.get(id)
             if seq is not None:
-                self._finish(seq, "abort")
+                self._finish(seq)
                 outputs.append(TokenOutput(id=id, finish_reason="abort", cached=seq.cached))
         return outputs
 
     @property
     def num_waiting(self) -> int:
         return self._num_waiting
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
 
     def has_work(self) -> bool:
         """Whether a request is unfinished or a plan uncommitted."""
@@ -123,7 +121,7 @@ class Scheduler:
     def reset_prefix_cache(self) -> None:
         """Nothing computed so far will be found again; running requests keep their pages but share no more of them."""
         self.pool.forget()
-        self._claims.clear()
+        self._requeue(self._claims.clear())
         for seq in self._running:
             seq.published = self.limits.max_len  # above any page count: offers none of its pages any more
 
@@ -176,7 +174,7 @@ class Scheduler:
             scores = result.prompt_logprobs
             prompt_logprobs = self._fresh_scores(item, scores[index]) if index in scores else []
             if index in result.bad:
-                self._finish(seq, "error")
+                self._finish(seq)
                 outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=_nothing_left(seq), status=500))
             elif item.samples:
                 outputs.append(self._sampled(seq, result.logprobs.get(index), prompt_logprobs))
@@ -210,17 +208,17 @@ class Scheduler:
         if id in self._sequences:
             self._sequences[id].held = False
 
-    def end(self, id: str, reason: FinishReason) -> None:
+    def end(self, id: str) -> None:
         """Ends a request for a reason that the scheduler cannot know; unknown and finished ids are ignored."""
         if id in self._sequences:
-            self._finish(self._sequences[id], reason)
+            self._finish(self._sequences[id])
 
     def fail_running(self, cause: str, status: int) -> list[TokenOutput]:
         """Ends every request that is in a launched or running state, with an error; waiting ones stay."""
         self._launched.clear()
         outputs = []
         for seq in list(self._running):
-            self._finish(seq, "error")
+            self._finish(seq)
             outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=cause, status=status))
         for seq in self._sequences.values():
             seq.inflight = 0
@@ -251,6 +249,8 @@ class Scheduler:
         assert sorted(rows + self._free_rows) == list(range(self.limits.max_rows)), "a row is lost or used twice"
         waiting = sum(seq.status is Status.WAITING for seq in self._sequences.values())
         assert waiting == self._num_waiting, f"{waiting} waiting, {self._num_waiting} counted"
+        queued = [*(entry[1] for entry in self._waiting), *self._claims.waiting()]
+        assert waiting == sum(seq.status is Status.WAITING for seq in queued), "a request waits nowhere, or twice"
         assert len(self._sequences) == waiting + len(rows), "a sequence is neither waiting nor running"
 
     # --- parts of a step ------------------------------------------------------------------------------------
@@ -287,18 +287,20 @@ class Scheduler:
             seq = heapq.heappop(self._waiting)[1]
             if seq.status is not Status.WAITING:
                 continue
-            self._num_waiting -= 1
-            hit = self._find(seq)
-            if hit is None:
+            if not seq.ready:
                 passed.append(seq)
+                continue
+            hit, awaited = self._find(seq)
+            if awaited is not None:
+                self._claims.wait(seq, awaited)
                 continue
             if self._pages_for(seq, hit) > self.pool.num_free:
                 passed.append(seq)
                 break
+            self._num_waiting -= 1
             items.append(self._start(seq, hit, budget, starts))
             budget -= items[-1].count
-        for seq in passed:
-            self._wait(seq)
+        self._requeue(passed)
 
     def _make_way(self) -> None:
         """The first in line takes the place of a running request of lower priority, one in each step."""
@@ -310,8 +312,10 @@ class Scheduler:
         if not self._waiting or self._waiting[0][1].order[0] >= victim.order[0]:
             return
         first = self._waiting[0][1]
-        hit = self._find(first)
-        if hit is not None and (not self._free_rows or self._pages_for(first, hit) > self.pool.num_free):
+        if not first.ready:
+            return
+        hit, awaited = self._find(first)
+        if awaited is None and (not self._free_rows or self._pages_for(first, hit) > self.pool.num_free):
             self._preempt(victim)
 
     def _pages_for(self, seq: SequenceState, hit: list[Page]) -> int:
@@ -322,19 +326,15 @@ class Scheduler:
         needed = -(-(seq.known + 1) // self.limits.page_size) - len(hit)
         return needed + sum(page.refs == 0 for page in hit)
 
-    def _find(self, seq: SequenceState) -> list[Page] | None:
-        """The pages that ``seq`` can reuse. None: it is held, or waits for a token in flight or a page of another."""
-        if seq.inflight or seq.held:
-            return None
+    def _find(self, seq: SequenceState) -> tuple[list[Page], bytes | None]:
+        """The pages that ``seq`` can reuse, and the key of one that it should wait for as another computes it."""
         if not self.limits.prefix_caching or seq.sampling.prompt_logprobs is not None:
-            return []
+            return [], None
         self._extend_keys(seq, seq.known)
         usable = (seq.known - 1) // self.limits.page_size  # at least one token is computed: its logits are needed
         keys = seq.keys[:usable]
         hit = self.pool.match(keys)
-        if len(hit) < len(keys) and keys[len(hit)] in self._claims:
-            return None
-        return hit
+        return hit, self._claims.awaited(keys, len(hit))
 
     def _start(self, seq: SequenceState, hit: list[Page], budget: int, starts: list[RowStart]) -> _Item:
         first = seq.preemptions == 0
@@ -344,8 +344,7 @@ class Scheduler:
         self._take(seq, -(-(seq.computed + count) // self.limits.page_size) - len(hit))
         self._running.append(seq)
         if self.limits.prefix_caching:
-            for key in seq.keys[len(hit) :]:
-                self._claims.setdefault(key, seq)
+            self._claims.add(seq, seq.keys[len(hit) :])
         if first:
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.cached_tokens += seq.cached
@@ -385,7 +384,7 @@ class Scheduler:
         token, reason = seq.tokens[-1], self._reason(seq)
         self.counters.generation_tokens += 1
         if reason is not None:
-            self._finish(seq, reason)
+            self._finish(seq)
         return TokenOutput(
             id=seq.id,
             token_ids=[token],
@@ -412,10 +411,8 @@ class Scheduler:
             return
         self._extend_keys(seq, full * self.limits.page_size)
         for index in range(seq.published, full):
-            key = seq.keys[index]
-            self.pool.publish(seq.pages[index], key)
-            if self._claims.get(key) is seq:
-                del self._claims[key]
+            self.pool.publish(seq.pages[index], seq.keys[index])
+        self._requeue(self._claims.release(seq, seq.keys[seq.published : full]))
         seq.published = full
 
     def _extend_keys(self, seq: SequenceState, length: int) -> None:
@@ -431,25 +428,27 @@ class Scheduler:
         self.counters.preemptions += 1
         self._wait(seq)
 
-    def _finish(self, seq: SequenceState, reason: FinishReason) -> None:
+    def _finish(self, seq: SequenceState) -> None:
         if seq.status is Status.RUNNING:
             self._vacate(seq)
         else:
-            self._num_waiting -= 1  # its heap entry is stale from here on
-        self.pool.release(seq.finish(reason))
+            self._num_waiting -= 1  # its entry in the queue is stale from here on
+        self.pool.release(seq.finish())
         del self._sequences[seq.id]
 
     def _vacate(self, seq: SequenceState) -> None:
         self._running.remove(seq)
         self._free_rows.append(seq.row)
         self._ended.append(seq.row)
-        for key in seq.keys[seq.published :]:
-            if self._claims.get(key) is seq:
-                del self._claims[key]
+        self._requeue(self._claims.release(seq, seq.keys[seq.published :]))
 
     def _wait(self, seq: SequenceState) -> None:
-        heapq.heappush(self._waiting, (seq.order, seq))
         self._num_waiting += 1
+        self._requeue([seq])
+
+    def _requeue(self, sequences: Iterable[SequenceState]) -> None:
+        for seq in sequences:
+            heapq.heappush(self._waiting, (seq.order, seq))
 
 
 def _nothing_left(seq: SequenceState) -> str:

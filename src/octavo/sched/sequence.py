@@ -16,7 +16,7 @@ from enum import Enum
 
 from octavo.cache.pages import Page
 from octavo.cache.prefix import split_keys
-from octavo.types import FinishReason, Request
+from octavo.types import Request
 
 
 class Status(Enum):
@@ -36,7 +36,6 @@ class SequenceState:
         "committed",
         "computed",
         "epoch",
-        "finish_reason",
         "held",
         "id",
         "inflight",
@@ -81,7 +80,6 @@ class SequenceState:
         self.epoch = 0
         self.preemptions = 0
         self.held = False  # waits until `Scheduler.resume`
-        self.finish_reason: FinishReason | None = None
 
     @property
     def known(self) -> int:
@@ -91,12 +89,17 @@ class SequenceState:
     def todo(self) -> int:
         return self.known - self.computed
 
+    @property
+    def ready(self) -> bool:
+        """Whether a waiting one may run: it is not held, and no value of its tokens is still to be read."""
+        return not (self.inflight or self.held)
+
     def start(self, row: int, hit: list[Page], page_size: int) -> None:
         """Admission to ``row``, with the pages that the prefix cache had."""
         self.status = Status.RUNNING
         self.row = row
         self.epoch += 1
-        self.pages = hit
+        self.pages = list(hit)
         self.computed = self.committed = self.capacity = len(hit) * page_size
         self.published = len(hit)
         if self.preemptions == 0:
@@ -122,10 +125,9 @@ class SequenceState:
         self.preemptions += 1
         return self._leave()
 
-    def finish(self, reason: FinishReason) -> list[Page]:
+    def finish(self) -> list[Page]:
         """The end; returns the pages to release."""
         self.status = Status.DONE
-        self.finish_reason = reason
         return self._leave()
 
     def _leave(self) -> list[Page]:
