@@ -234,8 +234,9 @@ class AsyncLLM:
         return await self.client.health()
 
     async def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes."""
-        return await self.client.reset_prefix_cache()
+        """Forgets all cached prefixes; always True, where vLLM's can refuse."""
+        await self.client.reset_prefix_cache()
+        return True
 
     async def close(self) -> None:
         """Ends the engine; requests in flight end with ``finish_reason="abort"``."""

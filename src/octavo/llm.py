@@ -162,8 +162,9 @@ class LLM:
         return self._inputs.default_params()
 
     def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes."""
-        return self._engine().reset_prefix_cache()
+        """Forgets all cached prefixes; always True, where vLLM's can refuse."""
+        self._engine().reset_prefix_cache()
+        return True
 
     def close(self) -> None:
         """Frees the model and its memory. May be called twice; nothing else works afterwards."""

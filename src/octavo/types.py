@@ -371,11 +371,10 @@ class Outputs(msgspec.Struct, frozen=True, tag="outputs"):
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
-    """The answer to a `Ping` or a `ResetPrefixCache`; ``ok`` says whether the latter was done."""
+    """The answer to a `Ping` or a `ResetPrefixCache`."""
 
     nonce: int
     stats: Stats
-    ok: bool = True
 
 
 class Dead(msgspec.Struct, frozen=True, tag="dead"):

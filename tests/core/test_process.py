@@ -15,7 +15,6 @@ import pytest
 
 from octavo.config import EngineConfig
 from octavo.core.process import run
-from octavo.core.transport import MemoryChannel
 from octavo.errors import EngineDead, OutOfMemory, RequestError
 from octavo.frontend.core_client import MAX_BURST, CoreClient
 from octavo.frontend.core_process import CoreProcess, error_of, spawn
@@ -33,6 +32,7 @@ from octavo.types import (
     Submit,
     TokenOutput,
 )
+from tests.core.memory_channel import MemoryChannel
 from tests.core.stub_engine import expected, make_engine, make_request
 from tests.e2e.serving import ended
 
@@ -96,7 +96,7 @@ def test_loop_answers_requests_aborts_pings_and_resets_and_ends_on_shutdown() ->
     while not channel.outbox.empty():
         messages.append(channel.outbox.get())
     assert messages[0] == Ready(engine.info)
-    assert [(m.nonce, m.ok) for m in messages if isinstance(m, Pong)] == [(5, True), (6, True)]
+    assert [m.nonce for m in messages if isinstance(m, Pong)] == [5, 6]
     outputs = [o for m in messages if isinstance(m, Outputs) for o in m.outputs]
     assert [t for o in outputs if o.id == "a" for t in o.token_ids] == expected(prompt, 8)
     ends = {o.id: (o.finish_reason, o.status) for o in outputs if o.finish_reason}
@@ -150,7 +150,8 @@ def test_a_spawned_core_serves_64_requests_at_once_and_is_idle_afterwards(core: 
         stats = await client.health()
         assert (stats.running, stats.waiting, stats.pages_used) == (0, 0, 0)
         assert stats.generation_tokens == 64 * 8
-        assert await client.reset_prefix_cache() is True
+        await client.reset_prefix_cache()
+        assert (await tokens_of(client, make_request_for(client, "again", prompts[0])))[1].cached == 0
         process = psutil.Process(core.process.pid)
         before = sum(process.cpu_times()[:2])
         await asyncio.sleep(0.5)

@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from octavo.core import transport
-from octavo.core.transport import ONLY, Channel, MemoryChannel, Peer, ZmqChannel, open_socket
+from octavo.core.transport import Channel, Peer, ZmqChannel, open_socket
 from octavo.frontend.core_process import Core
 from octavo.types import (
     Abort,
@@ -106,7 +106,6 @@ def test_messages_keep_their_order_and_content_in_both_directions(client: Client
 
 def test_receive_without_wait_returns_at_once_when_nothing_came(client: Client) -> None:
     assert client.channel.receive(wait=False) == []
-    assert MemoryChannel().receive(wait=False) == []
 
 
 def test_a_waiting_loop_is_woken_by_a_message_and_uses_no_cpu_until_then(client: Client) -> None:
@@ -204,12 +203,3 @@ def test_a_peer_without_the_public_key_is_not_heard(tmp_path: Path) -> None:
         friend.stop()
         stranger.close()
         channel.close()
-
-
-def test_memory_channel_is_a_queue_in_each_direction() -> None:
-    channel = MemoryChannel()
-    channel.put(Ping(1))
-    channel.put(Ping(2))
-    assert channel.receive(wait=True) == [(ONLY, Ping(1)), (ONLY, Ping(2))]
-    channel.send(ONLY, Pong(1, Stats()))
-    assert channel.outbox.get_nowait() == Pong(1, Stats())

@@ -174,8 +174,8 @@ class FakeClient:
             raise self.dead
         return Stats(running=len(self.requests))
 
-    async def reset_prefix_cache(self) -> bool:
-        return True
+    async def reset_prefix_cache(self) -> None:
+        pass
 
     async def close(self) -> None:
         self.closed = True

@@ -111,7 +111,7 @@ def test_requests_are_shared_out_answered_rightly_and_counted_in_sum() -> None:
         each = [state.stats.generation_tokens for state in balancer.engines()]
         assert sum(each) == 64 * 8
         assert min(each) > 64
-        assert await balancer.reset_prefix_cache() is True
+        await balancer.reset_prefix_cache()
 
     assert run(work) == []
 

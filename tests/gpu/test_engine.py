@@ -204,9 +204,9 @@ import sys, torch
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.core.process import run
-from octavo.core.transport import MemoryChannel
 from octavo.runtime.worker import Worker
 from octavo.types import Dead, Hello, Outputs, Ready, Submit
+from tests.core.memory_channel import MemoryChannel
 from tests.core.stub_engine import make_request
 
 class Failing(Worker):

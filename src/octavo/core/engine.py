@@ -163,10 +163,9 @@ class EngineCore:
         waiting = stats.waiting + len(self._compiling)
         return msgspec.structs.replace(stats, waiting=waiting, busy_seconds=self._busy)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets every reusable page; always possible."""
+    def reset_prefix_cache(self) -> None:
+        """Forgets every reusable page."""
         self.scheduler.reset_prefix_cache()
-        return True
 
     def close(self) -> None:
         """Drops the model and the cache."""

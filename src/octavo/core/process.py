@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from octavo import log
 from octavo.config import EngineConfig
 from octavo.core.transport import Channel, Peer, ZmqChannel
 from octavo.errors import OctavoError
+from octavo.parent import end_with_parent
 from octavo.types import (
     Abort,
     Bye,
@@ -78,7 +77,7 @@ class Engine(Protocol):
 
     def stats(self) -> Stats: ...
 
-    def reset_prefix_cache(self) -> bool: ...
+    def reset_prefix_cache(self) -> None: ...
 
     def close(self) -> None: ...
 
@@ -140,7 +139,8 @@ class _Desk:
         elif isinstance(message, Ping):
             self._channel.send(peer, Pong(message.nonce, engine.stats()))
         elif isinstance(message, ResetPrefixCache):
-            self._channel.send(peer, Pong(message.nonce, engine.stats(), ok=engine.reset_prefix_cache()))
+            engine.reset_prefix_cache()
+            self._channel.send(peer, Pong(message.nonce, engine.stats()))
         return []
 
     def send(self, outputs: list[TokenOutput]) -> None:
@@ -214,14 +214,6 @@ def _end_with(error: OctavoError, channel: Channel) -> NoReturn:
         os._exit(error.exit_code)
 
 
-def _end_with_parent(folder: str) -> None:
-    while os.read(0, 4096):
-        pass
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)  # a killed parent cannot
-    os._exit(1)
-
-
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -229,7 +221,7 @@ def main() -> int:
     if not line:
         return 1
     start = msgspec.json.decode(line, type=Start)
-    threading.Thread(target=_end_with_parent, args=(start.folder,), name="octavo-parent-watch", daemon=True).start()
+    end_with_parent(start.folder)
     os.dup2(2, 1)  # what libraries print is log, not output
     log.configure(start.log_level)
     channel = ZmqChannel(start.address, start.listener, secret_key=start.secret_key)

@@ -1,4 +1,4 @@
-"""How messages reach the core loop and leave it: over ZeroMQ, or in memory with the same face.
+"""How messages reach the core loop and leave it.
 
     clients (peers)                      core process
       DEALER, connects  -- CoreInput  -->  ROUTER  |  one I/O thread:   inbox  -> loop
@@ -26,14 +26,12 @@ from octavo.types import MAX_MESSAGE_BYTES, Bye, CoreInput, CoreOutput, Dead
 
 FLUSH_MS = 1000  # how long `close` may take to hand over what was sent before
 
-
 Peer = bytes
 Message = tuple[Peer, CoreInput]
-ONLY: Peer = b""  # the one peer of a `MemoryChannel`
 
 
 class Channel(Protocol):
-    """The core's end."""
+    """The core's end: a `ZmqChannel`, or one in memory in tests."""
 
     def receive(self, *, wait: bool) -> list[Message]:
         """Everything that has arrived, in order; with ``wait``, blocks until there is at least one message.
@@ -55,36 +53,14 @@ class Channel(Protocol):
         ...
 
 
-def _drain(inbox: queue.SimpleQueue[Message], *, wait: bool) -> list[Message]:
+def drain(inbox: queue.SimpleQueue[Message], *, wait: bool) -> list[Message]:
+    """What is in ``inbox``; with ``wait`` at least one message."""
     messages = [inbox.get()] if wait else []
     try:
         while True:
             messages.append(inbox.get_nowait())
     except queue.Empty:
         return messages
-
-
-class MemoryChannel:
-    """Both ends in one process: the client puts into ``inbox`` and gets from ``outbox``."""
-
-    def __init__(self) -> None:
-        self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self.outbox: queue.SimpleQueue[CoreOutput] = queue.SimpleQueue()
-
-    def put(self, message: CoreInput) -> None:
-        self.inbox.put((ONLY, message))
-
-    def receive(self, *, wait: bool) -> list[Message]:
-        return _drain(self.inbox, wait=wait)
-
-    def send(self, peer: Peer, message: CoreOutput) -> None:
-        self.outbox.put(message)
-
-    def send_all(self, message: CoreOutput) -> None:
-        self.outbox.put(message)
-
-    def close(self) -> None:
-        pass
 
 
 class ZmqChannel:
@@ -112,7 +88,7 @@ class ZmqChannel:
         self._thread.start()
 
     def receive(self, *, wait: bool) -> list[Message]:
-        return _drain(self._inbox, wait=wait)
+        return drain(self._inbox, wait=wait)
 
     def send(self, peer: Peer, message: CoreOutput) -> None:
         self._outbox.put((peer, message))

@@ -142,11 +142,10 @@ class Balancer:
             await asyncio.gather(*asked, return_exceptions=True)
         raise EngineDead("no engine answers.", "They are being started again; see the server's log.")
 
-    async def reset_prefix_cache(self) -> bool:
+    async def reset_prefix_cache(self) -> None:
         """See `EngineClient.reset_prefix_cache`."""
         self._router.forget()
-        done = await asyncio.gather(*(client.reset_prefix_cache() for client in self._fleet.clients()))
-        return all(done)
+        await asyncio.gather(*(client.reset_prefix_cache() for client in self._fleet.clients()))
 
     async def close(self) -> None:
         """Ends the engines, or leaves them if another process looks after them."""

@@ -62,8 +62,8 @@ class EngineClient(Protocol):
         """Statistics from a turn of the core's loop; raises `EngineDead` when there is none in time."""
         ...
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes; False when requests still hold pages."""
+    async def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes; requests that run keep their pages, which nobody else finds any more."""
         ...
 
     async def close(self) -> None:

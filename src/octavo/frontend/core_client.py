@@ -137,10 +137,10 @@ class CoreClient:
         nonce = next(self._nonces)
         return (await self._ask(Ping(nonce), nonce)).stats
 
-    async def reset_prefix_cache(self) -> bool:
+    async def reset_prefix_cache(self) -> None:
         """See `EngineClient.reset_prefix_cache`."""
         nonce = next(self._nonces)
-        return (await self._ask(ResetPrefixCache(nonce), nonce)).ok
+        await self._ask(ResetPrefixCache(nonce), nonce)
 
     async def close(self) -> None:
         """Ends the core process; what is still pending ends with ``finish_reason="abort"``."""

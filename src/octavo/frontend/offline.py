@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -50,7 +49,8 @@ class SeveralCores:
             raise
         self.info = together(infos)
         self._router = router_for(infos[0])
-        self._owners: dict[str, int] = {}
+        self._owners: dict[str, int] = {}  # of each request that has not ended
+        self._loads = [0] * len(self._cores)  # how many these are
         self._stats = [Stats() for _ in self._cores]
         self._poller = zmq.Poller()
         for core in self._cores:
@@ -58,17 +58,17 @@ class SeveralCores:
 
     def add(self, request: Request) -> TokenOutput | None:
         """Sends the request to an engine; a refusal comes with a later step."""
-        counts = Counter(self._owners.values())
-        index = self._router.pick(request.page_hashes, [float(counts[i]) for i in range(len(self._cores))])
+        index = self._router.pick(request.page_hashes, self._loads)
         if index is None:
             raise EngineDead("no engine runs.", "Make a new LLM.")
         self._owners[request.id] = index
+        self._loads[index] += 1
         self._cores[index].send(Submit([request]))
         return None
 
     def abort(self, ids: Sequence[str]) -> list[TokenOutput]:
         """Ends requests; nothing of them comes any more."""
-        known = {id: self._owners.pop(id) for id in ids if id in self._owners}
+        known = {id: self._ended(id) for id in ids if id in self._owners}
         for index, core in enumerate(self._cores):
             mine = [id for id, owner in known.items() if owner == index]
             if mine:
@@ -83,38 +83,42 @@ class SeveralCores:
         """Waits for outputs of any engine; raises `EngineDead` if one ends."""
         outputs: list[TokenOutput] = []
         while not outputs and self._owners:
-            for _, message in self._receive():
+            for message in self._receive():
                 if isinstance(message, Outputs):
                     outputs += [output for output in message.outputs if output.id in self._owners]
         for output in outputs:
             if output.finish_reason is not None:
-                del self._owners[output.id]
+                self._ended(output.id)
         return outputs
 
     def stats(self) -> Stats:
         """Sums; ``waiting`` is of the engine that has most to do, and counts all that it has."""
-        most = max(Counter(self._owners.values()).values(), default=0)
-        return msgspec.structs.replace(Stats.sum(self._stats), waiting=most)
+        return msgspec.structs.replace(Stats.sum(self._stats), waiting=max(self._loads))
 
-    def reset_prefix_cache(self) -> bool:
+    def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
         self._router.forget()
         for core in self._cores:
             core.send(ResetPrefixCache(0))
-        pongs: list[Pong] = []
-        while len(pongs) < len(self._cores):
-            pongs += [message for _, message in self._receive() if isinstance(message, Pong)]
-        return all(pong.ok for pong in pongs)
+        pongs = 0
+        while pongs < len(self._cores):
+            pongs += sum(isinstance(message, Pong) for message in self._receive())
 
     def close(self) -> None:
         """Ends the engines. May be called twice."""
         for core in self._cores:
             core.stop()
 
-    def _receive(self) -> list[tuple[int, CoreOutput]]:
+    def _ended(self, id: str) -> int:
+        """Forgets a request; returns the engine that had it."""
+        index = self._owners.pop(id)
+        self._loads[index] -= 1
+        return index
+
+    def _receive(self) -> list[CoreOutput]:
         """What has come, one message of each engine at most; waits for the first, not without end."""
         ready = dict(self._poller.poll(POLL_MS))
-        messages: list[tuple[int, CoreOutput]] = []
+        messages: list[CoreOutput] = []
         for index, core in enumerate(self._cores):
             if core.socket in ready:
                 message = decode_output(core.socket.recv())
@@ -122,7 +126,7 @@ class SeveralCores:
                     raise error_of(message)
                 if isinstance(message, Outputs | Pong):
                     self._stats[index] = message.stats or self._stats[index]
-                messages.append((index, message))
+                messages.append(message)
             elif not ready and not core.alive() and not core.socket.poll(LAST_WORDS_MS):
                 raise core.death()
         return messages

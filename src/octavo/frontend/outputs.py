@@ -45,9 +45,8 @@ class _Output:
         self.cumulative = 0.0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
-        wants_text = decoder is not None and params.detokenize
         self.detokenizer: Detokenizer | None = None
-        if decoder is not None and wants_text:
+        if decoder is not None and params.detokenize:
             self.detokenizer = Detokenizer(decoder, prepared.prompt_token_ids, params, keep=prepared.kept_ids)
 
     def take_text(self) -> str:
