@@ -62,6 +62,27 @@ def test_smollm3_has_no_rope_in_every_fourth_layer(tmp_path: Path) -> None:
     assert config_of(tmp_path, "smollm3", tensors, block_count=8)["no_rope_layers"] == [1, 1, 1, 0, 1, 1, 1, 0]
 
 
+def test_gemma3_rotates_local_and_global_layers_each_by_its_base(tmp_path: Path) -> None:
+    more = {"attention__sliding_window": 16, "rope__freq_base": 1e6}
+    scaled = {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}
+    config = config_of(tmp_path, "gemma3", **more, **scaled)
+    theirs = AutoConfig.for_model(**config)
+    assert (theirs.model_type, theirs.hidden_activation, theirs.sliding_window) == (
+        "gemma3_text",
+        "gelu_pytorch_tanh",
+        16,
+    )
+    assert theirs.rope_parameters == {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    }
+    assert theirs.layer_types == ["sliding_attention"] * 2
+    every_other = config_of(tmp_path, "gemma3", **more, attention__sliding_window_pattern=2)
+    assert every_other["layer_types"] == ["sliding_attention", "full_attention"]
+    with pytest.raises(ModelError, match="sliding_window is missing"):
+        config_of(tmp_path, "gemma3")
+
+
 def test_a_llama_with_a_window_is_a_mistral(tmp_path: Path) -> None:
     config = config_of(tmp_path, attention__sliding_window=64)
     assert (config["model_type"], config["architectures"], config["sliding_window"]) == (

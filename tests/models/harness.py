@@ -10,6 +10,7 @@ import torch
 
 from octavo.hub.checkpoint import open_checkpoint
 from octavo.hub.configs import model_config, read_hf_dict
+from octavo.hub.quantised.checkpoint import unquantised
 from octavo.hub.resolve import resolve
 from octavo.kernels.metadata import AttentionMetadata
 from octavo.layers import context
@@ -18,13 +19,16 @@ from octavo.models.base import Model
 from octavo.runtime import loader
 
 
-def native(folder: Path, max_len: int, dtype: str = "auto", *, keep_blocks: bool = False) -> Model:
-    """The native model of a local folder or file, loaded on the CPU."""
+def native(
+    folder: Path, max_len: int, dtype: str = "auto", *, keep_blocks: bool = False, impl: str = "native"
+) -> Model:
+    """The native model (or that of ``impl``) of a local folder or file, loaded on the CPU."""
     source = resolve(str(folder))
     config = model_config(read_hf_dict(source, {}), dtype=dtype, generation={})
-    model_class, _ = registry.choose(config, "native")
+    model_class, _ = registry.choose(config, impl)
     model = model_class(config, max_len)
-    loader.load(model, open_checkpoint(source), torch.device("cpu"), lambda phase, share: None, keep_blocks=keep_blocks)
+    checkpoint = unquantised(open_checkpoint(source), config.hf)
+    loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None, keep_blocks=keep_blocks)
     return model
 
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from octavo.config import LOAD_PACKAGES
 from octavo.errors import ModelError
 from octavo.hub.gguf import GgufReader
-from octavo.hub.gguf_names import attention_rows, hf_names
+from octavo.hub.gguf_names import attention_rows, hf_names, value_offset
 from octavo.hub.gguf_quants import Bytes
 from octavo.hub.safetensors_file import SafetensorsFile, TensorInfo
 
@@ -95,7 +95,9 @@ class GgufCheckpoint:
 
     def read(self, name: str, slices: Slices | None = None) -> Array:
         tensor = self._reader.tensors[self._names[name]]
-        return Array(tensor.read(slices, attention_rows(self._reader, tensor)), "float32")
+        values = tensor.read(slices, attention_rows(self._reader, tensor))
+        offset = value_offset(self._reader, tensor)
+        return Array(values + np.float32(offset) if offset else values, "float32")
 
     def block_types(self) -> dict[str, str]:
         """The ggml type of every matrix."""

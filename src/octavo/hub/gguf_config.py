@@ -15,12 +15,24 @@ _CLASSES = {
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
     "smollm3": ("smollm3", "SmolLM3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
 }
 # Entries that change the computation in a way that the classes above do not have, with the value that changes nothing.
-_NEUTRAL = {"expert_count": 0, "logit_scale": 1, "embedding_scale": 1, "residual_scale": 1, "attention.scale": 0}
+_NEUTRAL = {
+    "expert_count": 0,
+    "logit_scale": 1,
+    "embedding_scale": 1,
+    "residual_scale": 1,
+    "attention.scale": 0,
+    "attn_logit_softcapping": 0,
+    "final_logit_softcapping": 0,
+}
+# Constants of gemma3 in llama.cpp: every sixth layer sees everything, the others rotate by a base of their own, and
+# queries are scaled by the head's size except in the model of 62 layers (27B).
+_GEMMA3_PERIOD, _GEMMA3_LOCAL_THETA, _GEMMA3_27B_LAYERS = 6, 10_000.0, 62
 _NO_ROPE_INTERVAL = 4  # smollm3: every fourth layer; a constant of the architecture in llama.cpp
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-_END_TOKENS = frozenset({"<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>"})
+_END_TOKENS = frozenset({"<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"})
 _CONTROL = 3
 _PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -67,6 +79,8 @@ def config_from_gguf(reader: GgufReader) -> dict[str, Any]:
         layers = range(1, config["num_hidden_layers"] + 1)
         config["no_rope_layer_interval"] = _NO_ROPE_INTERVAL
         config["no_rope_layers"] = [int(layer % _NO_ROPE_INTERVAL != 0) for layer in layers]
+    if arch == "gemma3":
+        config |= _gemma3(reader, config)
     types = {t.format.name for t in reader.tensors.values() if len(t.shape) > 1}
     if types <= set(_PLAIN_DTYPES):
         config["dtype"] = next(dtype for name, dtype in _PLAIN_DTYPES.items() if name in types)
@@ -160,6 +174,24 @@ def _rope(reader: GgufReader, arch: str, config: dict[str, Any]) -> dict[str, An
         factors = reader.read("rope_freqs.weight")
         scaling = _explicit_factors(reader, arch, factors, theta, rotated, config["max_position_embeddings"])
     return {**common, **scaling}
+
+
+def _gemma3(reader: GgufReader, config: dict[str, Any]) -> dict[str, Any]:
+    """What the config of Gemma 3 has beyond that of Llama; ``rope_parameters`` becomes that of the global layers."""
+    period = reader.integer("gemma3.attention.sliding_window_pattern") or _GEMMA3_PERIOD
+    layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    local = reader.number("gemma3.rope.freq_base_swa") or _GEMMA3_LOCAL_THETA
+    return {
+        "hidden_act": None,  # its name in these configs is the next one
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": _required(reader, "gemma3.attention.sliding_window"),
+        "layer_types": ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)],
+        "query_pre_attn_scalar": config["hidden_size"] // heads if layers == _GEMMA3_27B_LAYERS else config["head_dim"],
+        "rope_parameters": {
+            "full_attention": config["rope_parameters"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        },
+    }
 
 
 def _scaling(reader: GgufReader, arch: str, context: int) -> dict[str, Any]:

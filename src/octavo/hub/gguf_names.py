@@ -1,7 +1,8 @@
-"""Hugging Face names of the tensors of a GGUF file, and the order of rows of its query and key projections.
+"""Hugging Face names of the tensors of a GGUF file, and what llama.cpp's converter did to their values.
 
 llama.cpp rotates neighbouring pairs of dimensions where Transformers rotates halves, for the architectures of
 `PERMUTED`; its converter reorders the rows of ``attn_q`` and ``attn_k`` for that, and `attention_rows` undoes it.
+Gemma's norms multiply by one more than their weight; the converter adds the one, and `value_offset` undoes that.
 """
 
 from __future__ import annotations
@@ -29,23 +30,36 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# Gemma 3 has norms behind its sublayers, too, and so other names for the one before the MLP.
+_GEMMA3_BLOCK = {
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _CONFIG_TENSORS = frozenset({"rope_freqs.weight"})  # part of the config, see `gguf_config`
 
 
 def hf_names(reader: GgufReader) -> dict[str, str]:
     """Hugging Face name -> name in the file. A tensor without such a name keeps its own, so that loading reports it."""
-    return {hf_name(name): name for name in reader.tensors if name not in _CONFIG_TENSORS}
+    arch = reader.architecture
+    return {hf_name(name, arch): name for name in reader.tensors if name not in _CONFIG_TENSORS}
 
 
-def hf_name(name: str) -> str:
+def hf_name(name: str, arch: str = "llama") -> str:
     """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; an unknown name is returned as it is."""
+    block = {**_BLOCK, **_GEMMA3_BLOCK} if arch == "gemma3" else _BLOCK
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if match:
         layer, part, leaf = match.groups()
-        known = _TOP.get(part) if layer is None else _BLOCK.get(part)
+        known = _TOP.get(part) if layer is None else block.get(part)
         if known:
             return f"{known}.{leaf}" if layer is None else f"model.layers.{layer}.{known}.{leaf}"
     return name
+
+
+def value_offset(reader: GgufReader, tensor: GgufTensor) -> float:
+    """What to add to the values of ``tensor`` to have those of Transformers' parameter."""
+    return -1.0 if reader.architecture == "gemma3" and tensor.name.endswith("_norm.weight") else 0.0
 
 
 def attention_rows(reader: GgufReader, tensor: GgufTensor) -> npt.NDArray[np.intp] | None:
