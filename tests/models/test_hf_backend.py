@@ -17,7 +17,7 @@ from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import ModelError, UnsupportedModel
 from octavo.models.hf.backend import TransformersModel
-from octavo.models.hf.native import NormFormula, norm_formula
+from octavo.models.hf.norms import NormFormula, norm_formula
 from octavo.runtime.worker import Worker
 from tests.core.stub_engine import collect, make_request, run
 from tests.models.harness import Paged

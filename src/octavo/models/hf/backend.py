@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,10 @@ from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
 from octavo.models.hf.build import build, freeze_rope, refuse_parts
 from octavo.models.hf.generic import Generic
 from octavo.models.hf.head import ClassHead
-from octavo.models.hf.native import NativeDecoder
+from octavo.models.hf.native import NativeDecoder, NotNative, Slot, drop_layers, prove
 from octavo.models.hf.probe import first_position
 from octavo.models.hf.shard import refuse_generic, shard
-from octavo.models.hf.swaps import swap
+from octavo.models.hf.swaps import swap, swap_decoder
 from octavo.parallel.group import current
 
 
@@ -47,7 +47,9 @@ class TransformersModel(SelfLoading):
         freeze_rope(self.model, max_len)
         self._cuts = shard(self.model, current())
         self._body: nn.Module | None = None
+        self._first_position = 0
         self._native: NativeDecoder | None = None
+        self._kept = ""  # why there is none
         self._plain_head: nn.Module | None = None
         self.swapped = ""
         """What of the model was replaced by our own layers, for the log."""
@@ -87,12 +89,13 @@ class TransformersModel(SelfLoading):
             done += sum(tensors[name].nbytes for name, _ in group.sources)
             progress(done / total)
 
-        weights.fill(self.model, groups, lambda name, part: as_tensor(checkpoint.read(name, part)), device, loaded)
-        self._finish(device)
+        place = self._placing(device)
+        weights.fill(self.model, groups, lambda name, part: as_tensor(checkpoint.read(name, part)), place, loaded)
+        self._finish_loading(device)
         return Loaded(len(names), total, tuple(ignored))
 
     def dummy_weights(self, seed: int, device: torch.device) -> Loaded:
-        generator, nbytes, count = torch.Generator(device), 0, 0
+        generator, nbytes, count, place = torch.Generator(device), 0, 0, self._placing(device)
         for name, parameter in self.model.named_parameters():
             own = self._cuts.get(name)
             shape = tuple(parameter.shape) if own is None else own.whole(tuple(parameter.shape))
@@ -102,11 +105,37 @@ class TransformersModel(SelfLoading):
                 memory.fill_(1.0)
             else:
                 memory.normal_(0.0, 0.02, generator=generator)
-            weights.assign(self.model, name, memory if own is None else own.of(memory), device)
+            place(name, memory if own is None else own.of(memory))
             nbytes, count = nbytes + memory.nbytes, count + 1
-        self.model.tie_weights(recompute_mapping=False)
-        self._finish(device)
+        self._finish_loading(device)
         return Loaded(count, nbytes)
+
+    def _placing(self, device: torch.device) -> weights.Place:
+        """Where parameters go: into a native decoder, if one can be proven to compute the same, or into the model."""
+        slots: Mapping[str, Slot] = {}
+        if self._body is not None and self._generic is None:
+            try:
+                proven = prove(self.model, self._body_name, self.config, self._geometry, self.max_len, device)
+            except NotNative as reason:
+                self._kept = f"; its decoder stays: {reason}"
+            else:
+                self._native, slots = proven.decoder, proven.slots
+                filling = proven.filling(device, select.ops(device, self.dtype))
+
+        def place(name: str, tensor: torch.Tensor) -> None:
+            if name in slots:
+                weights.check_shape(name, tensor, slots[name].shape)
+                filling.place(name, tensor)
+            else:
+                weights.assign(self.model, name, tensor, device)
+
+        return place
+
+    def _finish_loading(self, device: torch.device) -> None:
+        if self._native is not None and self._body is not None:
+            drop_layers(self._body)
+        weights.tie(self.model)
+        self._finish(device)
 
     @property
     def own_cache(self) -> OwnCache | None:
@@ -193,18 +222,20 @@ class TransformersModel(SelfLoading):
             if isinstance(module, Layer):
                 module.finish(ops)
         body = self.model.get_submodule(self._body_name)
-        first = first_position(body, self.config, self.dtype, device)
-        if first is None:
-            raise trace.NotPaged(f"{type(body).__name__} numbers positions in its own way, not 0, 1, 2 …")
-        self._first_position = first
-        self._native = self._replace(body)
+        if self._native is None:  # whose positions rotate keys and nothing else
+            first = first_position(body, self.config, self.dtype, device)
+            if first is None:
+                raise trace.NotPaged(f"{type(body).__name__} numbers positions in its own way, not 0, 1, 2 …")
+            self._first_position = first
         self.capturable = self._native is not None  # of code that is not ours nobody knows
+        self.swapped = self._replace(body)
         get_logger().info("transformers: %s", self.swapped)
         self.body = body
         self._head = ClassHead(self.model, self._body_name, device)
         self._plain_head = self._find_plain_head(device) if self._native is not None else None
 
-    def _replace(self, body: nn.Module) -> NativeDecoder | None:
-        """Puts our own layers where they compute the same; the decoder that they make up, if they are all of it."""
-        native, self.swapped = swap(self.model, body, self.config, self._geometry, self.max_len)
-        return native
+    def _replace(self, body: nn.Module) -> str:
+        """Puts our own layers where they compute the same; returns a line for the log."""
+        if self._native is not None:
+            return swap_decoder(self.model, body, self._native)
+        return swap(self.model, body, self.config, self.max_len) + self._kept

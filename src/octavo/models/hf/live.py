@@ -20,7 +20,6 @@ from octavo.log import get_logger
 from octavo.models.base import Model
 from octavo.models.hf import attention
 from octavo.models.hf.backend import TransformersModel
-from octavo.models.hf.native import NativeDecoder
 from octavo.models.hf.swaps import swap_norms
 
 
@@ -34,9 +33,8 @@ class SharingModel(TransformersModel):
     def _adopt_early(self) -> None:
         """Nothing: a copy without memory would copy the weights first. The trace runs on the model itself."""
 
-    def _replace(self, body: nn.Module) -> NativeDecoder | None:
-        self.swapped = swap_norms(body, self.config, self.max_len)
-        return None
+    def _replace(self, body: nn.Module) -> str:
+        return swap_norms(body, self.config, self.max_len)
 
 
 def share(live: Any, config: ModelConfig, max_len: int, device: torch.device) -> Model:

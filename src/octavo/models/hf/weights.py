@@ -181,15 +181,18 @@ def _read_part(read: Read, name: str, part: ParameterCut | None) -> torch.Tensor
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=part.own.dim)
 
 
-def fill(model: Any, groups: list[Group], read: Read, device: torch.device, loaded: Callable[[Group], None]) -> None:
+Place = Callable[[str, torch.Tensor], None]
+"""Takes a copy of the value of the parameter or buffer of that name."""
+
+
+def fill(model: Any, groups: list[Group], read: Read, place: Place, loaded: Callable[[Group], None]) -> None:
     """Executes ``groups``; ``loaded`` is told of each. Raises `ModelError` HF044 for shapes that conversion shows."""
     with ThreadPoolExecutor(READERS, "octavo-load") as pool:
         for group, futures in _ahead(groups, lambda name, part: pool.submit(_read_part, read, name, part)):
             for target, tensor in _convert(model, group, futures).items():
                 own = group.target_cuts.get(target)
-                assign(model, target, tensor if own is None else own.of(tensor), device)
+                place(target, tensor if own is None else own.of(tensor))
             loaded(group)
-    model.tie_weights(missing_keys=_on_meta(model), recompute_mapping=False)
 
 
 def _ahead(
@@ -225,10 +228,20 @@ def assign(model: nn.Module, target: str, tensor: torch.Tensor, device: torch.de
     path, _, name = target.rpartition(".")
     owner = model.get_submodule(path)
     old = getattr(owner, name)
-    if old.shape != tensor.shape:
-        _refuse_shapes([_shapes(target, tuple(tensor.shape), old.shape)])
+    check_shape(target, tensor, old.shape)
     memory = torch.empty(tensor.shape, dtype=old.dtype, device=device).copy_(tensor)
     setattr(owner, name, nn.Parameter(memory, requires_grad=False) if isinstance(old, nn.Parameter) else memory)
+
+
+def check_shape(target: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+    """Raises `ModelError` HF044 if ``tensor`` has another."""
+    if tensor.shape != shape:
+        _refuse_shapes([_shapes(target, tuple(tensor.shape), shape)])
+
+
+def tie(model: Any) -> None:
+    """Gives parameters that no tensor filled those that they are tied to."""
+    model.tie_weights(missing_keys=_on_meta(model), recompute_mapping=False)
 
 
 def _on_meta(model: nn.Module) -> set[str]:
