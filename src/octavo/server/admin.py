@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
-import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
@@ -14,7 +13,16 @@ import octavo
 from octavo.errors import EngineDead, RequestError
 from octavo.frontend.floor import bandwidth_here
 from octavo.server import errors
-from octavo.server.answers import Detokenized, ModelCard, ModelList, Success, Tokenized, Version, now
+from octavo.server.answers import (
+    Detokenized,
+    ModelCard,
+    ModelList,
+    Success,
+    Tokenized,
+    Version,
+    json_response,
+    now,
+)
 from octavo.server.protocol import DetokenizeRequest, TokenizeRequest, decode
 from octavo.server.service import Service
 
@@ -32,13 +40,13 @@ async def health(service: Service, request: Request) -> Response:
     try:
         await service.llm.health()
     except EngineDead as error:
-        return Response(msgspec.json.encode(errors.body_of(error)), 503, media_type="application/json")
+        return json_response(errors.body_of(error), 503)
     engines = service.llm.client.engines()
     if len(engines) == 1:
         return Response()
     status = "ok" if all(engine.running for engine in engines) else "degraded"
     listed = [{"engine": i, "running": one.running, "reason": one.reason} for i, one in enumerate(engines)]
-    return _json({"status": status, "engines": listed})
+    return json_response({"status": status, "engines": listed})
 
 
 async def ping(service: Service, request: Request) -> Response:
@@ -47,18 +55,22 @@ async def ping(service: Service, request: Request) -> Response:
 
 
 async def version(service: Service, request: Request) -> Response:
-    return _json(Version(octavo.__version__))
+    """The version of octavo."""
+    return json_response(Version(octavo.__version__))
 
 
 async def models(service: Service, request: Request) -> Response:
-    return _json(ModelList(data=[_card(service, name) for name in service.shown]))
+    """Every name that the model is shown under."""
+    return json_response(ModelList(data=[_card(service, name) for name in service.shown]))
 
 
 async def model(service: Service, request: Request) -> Response:
-    return _json(_card(service, service.model(request.path_params["name"])))
+    """One of them."""
+    return json_response(_card(service, service.model(request.path_params["name"])))
 
 
 async def metrics(service: Service, request: Request) -> Response:
+    """For Prometheus; the latest statistics if the engine does not answer in time."""
     with contextlib.suppress(EngineDead, TimeoutError):
         await asyncio.wait_for(service.llm.health(), METRICS_SECONDS)
     info = service.llm.info
@@ -68,7 +80,8 @@ async def metrics(service: Service, request: Request) -> Response:
 
 
 async def reset_prefix_cache(service: Service, request: Request) -> Response:
-    return _json(Success(await service.llm.reset_prefix_cache()))
+    """Forgets every cached prefix."""
+    return json_response(Success(await service.llm.reset_prefix_cache()))
 
 
 async def tokenize(service: Service, request: Request) -> Response:
@@ -92,7 +105,7 @@ async def tokenize(service: Service, request: Request) -> Response:
         )
         ids = await asyncio.to_thread(llm.inputs.encode, text, add_special_tokens=bool(body.add_special_tokens))
     names = [llm.tokenizer.id_to_token(id) for id in ids] if body.return_token_strs and llm.tokenizer else None
-    return _json(Tokenized(count=len(ids), max_model_len=llm.info.max_model_len, tokens=ids, token_strs=names))
+    return json_response(Tokenized(count=len(ids), max_model_len=llm.info.max_model_len, tokens=ids, token_strs=names))
 
 
 async def detokenize(service: Service, request: Request) -> Response:
@@ -106,12 +119,8 @@ async def detokenize(service: Service, request: Request) -> Response:
         if not 0 <= token < size:
             raise RequestError(f"tokens holds {token}, outside [0, {size - 1}].", "Remove it.", param="tokens")
     text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
-    return _json(Detokenized(text))
+    return json_response(Detokenized(text))
 
 
 def _card(service: Service, name: str) -> ModelCard:
     return ModelCard(id=name, created=_STARTED, max_model_len=service.llm.info.max_model_len)
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

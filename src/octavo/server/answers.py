@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
+from starlette.responses import Response
 
 from octavo.types import Logprob, RequestOutput
 
@@ -18,11 +19,20 @@ def now() -> int:
     return int(time.time())
 
 
+def json_response(body: object, status: int = 200) -> Response:
+    """``body`` as JSON."""
+    return Response(msgspec.json.encode(body), status, media_type="application/json")
+
+
 class PromptDetails(msgspec.Struct):
+    """``cached_tokens`` were found in the prefix cache."""
+
     cached_tokens: int
 
 
 class Usage(msgspec.Struct):
+    """What a request took, in tokens."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -103,6 +113,8 @@ class CompletionLogprobs(msgspec.Struct):
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
+    """One answer to a prompt, or one piece of it."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
@@ -126,16 +138,22 @@ class Completion(msgspec.Struct, kw_only=True):
 
 
 class TopLogprob(msgspec.Struct):
+    """A candidate token; ``bytes`` are those of its text in UTF-8."""
+
     token: str
     logprob: float
     bytes: list[int]
 
 
 class TokenLogprob(TopLogprob):
+    """A token of the answer, with the likeliest at its place."""
+
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(msgspec.Struct):
+    """Of the tokens of a choice, reasoning and calls among them."""
+
     content: list[TokenLogprob]
 
 
@@ -147,6 +165,8 @@ class FunctionCall(msgspec.Struct, kw_only=True):
 
 
 class ToolCall(msgspec.Struct):
+    """A whole call."""
+
     id: str
     function: FunctionCall
     type: Literal["function"] = "function"
@@ -173,6 +193,8 @@ class Message(msgspec.Struct):
 
 
 class MessageDelta(msgspec.Struct, omit_defaults=True):
+    """What a piece adds to a `Message`."""
+
     role: str | None = None
     content: str | None = None
     reasoning_content: str | None = None
@@ -181,6 +203,8 @@ class MessageDelta(msgspec.Struct, omit_defaults=True):
 
 
 class ChatChoice(msgspec.Struct, kw_only=True):
+    """One answer to a conversation."""
+
     index: int
     message: Message
     logprobs: ChatLogprobs | None = None
@@ -190,6 +214,8 @@ class ChatChoice(msgspec.Struct, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
+    """A piece of a choice; the last one has ``finish_reason``."""
+
     index: int
     delta: MessageDelta
     logprobs: ChatLogprobs | None = None
@@ -264,7 +290,7 @@ class Version(msgspec.Struct):
 
 
 class Success(msgspec.Struct):
-    """An answer to ``/reset_prefix_cache``: false while requests still hold pages."""
+    """An answer to ``/reset_prefix_cache``, always true."""
 
     success: bool
 

@@ -16,6 +16,7 @@ from starlette.responses import HTMLResponse, Response
 
 import octavo
 from octavo.errors import EngineDead, RequestError
+from octavo.server.answers import json_response
 from octavo.server.history import Span
 from octavo.server.service import Service
 from octavo.types import Stats
@@ -69,7 +70,7 @@ async def data(service: Service, request: Request) -> Response:
         running=service.history.running(),
         ended=service.history.after(int(after)),
     )
-    return Response(msgspec.json.encode(made), media_type="application/json")
+    return json_response(made)
 
 
 async def dashboard(service: Service, request: Request) -> Response:

@@ -12,13 +12,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from octavo.errors import OctavoError
 from octavo.frontend.inputs import Prepared
 from octavo.frontend.outputs import Delta
-from octavo.server.answers import now
+from octavo.server.answers import json_response, now
 from octavo.server.ask import Ask, Origin, prepare
 from octavo.server.protocol import decode
 from octavo.server.runs import Runs
@@ -88,7 +87,7 @@ class Endpoint(Generic[Body]):
         if job.ask.stream:
             return EventStream(_events(job, answer), answer.broken)
         whole = await while_connected(request.receive, _whole(job, answer))
-        return Response(msgspec.json.encode(whole), media_type="application/json")
+        return json_response(whole)
 
     async def whole(self, job: Job[Body]) -> msgspec.Struct:
         """Runs ``job`` to its end."""

@@ -15,6 +15,8 @@ ANTHROPIC_PATHS = "/v1/messages"
 
 
 class ErrorInfo(msgspec.Struct, frozen=True):
+    """OpenAI's error; ``code`` is that of ``docs/errors.md``, or OpenAI's own where it has one."""
+
     message: str
     type: str
     param: str | None
@@ -22,15 +24,21 @@ class ErrorInfo(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
+    """What holds it."""
+
     error: ErrorInfo
 
 
 class AnthropicError(msgspec.Struct, frozen=True):
+    """Anthropic's error."""
+
     type: str
     message: str
 
 
 class AnthropicErrorBody(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    """What holds it, also as an event of a stream."""
+
     error: AnthropicError
     request_id: str
 

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import octavo
+from octavo.server.answers import json_response
 from octavo.server.errors import ANTHROPIC_PATHS, AnthropicErrorBody, ErrorBody
 from octavo.server.route import Route
 from octavo.server.service import Service
@@ -28,7 +29,7 @@ Json = dict[str, Any]
 
 async def openapi(service: Service, request: Request) -> Response:
     """This description, OpenAPI 3.1."""
-    return Response(msgspec.json.encode(document(service.routes)), media_type=JSON)
+    return json_response(document(service.routes))
 
 
 async def docs(service: Service, request: Request) -> Response:

@@ -39,6 +39,8 @@ class _Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """``include_usage``: the last chunk tells the usage."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # with every piece, not only at the end
     include_obfuscation: Any = None  # padding against eavesdroppers: OpenAI's, without effect

@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import RequestError
+from octavo.server.answers import json_response
 from octavo.server.ask import Origin
 from octavo.server.protocol import decode
 from octavo.server.service import Service
@@ -53,4 +54,4 @@ async def render(service: Service, request: Request) -> Response:
         max_tokens=job.prepared[0].requests[0].sampling.max_tokens,
         sampling=job.prepared[0].params,
     )
-    return Response(msgspec.json.encode(made), media_type="application/json")
+    return json_response(made)

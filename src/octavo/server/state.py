@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import EngineDead, Overloaded
+from octavo.server.answers import json_response
 from octavo.server.errors import shutting_down
 from octavo.server.service import Service
 
@@ -38,4 +39,4 @@ async def load(service: Service, request: Request) -> Response:
     stats = await service.llm.health()
     used = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
     made = Load(server_load=service.active, running=stats.running, waiting=stats.waiting, kv_cache_usage=used)
-    return Response(msgspec.json.encode(made), media_type="application/json")
+    return json_response(made)

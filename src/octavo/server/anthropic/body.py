@@ -165,16 +165,22 @@ class Usage(msgspec.Struct, kw_only=True):
 
 
 class TextBlock(msgspec.Struct, tag_field="type", tag="text"):
+    """A part of the answer."""
+
     text: str
     citations: None = None
 
 
 class ThinkingBlock(msgspec.Struct, tag_field="type", tag="thinking"):
+    """What the model thought; without a signature, since nobody checks one."""
+
     thinking: str
     signature: str = ""
 
 
 class ToolUseBlock(msgspec.Struct, tag_field="type", tag="tool_use"):
+    """A call; ``input`` is its arguments as a JSON object."""
+
     id: str
     name: str
     input: msgspec.Raw
@@ -206,47 +212,65 @@ class TokenCount(msgspec.Struct):
 
 
 class MessageStart(msgspec.Struct, tag_field="type", tag="message_start"):
+    """The first event: a message without content."""
+
     message: Message
 
 
 class BlockStart(msgspec.Struct, tag_field="type", tag="content_block_start"):
+    """A block begins, still empty."""
+
     index: int
     content_block: Block
 
 
 class TextDelta(msgspec.Struct, tag_field="type", tag="text_delta"):
+    """Text of a `TextBlock`."""
+
     text: str
 
 
 class ThinkingDelta(msgspec.Struct, tag_field="type", tag="thinking_delta"):
+    """Text of a `ThinkingBlock`."""
+
     thinking: str
 
 
 class InputDelta(msgspec.Struct, tag_field="type", tag="input_json_delta"):
+    """Text of a `ToolUseBlock`'s input."""
+
     partial_json: str
 
 
 class BlockDelta(msgspec.Struct, tag_field="type", tag="content_block_delta"):
+    """Block ``index`` goes on."""
+
     index: int
     delta: TextDelta | ThinkingDelta | InputDelta
 
 
 class BlockStop(msgspec.Struct, tag_field="type", tag="content_block_stop"):
+    """Block ``index`` is complete."""
+
     index: int
 
 
 class Stop(msgspec.Struct):
+    """Why the message ends."""
+
     stop_reason: StopReason | None
     stop_sequence: str | None
 
 
 class MessageDelta(msgspec.Struct, tag_field="type", tag="message_delta"):
+    """The end of the message, and its usage."""
+
     delta: Stop
     usage: Usage
 
 
 class MessageStop(msgspec.Struct, tag_field="type", tag="message_stop"):
-    pass
+    """The last event."""
 
 
 Event = MessageStart | BlockStart | BlockDelta | BlockStop | MessageDelta | MessageStop

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from octavo.errors import OctavoError, RequestError
 from octavo.frontend.outputs import Delta
 from octavo.server import errors
+from octavo.server.answers import json_response
 from octavo.server.anthropic.body import (
     Block,
     BlockDelta,
@@ -67,8 +68,7 @@ async def count_tokens(service: Service, request: Request) -> Response:
     body = decode(await request.body(), CountTokensRequest)
     ask, origin = _ask(service, body, max_tokens=1), Origin.of(request)
     (prepared,) = await prepare(service, ask, origin.id, origin)
-    count = TokenCount(len(prepared.prompt_token_ids))
-    return Response(msgspec.json.encode(count), media_type="application/json")
+    return json_response(TokenCount(len(prepared.prompt_token_ids)))
 
 
 def _ask(service: Service, body: CountTokensRequest, **changes: Any) -> Ask:

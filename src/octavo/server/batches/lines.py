@@ -30,6 +30,8 @@ class Line(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class LineResponse(msgspec.Struct, kw_only=True):
+    """The HTTP response that the request would have had."""
+
     status_code: int
     request_id: str
     body: Any

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import Overloaded, RequestError
-from octavo.server.answers import now
+from octavo.server.answers import json_response, now
 from octavo.server.batches.runner import BatchRun
 from octavo.server.batches.store import WINDOW_SECONDS, Batch, BatchStore
 from octavo.server.errors import shutting_down
-from octavo.server.files.routes import limit_of, store_of
-from octavo.server.files.store import page
+from octavo.server.files.routes import page_of, store_of
 from octavo.server.protocol import check_metadata, decode
 from octavo.server.service import Service
 
@@ -67,7 +66,7 @@ async def create(service: Service, request: Request) -> Response:
     )
     batches = BatchStore(files.folder)
     batches.add(owner, batch)
-    answer = _json(batch)
+    answer = json_response(batch)
     service.batches[id] = task = asyncio.create_task(BatchRun(service, files, batches, owner, batch).run())
     task.add_done_callback(lambda _: service.batches.pop(id, None))
     return answer
@@ -75,27 +74,19 @@ async def create(service: Service, request: Request) -> Response:
 
 async def retrieve(service: Service, request: Request) -> Response:
     """The state of a batch."""
-    return _json(_batches(service).get(request.scope["owner"], request.path_params["id"]))
+    return json_response(_batches(service).get(request.scope["owner"], request.path_params["id"]))
 
 
 async def listing(service: Service, request: Request) -> Response:
     """Batches of this key, the latest first."""
     found = await asyncio.to_thread(_batches(service).all, request.scope["owner"])
-    places = list(page([one.id for one in found], request.query_params.get("after"), limit_of(request, MAX_PAGE)))
-    data = [found[i] for i in places]
-    more = bool(places) and places[-1] + 1 < len(found)
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return _json(BatchList(data=data, first_id=first, last_id=last, has_more=more))
+    return json_response(BatchList(**page_of(request, found, MAX_PAGE)))
 
 
 async def cancel(service: Service, request: Request) -> Response:
     """Lets the requests of a batch that are running end, and starts no more."""
-    return _json(_batches(service).cancel(request.scope["owner"], request.path_params["id"]))
+    return json_response(_batches(service).cancel(request.scope["owner"], request.path_params["id"]))
 
 
 def _batches(service: Service) -> BatchStore:
     return BatchStore(store_of(service).folder)
-
-
-def _json(content: Any) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")

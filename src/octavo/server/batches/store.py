@@ -32,11 +32,15 @@ class BatchError(msgspec.Struct, kw_only=True):
 
 
 class BatchErrors(msgspec.Struct, kw_only=True):
+    """The errors of a batch, as a list."""
+
     object: Literal["list"] = "list"
     data: list[BatchError]
 
 
 class Counts(msgspec.Struct, kw_only=True):
+    """Requests of a batch."""
+
     total: int = 0
     completed: int = 0
     failed: int = 0

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from octavo.errors import RequestError
+from octavo.server.answers import json_response
 from octavo.server.files.multipart import parse
-from octavo.server.files.store import FileObject, FileStore, page
+from octavo.server.files.store import FileObject, FileStore
 from octavo.server.service import Service
+
+if TYPE_CHECKING:
+    from octavo.server.batches.store import Batch
 
 MAX_PAGE = 10_000
 
@@ -47,7 +52,7 @@ async def upload(service: Service, request: Request) -> Response:
         name = next(iter(form))[:100]
         raise RequestError(f"{name!r} is not a field of this form.", "Leave it out.", param=name)
     owner = request.scope["owner"]
-    return _json(await asyncio.to_thread(store_of(service).add, owner, file.filename, "batch", file.data))
+    return json_response(await asyncio.to_thread(store_of(service).add, owner, file.filename, "batch", file.data))
 
 
 async def listing(service: Service, request: Request) -> Response:
@@ -55,17 +60,14 @@ async def listing(service: Service, request: Request) -> Response:
     files = await asyncio.to_thread(store_of(service).all, request.scope["owner"])
     purpose = request.query_params.get("purpose")
     files = [file for file in files if purpose in (None, file.purpose)]
-    limit = limit_of(request, MAX_PAGE)
-    places = list(page([file.id for file in files], request.query_params.get("after"), limit))
-    data = [files[i] for i in places]
-    more = bool(places) and places[-1] + 1 < len(files)
-    first, last = (data[0].id, data[-1].id) if data else (None, None)
-    return _json(FileList(data=data, first_id=first, last_id=last, has_more=more))
+    return json_response(FileList(**page_of(request, files, MAX_PAGE)))
 
 
 async def retrieve(service: Service, request: Request) -> Response:
     """What is known of a file."""
-    return _json(await asyncio.to_thread(store_of(service).get, request.scope["owner"], request.path_params["id"]))
+    return json_response(
+        await asyncio.to_thread(store_of(service).get, request.scope["owner"], request.path_params["id"])
+    )
 
 
 async def content(service: Service, request: Request) -> Response:
@@ -78,7 +80,7 @@ async def delete(service: Service, request: Request) -> Response:
     """Deletes a file."""
     id = request.path_params["id"]
     await asyncio.to_thread(store_of(service).delete, request.scope["owner"], id)
-    return _json(FileDeleted(id))
+    return json_response(FileDeleted(id))
 
 
 def store_of(service: Service) -> FileStore:
@@ -88,13 +90,16 @@ def store_of(service: Service) -> FileStore:
     return service.files
 
 
-def limit_of(request: Request, most: int) -> int:
-    """The ``limit`` of a list."""
-    text = request.query_params.get("limit", str(most))
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
-        raise RequestError(f"limit is {text[:20]!r}, outside [1, {most}].", "Give a number in it.", param="limit")
-    return int(text)
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type="application/json")
+def page_of(request: Request, found: Sequence[FileObject | Batch], most: int) -> dict[str, Any]:
+    """The fields of a list: at most ``limit`` of what was ``found``, from behind ``after`` on, as the query says."""
+    limit, after = request.query_params.get("limit", str(most)), request.query_params.get("after")
+    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= most):
+        raise RequestError(f"limit is {limit[:20]!r}, outside [1, {most}].", "Give a number in it.", param="limit")
+    ids = [one.id for one in found]
+    if after is not None and after not in ids:
+        raise RequestError(f"after is {after[:100]!r}, which is not in the list.", "Leave it out.", param="after")
+    start = 0 if after is None else ids.index(after) + 1
+    end = start + int(limit)
+    shown = ids[start:end]
+    first, last = (shown[0], shown[-1]) if shown else (None, None)
+    return {"data": found[start:end], "first_id": first, "last_id": last, "has_more": end < len(ids)}

@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal, Self
 
 import msgspec
 
-from octavo.errors import RequestError
 from octavo.server.answers import now
 from octavo.server.errors import ApiError
 
@@ -166,14 +164,6 @@ def check_id(id: str) -> str:
 def not_found(kind: str, id: str) -> ApiError:
     """404."""
     return ApiError(404, "not_found", f"there is no {kind} {id[:100]!r}.", "List those that there are.", param="id")
-
-
-def page(ids: list[str], after: str | None, limit: int) -> Iterator[int]:
-    """Places in ``ids`` of the page that begins behind ``after``."""
-    if after is not None and after not in ids:
-        raise RequestError(f"after is {after[:100]!r}, which is not in the list.", "Leave it out.", param="after")
-    first = 0 if after is None else ids.index(after) + 1
-    return iter(range(first, min(first + limit, len(ids))))
 
 
 def _no_room(cause: str) -> ApiError:

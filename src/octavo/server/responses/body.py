@@ -25,6 +25,8 @@ class _Part(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, tag_field=
 
 
 class InputText(_Part, kw_only=True, tag="input_text"):
+    """A text of the input."""
+
     text: str
     prompt_cache_breakpoint: Any = None
 
@@ -38,6 +40,8 @@ class OldOutputText(_Part, kw_only=True, tag="output_text"):
 
 
 class OldRefusal(_Part, kw_only=True, tag="refusal"):
+    """A refusal of an earlier answer, read as its text."""
+
     refusal: str
 
 
@@ -71,10 +75,14 @@ class CallOutput(_Part, kw_only=True, tag="function_call_output"):
 
 
 class OldSummary(_Part, kw_only=True, tag="summary_text"):
+    """A part of `OldReasoning`."""
+
     text: str
 
 
 class OldThought(_Part, kw_only=True, tag="reasoning_text"):
+    """A part of `OldReasoning`."""
+
     text: str
 
 
@@ -134,6 +142,8 @@ class FunctionTool(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class ResponsesStreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What can be said about a stream."""
+
     include_obfuscation: Any = None  # padding against eavesdroppers: OpenAI's, without effect
 
 
@@ -198,16 +208,22 @@ class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
 
 
 class OutputText(msgspec.Struct, kw_only=True, tag_field="type", tag="output_text"):
+    """The text of a message."""
+
     text: str = ""
     annotations: list[Any] = []
     logprobs: list[TokenLogprob] = []
 
 
 class ReasoningText(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning_text"):
+    """The text of reasoning."""
+
     text: str = ""
 
 
 class MessageItem(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
+    """A message in the output."""
+
     id: str
     status: Status = "in_progress"
     role: Literal["assistant"] = "assistant"
@@ -215,6 +231,8 @@ class MessageItem(msgspec.Struct, kw_only=True, tag_field="type", tag="message")
 
 
 class ReasoningItem(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoning"):
+    """What the model thought before the next item."""
+
     id: str
     status: Status = "in_progress"
     summary: list[Any] = []
@@ -222,6 +240,8 @@ class ReasoningItem(msgspec.Struct, kw_only=True, tag_field="type", tag="reasoni
 
 
 class CallItem(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
+    """A call; ``call_id`` is what the answer of the tool refers to."""
+
     id: str
     status: Status = "in_progress"
     call_id: str
@@ -233,15 +253,21 @@ OutputItem = MessageItem | ReasoningItem | CallItem
 
 
 class InputDetails(msgspec.Struct):
+    """``cached_tokens`` were found in the prefix cache."""
+
     cached_tokens: int
     cache_write_tokens: int = 0
 
 
 class OutputDetails(msgspec.Struct):
+    """``reasoning_tokens`` are those of the text of reasoning."""
+
     reasoning_tokens: int
 
 
 class Usage(msgspec.Struct, kw_only=True):
+    """What a response took, in tokens."""
+
     input_tokens: int
     input_tokens_details: InputDetails
     output_tokens: int
@@ -250,15 +276,21 @@ class Usage(msgspec.Struct, kw_only=True):
 
 
 class Failure(msgspec.Struct):
+    """Why a response failed."""
+
     code: Literal["server_error"]
     message: str
 
 
 class Incomplete(msgspec.Struct):
+    """Why a response is incomplete."""
+
     reason: Literal["max_output_tokens"]
 
 
 class ReasoningEcho(msgspec.Struct):
+    """What the request said of reasoning."""
+
     effort: str | None = None
     summary: str | None = None
 

@@ -11,6 +11,8 @@ from octavo.server.responses.body import OutputItem, OutputText, ReasoningText, 
 
 
 class Event(msgspec.Struct, kw_only=True, tag_field="type"):
+    """What all events have."""
+
     sequence_number: int = 0
 
 
@@ -19,23 +21,23 @@ class _OfResponse(Event, kw_only=True):
 
 
 class Created(_OfResponse, tag="response.created"):
-    pass
+    """The first event."""
 
 
 class InProgress(_OfResponse, tag="response.in_progress"):
-    pass
+    """The second event."""
 
 
 class Completed(_OfResponse, tag="response.completed"):
-    pass
+    """The last event of a response that is whole."""
 
 
 class IncompleteEnd(_OfResponse, tag="response.incomplete"):
-    pass
+    """The last event of one that reached ``max_output_tokens``."""
 
 
 class Failed(_OfResponse, tag="response.failed"):
-    pass
+    """The last event of one that failed."""
 
 
 class _OfItem(Event, kw_only=True):
@@ -44,11 +46,11 @@ class _OfItem(Event, kw_only=True):
 
 
 class ItemAdded(_OfItem, tag="response.output_item.added"):
-    pass
+    """An item begins, still empty."""
 
 
 class ItemDone(_OfItem, tag="response.output_item.done"):
-    pass
+    """An item is complete."""
 
 
 class _InItem(Event, kw_only=True):
@@ -62,40 +64,52 @@ class _OfPart(_InItem, kw_only=True):
 
 
 class PartAdded(_OfPart, tag="response.content_part.added"):
-    pass
+    """The content of an item begins."""
 
 
 class PartDone(_OfPart, tag="response.content_part.done"):
-    pass
+    """The content of an item is complete."""
 
 
 class TextDelta(_InItem, kw_only=True, tag="response.output_text.delta"):
+    """A piece of a message."""
+
     content_index: int = 0
     delta: str
     logprobs: list[TokenLogprob] = []
 
 
 class TextDone(_InItem, kw_only=True, tag="response.output_text.done"):
+    """All of its text."""
+
     content_index: int = 0
     text: str
     logprobs: list[Any] = []
 
 
 class ReasoningDelta(_InItem, kw_only=True, tag="response.reasoning_text.delta"):
+    """A piece of reasoning."""
+
     content_index: int = 0
     delta: str
 
 
 class ReasoningDone(_InItem, kw_only=True, tag="response.reasoning_text.done"):
+    """All of its text."""
+
     content_index: int = 0
     text: str
 
 
 class ArgumentsDelta(_InItem, kw_only=True, tag="response.function_call_arguments.delta"):
+    """A piece of the arguments of a call."""
+
     delta: str
 
 
 class ArgumentsDone(_InItem, kw_only=True, tag="response.function_call_arguments.done"):
+    """All of them."""
+
     name: str
     arguments: str
 

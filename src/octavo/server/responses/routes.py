@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from octavo.errors import OctavoError, RequestError
 from octavo.log import get_logger
 from octavo.server import errors
+from octavo.server.answers import json_response
 from octavo.server.ask import Origin
 from octavo.server.endpoint import Job
 from octavo.server.responses.answer import ENDPOINT, blank, given_items
@@ -30,7 +31,7 @@ async def create(service: Service, request: Request) -> ASGIApp:
     service.background[job.id] = task = asyncio.create_task(_run(job))
     task.add_done_callback(lambda _: service.background.pop(job.id, None))
     await asyncio.sleep(0)  # a task that is cancelled before it has begun could not say so
-    return _json(response)
+    return json_response(response)
 
 
 async def retrieve(service: Service, request: Request) -> HttpResponse:
@@ -46,7 +47,7 @@ async def input_items(service: Service, request: Request) -> HttpResponse:
     stored = service.responses.get(request.scope["owner"], request.path_params["id"])
     data = msgspec.json.decode(stored.given)[::-1]
     ids = [item["id"] for item in data]
-    return _json(InputItems(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None))
+    return json_response(InputItems(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None))
 
 
 async def delete(service: Service, request: Request) -> HttpResponse:
@@ -55,7 +56,7 @@ async def delete(service: Service, request: Request) -> HttpResponse:
     service.responses.get(request.scope["owner"], id)
     await _stop(service, id)
     service.responses.delete(request.scope["owner"], id)
-    return _json(Deleted(id))
+    return json_response(Deleted(id))
 
 
 async def cancel(service: Service, request: Request) -> HttpResponse:
@@ -95,7 +96,3 @@ async def _stop(service: Service, id: str) -> None:
 
 def _put(job: Job[ResponsesRequest], response: Response) -> None:
     job.service.responses.put(job.origin.owner, response, [], given_items(job))
-
-
-def _json(content: msgspec.Struct) -> HttpResponse:
-    return HttpResponse(msgspec.json.encode(content), media_type="application/json")
