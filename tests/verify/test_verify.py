@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from octavo import cli
+from octavo.verify.command import fitted
 from octavo.verify.compare import EXACT, Expected, compare
 from octavo.verify.subject import Subject
 from tools import sweep, tiny
@@ -118,6 +119,22 @@ def test_what_people_see_names_prompts_verdicts_and_the_count(
     assert "the quick brown fox" in out
     assert "equal" in out
     assert "3 of 3 prompts pass." in out
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Il pleut", "Il pleut  "),
+        ("昔々ある", "昔々ある  "),
+        ("0123456789", "0123456789"),
+        ("0123456789a", "012345678…"),
+        ("昔々あるところ", "昔々ある… "),
+        ("a昔々あるところ", "a昔々ある…"),
+        ("e\u0301" * 10, "e\u0301" * 10),
+    ],
+)
+def test_a_prompt_takes_the_same_columns_whatever_it_is_written_in(text: str, shown: str) -> None:
+    assert fitted(text, 10) == shown
 
 
 @pytest.mark.parametrize(

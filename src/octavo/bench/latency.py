@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from octavo.bench import offline, report, workload
@@ -23,21 +23,15 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     add_engine_options(parser)
-    workload.add_arguments(parser, input_len=32, output_len=128, num_prompts=8)
-    parser.add_argument(
-        "--rounds", type=int, default=5, metavar="N", help="timed rounds after the warm-up (default: 5)"
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there too")
+    workload.add_arguments(parser, input_len=32, output_len=128, num_prompts=8, rounds=5)
+    report.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures every case; prints rows for a step, the first token and the whole request."""
-    core = offline.make_core(engine_config(args))
-    try:
+    with closing(offline.make_core(engine_config(args))) as core:
         cases = workload.cases(args, core.info.vocab_size, args.rounds)
         report.show([row for case in cases for row in measure(core, case)], COLUMNS, args.json)
-    finally:
-        core.close()
     return 0
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import time
-from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from octavo.cache.prefix import page_hashes
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, OctavoError
+from octavo.frontend.inputs import request_of
 from octavo.types import EngineInfo, Request, Sampling
 
 if TYPE_CHECKING:
@@ -114,11 +113,7 @@ def peak_rss_mib() -> int:
 
 def make_request(info: EngineInfo, id: str, prompt: list[int], max_tokens: int) -> Request:
     """A greedy request for ``max_tokens`` tokens after ``prompt``."""
-    token_ids = array("i", prompt).tobytes()
-    hashes = page_hashes(info.hash_key, b"", token_ids, info.page_size) if info.prefix_caching else b""
-    return Request(
-        id=id, token_ids=token_ids, page_hashes=hashes, sampling=Sampling(max_tokens=max_tokens, temperature=0.0)
-    )
+    return request_of(info, id, prompt, Sampling(max_tokens=max_tokens, temperature=0.0))
 
 
 def _cpu_seconds() -> tuple[float, float] | None:

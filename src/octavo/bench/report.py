@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -27,6 +28,11 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values)
     ranks = {f"p{p}": ordered[max(0, math.ceil(len(ordered) * p / 100) - 1)] for p in (50, 90, 95, 99)}
     return {"mean": statistics.fmean(ordered), **ranks, "max": ordered[-1]}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``--json``."""
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there too")
 
 
 def show(rows: list[Row], columns: Columns, out: Path | None) -> None:

@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab-size", type=int, default=32_000, metavar="N", help="random ids lie below (default: 32000)"
     )
     workload.add_arguments(parser, input_len=128, output_len=128, num_prompts=64)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there too")
+    report.add_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="SVG", help="draw the distributions of the times there")
 
 

@@ -11,7 +11,6 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from octavo.bench import offline, report
@@ -31,7 +30,7 @@ POLL_MS = 100
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     add_engine_options(parser)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there too")
+    report.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from octavo.bench import floor, offline, report, workload
@@ -33,11 +33,8 @@ COLUMNS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark."""
     add_engine_options(parser)
-    workload.add_arguments(parser, input_len=128, output_len=128, num_prompts=64)
-    parser.add_argument(
-        "--rounds", type=int, default=3, metavar="N", help="timed rounds after the warm-up (default: 3)"
-    )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there too")
+    workload.add_arguments(parser, input_len=128, output_len=128, num_prompts=64, rounds=3)
+    report.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,12 +43,9 @@ def run(args: argparse.Namespace) -> int:
     least = floor.measure(config)
     if least is not None:
         print(f"floor: {least}", file=sys.stderr)
-    core = offline.make_core(config)
-    try:
+    with closing(offline.make_core(config)) as core:
         cases = workload.cases(args, core.info.vocab_size, args.rounds)
         report.show([measure(core, case, least) for case in cases], COLUMNS, args.json)
-    finally:
-        core.close()
     return 0
 
 

@@ -38,8 +38,10 @@ class Case:
     rounds: list[list[list[int]]]
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, input_len: int, output_len: int, num_prompts: int) -> None:
-    """Options that say what to ask."""
+def add_arguments(
+    parser: argparse.ArgumentParser, *, input_len: int, output_len: int, num_prompts: int, rounds: int | None = None
+) -> None:
+    """Options that say what to ask, and ``--rounds`` where rounds are repeated."""
     group = parser.add_argument_group("workload")
     group.add_argument("--workload", type=Path, metavar="FILE", help="workload file; default: random prompts")
     group.add_argument("--cases", metavar="A,B", help="cases of the file to run (default: all)")
@@ -50,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, input_len: int, output_len
     }
     for name, (default, text) in sizes.items():
         group.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    if rounds is not None:
+        text = f"timed rounds after the warm-up (default: {rounds})"
+        group.add_argument("--rounds", type=int, default=rounds, metavar="N", help=text)
 
 
 def cases(args: argparse.Namespace, vocab_size: int, rounds: int) -> list[Case]:

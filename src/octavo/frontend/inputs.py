@@ -107,21 +107,16 @@ class InputProcessor:
         ids, text = self._truncated(list(ids), text, params)
         self._check_ids("prompt", ids)
         sampling = self._sampling(params, self._max_tokens(params, len(ids), clamp))
-        packed = pack(ids)
-        info = self.info
-        keys = page_hashes(info.hash_key, salt, packed, info.page_size) if info.prefix_caching else b""
+        first = request_of(self.info, id, ids, sampling, priority=priority, salt=salt)
         requests = [
-            Request(
+            msgspec.structs.replace(
+                first,
                 id=id if params.n == 1 else f"{id}_{i}",
-                token_ids=packed,
-                page_hashes=keys,
                 sampling=msgspec.structs.replace(
                     sampling,
                     seed=self._seed(params.seed, i),
                     prompt_logprobs=params.prompt_logprobs if i == 0 else None,  # they have one prompt
                 ),
-                priority=priority,
-                salt=salt,
             )
             for i in range(params.n)
         ]
@@ -268,6 +263,15 @@ class InputProcessor:
             return seed
         mixed = blake2b(b"%d/%d" % (seed, child), digest_size=8).digest()
         return int.from_bytes(mixed, "little", signed=True)
+
+
+def request_of(
+    info: EngineInfo, id: str, ids: Sequence[int], sampling: Sampling, *, priority: int = 0, salt: bytes = b""
+) -> Request:
+    """What an engine gets of a prompt, with the keys of its pages if it shares them."""
+    packed = pack(ids)
+    keys = page_hashes(info.hash_key, salt, packed, info.page_size) if info.prefix_caching else b""
+    return Request(id=id, token_ids=packed, page_hashes=keys, sampling=sampling, priority=priority, salt=salt)
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

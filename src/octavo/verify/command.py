@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import unicodedata
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from octavo.verify.compare import Comparison, Expected
 
 MAX_PROMPT = 512  # tokens of a prompt that are used
+SHOWN = 34  # columns of a prompt in the table
 
 PROMPTS = (
     "The capital of France is",
@@ -127,18 +131,26 @@ def describe(report: Report) -> str:
         f"{report.model}: {report.implementation} in {report.dtype} on {report.device}"
         f" against Transformers' {report.reference}, eager, float32"
     )
-    lines = [head, "", f"{'prompt':34} {'tokens':>6}  {'text':22} {'error':>9} {'allowed':>9}"]
+    lines = [head, "", f"{'prompt':{SHOWN}} {'tokens':>6}  {'text':22} {'error':>9} {'allowed':>9}"]
     for one in report.prompts:
         text = one["verdict"] if one["differs_at"] is None else f"{one['verdict']} at token {one['differs_at']}"
         mark = "" if one["passed"] else "  <-"
-        start = one["prompt"].replace("\n", " ")
-        start = start if len(start) <= 34 else start[:33] + "…"
-        lines.append(f"{start:34} {one['tokens']:>6}  {text:22} {one['error']:9.2e} {one['allowed']:9.2e}{mark}")
+        start = fitted(one["prompt"].replace("\n", " "), SHOWN)
+        lines.append(f"{start} {one['tokens']:>6}  {text:22} {one['error']:9.2e} {one['allowed']:9.2e}{mark}")
     passed = sum(one["passed"] for one in report.prompts)
     lines += ["", f"{passed} of {len(report.prompts)} prompts pass."]
     if report.differs_first is not None:
         lines.append(f"The first part that differs: {report.differs_first}.")
     return "\n".join(lines)
+
+
+def fitted(text: str, width: int) -> str:
+    """``text`` on ``width`` columns of a terminal, cut off or filled with spaces; wide characters take two."""
+    sizes = [0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text]
+    if sum(sizes) > width:
+        kept = bisect(list(accumulate(sizes)), width - 1)
+        text, sizes = text[:kept] + "…", [*sizes[:kept], 1]
+    return text + " " * (width - sum(sizes))
 
 
 def _expect(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from octavo.cache.prefix import page_hashes
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import OctavoError
+from octavo.frontend.inputs import request_of
 from octavo.runtime.worker import Worker
 from octavo.types import Request, Sampling
 
@@ -38,11 +37,6 @@ class Subject:
     def layers(self) -> int:
         """How many decoder layers the model has."""
         return len(self._worker.model.config.layers)
-
-    @property
-    def max_len(self) -> int:
-        """The longest sequence, in tokens."""
-        return self._core.info.max_model_len
 
     def greedy(self, prompts: list[list[int]], count: int) -> list[list[int]]:
         """The ``count`` likeliest tokens after each of ``prompts``, which run together, past any end of text."""
@@ -84,10 +78,8 @@ class Subject:
         return list(texts.values())
 
     def _request(self, tokens: list[int], sampling: Sampling) -> Request:
-        raw, info = array("i", tokens).tobytes(), self._core.info
         self._asked += 1
-        hashes = page_hashes(info.hash_key, b"", raw, info.page_size) if info.prefix_caching else b""
-        return Request(id=str(self._asked), token_ids=raw, page_hashes=hashes, sampling=sampling)
+        return request_of(self._core.info, str(self._asked), tokens, sampling)
 
     def close(self) -> None:
         """Frees the model and the cache."""
