@@ -19,7 +19,6 @@ import pytest
 
 from tests.e2e.serving import Server, ended
 from tests.e2e.test_scale_out_faults import health, under_load, until
-from tools import tiny
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'octavo[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -32,14 +31,6 @@ SERVE = (
     "work = lambda args: serve(config, ServerConfig(port=0, api_server_count=int(sys.argv[2])), worker='stub');"
     "sys.exit(_guarded(work, argparse.Namespace(log_level='info')))"
 )  # MODEL API_PROCESSES
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ray") / "stub"
-    tiny.tokenizer(folder)
-    tiny._write_json(folder / "config.json", tiny.config())
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -19,18 +19,9 @@ import psutil
 import pytest
 
 from tests.e2e.serving import STUB, Server, ended, running
-from tools import tiny
 
 LONG = {"prompt": [5, 6, 7], "max_tokens": 2000, "ignore_eos": True, "stream": True}
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scale") / "stub"
-    tiny.tokenizer(folder)
-    tiny._write_json(folder / "config.json", tiny.config())
-    return folder
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import httpx
 import openai
 
+from octavo.types import Request, TokenOutput
 from tests.frontend.fakes import prompt_of
 from tests.server.fake import Server, speak
 
@@ -31,6 +33,18 @@ class Said:
         self.openai = openai.AsyncOpenAI(api_key=key, base_url="http://test/v1", http_client=http, max_retries=0)
         own = _ANTHROPIC_HTTP.AsyncClient(transport=_ANTHROPIC_HTTP.ASGITransport(self.server.app))
         self.anthropic = anthropic.AsyncAnthropic(api_key=key, base_url="http://test", http_client=own, max_retries=0)
+
+    def breaks(self) -> None:
+        """From now on the engine dies after the first token of an answer."""
+        script = self.server.fake._script
+
+        def broken(request: Request) -> Iterator[TokenOutput]:
+            outputs = iter(script(request))
+            yield next(outputs)
+            self.server.die()
+            yield next(outputs)
+
+        self.server.fake._script = broken
 
     def prompt(self) -> str:
         """What the model saw last."""

@@ -220,15 +220,7 @@ def test_other_errors_are_the_clients_own_kinds_too() -> None:
 def test_a_stream_that_breaks_ends_with_an_error_event() -> None:
     async def work() -> None:
         setup = Said("hello world")
-        script = setup.server.fake._script
-
-        def broken(request: Any) -> Any:
-            outputs = script(request)
-            yield from outputs[:1]
-            setup.server.die()
-            yield outputs[1]
-
-        setup.server.fake._script = broken
+        setup.breaks()
         stream = await setup.anthropic.messages.create(**ASK, stream=True)
         with pytest.raises(anthropic.APIStatusError, match="killed"):
             [event async for event in stream]

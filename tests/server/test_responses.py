@@ -214,15 +214,7 @@ def test_an_answer_that_was_cut_off_is_incomplete(stream: bool) -> None:
 def test_a_stream_that_breaks_ends_with_a_failed_response() -> None:
     async def work() -> None:
         setup = Said("hello world")
-        script = setup.server.fake._script
-
-        def broken(request: Any) -> Any:
-            outputs = script(request)
-            yield from outputs[:1]
-            setup.server.die()
-            yield outputs[1]
-
-        setup.server.fake._script = broken
+        setup.breaks()
         events = [event async for event in await ask(setup, stream=True)]
         assert events[-1].type == "response.failed"
         assert events[-1].response.status == "failed"

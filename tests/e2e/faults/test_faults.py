@@ -20,7 +20,6 @@ import httpx
 import pytest
 
 from tests.e2e.serving import STUB, Server, running
-from tools import tiny
 
 FULL = "OCTAVO_FAULTS_FULL" in os.environ
 BEYOND = 10_000 if FULL else 600  # requests, of which 60 may wait
@@ -40,14 +39,6 @@ if "octavo.core.process" in sys.orig_argv:
         step(self, plan)
     StubWorker.step = broken
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("faults") / "stub"
-    tiny.tokenizer(folder)
-    tiny._write_json(folder / "config.json", tiny.config())
-    return folder
 
 
 @pytest.fixture
