@@ -227,7 +227,7 @@ def test_options_of_vllm_without_effect_are_accepted() -> None:
     "options",
     [
         {"pipeline_parallel_size": 2},
-        {"quantization": "awq"},
+        {"quantization": "hqq"},
         {"no_such_option": 1},
         {"dtype": "int8"},
         {"distributed_executor_backend": "ray"},

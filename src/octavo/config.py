@@ -55,6 +55,13 @@ def option(
     return field(default=default, metadata=meta, repr=not secret)
 
 
+QUANTISED = (
+    *("auto_awq", "auto_gptq", "awq", "awq_marlin", "bitsandbytes", "compressed-tensors", "fbgemm_fp8", "fp8", "gptq"),
+    *("gptq_marlin", "modelopt", "modelopt_fp4", "mxfp4"),
+)
+"""What a checkpoint may be, which it says itself; those who say it, too, are held to it."""
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """model"""
@@ -72,7 +79,9 @@ class ModelOptions:
         choices=("auto", "bfloat16", "float16", "half", "float32", "float"),
     )
     quantization: str | None = option(
-        None, "round weights on loading (CPU): int8 with a scale for every 32 of a row", choices=("int8",)
+        None,
+        "round weights on loading (CPU): int8 with a scale for every 32 of a row; or what the checkpoint is",
+        choices=("int8", *QUANTISED),
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
     load_format: str = option(
@@ -96,6 +105,11 @@ class ModelOptions:
     hf_token: str | None = option(None, "token for the Hub; default: HF_TOKEN or the stored login", secret=True)
     download_dir: str | None = option(None, "cache folder for downloads; default: that of the Hugging Face client")
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
+
+    @property
+    def rounding(self) -> str | None:
+        """What weights are rounded to on loading, if ``quantization`` asks for that."""
+        return None if self.quantization in QUANTISED else self.quantization
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ SPOILED: dict[str, Spoil] = {
     "HF042": weights(lambda tensors: tensors.update({"model.extra.weight": np.zeros(4, np.float32)})),
     "HF043": weights(lambda tensors: tensors.pop(NORM)),
     "HF044": weights(lambda tensors: tensors.update({NORM: np.zeros(4, np.float32)})),
-    "HF050": config(quantization_config={"quant_method": "awq"}),
+    "HF050": config(quantization_config={"quant_method": "hqq"}),
     "HF060": removed("tokenizer.json"),
 }
 OF_THE_HUB = {"HF003", "HF004", "HF005", "HF006", "HF007"}

@@ -56,9 +56,9 @@ def test_an_architecture_without_native_model_is_refused_where_native_is_asked_f
 
 def test_quantised_weights_are_refused_by_method() -> None:
     with pytest.raises(UnsupportedModel) as error:
-        registry.choose(config(quantization_config={"quant_method": "awq", "bits": 4}), "native")
+        registry.choose(config(quantization_config={"quant_method": "hqq", "bits": 4}), "native")
     assert error.value.id == "HF050"
-    assert "awq" in error.value.cause
+    assert "hqq" in error.value.cause
 
 
 def test_an_unknown_activation_is_refused_by_name() -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,24 @@ class Checkpoint(Protocol):
 
         The array may be a read-only view of the file: copy it before writing.
         """
+        ...
+
+
+@runtime_checkable
+class BlockCheckpoint(Checkpoint, Protocol):
+    """A checkpoint with weights of few bits, which `read` gives as floats."""
+
+    @property
+    def stored(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        ...
+
+    def block_types(self) -> dict[str, str]:
+        """GGUF's name of the type of each matrix that can be had in blocks."""
+        ...
+
+    def read_raw(self, name: str, rows: slice = slice(None)) -> Bytes:
+        """``rows`` of such a matrix: uint8 [rows, blocks in a row, bytes of a block]."""
         ...
 
 
@@ -99,8 +117,13 @@ class GgufCheckpoint:
         offset = value_offset(self._reader, tensor)
         return Array(values + np.float32(offset) if offset else values, "float32")
 
+    @property
+    def stored(self) -> int:
+        """See `BlockCheckpoint`."""
+        return sum(tensor.nbytes for tensor in self._reader.tensors.values())
+
     def block_types(self) -> dict[str, str]:
-        """The ggml type of every matrix."""
+        """See `BlockCheckpoint`."""
         tensors = {name: self._reader.tensors[own] for name, own in self._names.items()}
         return {name: tensor.format.name for name, tensor in tensors.items() if len(tensor.shape) == 2}
 

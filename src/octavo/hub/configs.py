@@ -15,6 +15,7 @@ from octavo.errors import ConfigError, ModelError, RequestError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
 from octavo.hub.gguf_pick import models
 from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
+from octavo.hub.quantised import settings
 from octavo.hub.source import CONFIGS, Source
 from octavo.log import get_logger
 from octavo.types import SamplingParams
@@ -109,10 +110,10 @@ def _raw_dict(source: Source, config_format: str) -> Hf:
     if path is not None and path.name == "params.json":
         from octavo.hub.mistral_config import config_from_params
 
-        return _with_dtype(config_from_params(read_json(path), path), source)
+        return _with_dtype(_with_quantisation(config_from_params(read_json(path), path), source), source)
     if path is None:
         raise _no_config(source.path, names)
-    return _with_dtype(read_json(path), source)
+    return _with_dtype(_with_quantisation(read_json(path), source), source)
 
 
 def _no_config(folder: Path, names: tuple[str, ...]) -> ModelError:
@@ -129,6 +130,14 @@ def _no_config(folder: Path, names: tuple[str, ...]) -> ModelError:
         remedy,
         id="HF002",
     )
+
+
+def _with_quantisation(hf: Hf, source: Source) -> Hf:
+    """``hf`` with ``quantization_config`` in the form of `quantised.settings.stated`, wherever it was."""
+    files = ((name, source.file(name)) for name in settings.FILES)
+    own = next(((name, read_json(path)) for name, path in files if path is not None), None)
+    found = settings.stated(hf, own)
+    return hf if found is None else {**hf, "quantization_config": found}
 
 
 def _with_dtype(hf: Hf, source: Source) -> Hf:
@@ -288,9 +297,11 @@ def choose_dtype(hf: Mapping[str, Any], wanted: str, device: str, *, fast_bfloat
         return DTYPES[wanted], f"asked for; the checkpoint says {written}"
     if refuses_float16 and written == "float16":
         return "bfloat16", f"the checkpoint says float16, in which {model_type} overflows"
-    if written in ("bfloat16", "float16"):
+    if written == "bfloat16" or (written == "float16" and not (device == "cpu" and hf.get("quantization_config"))):
         return written, "the checkpoint's own"
     said = "the checkpoint has no type of its own" if written is None else f"the checkpoint says {written}"
+    if written == "float16":  # of scales alone, and no CPU here multiplies by it
+        written, said = None, "the quantised checkpoint says float16"
     if written not in (None, "float32"):
         return "bfloat16", f"{said}, which is no type to compute in"
     if device == "cuda":

@@ -10,12 +10,14 @@ from typing import Any, Final, Protocol
 
 from octavo.config import EngineConfig, ModelConfig, RopeSpec
 from octavo.errors import ModelError, OctavoError, OutOfMemory
-from octavo.hub.checkpoint import GgufCheckpoint, open_checkpoint, pickled_paths
+from octavo.hub.checkpoint import BlockCheckpoint, open_checkpoint, pickled_paths
 from octavo.hub.configs import max_model_len, model_config
 from octavo.hub.files import files_of
 from octavo.hub.gguf import GgufReader
 from octavo.hub.machines import Machine, larger_than
 from octavo.hub.peek import Peeked
+from octavo.hub.quantised.checkpoint import unquantised
+from octavo.hub.quantised.settings import check_wanted
 from octavo.hub.safetensors_file import TensorInfo
 from octavo.hub.source import Source
 
@@ -99,6 +101,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
     options, source = config.model, peeked.source
     files = files_of(options, source)
     hf = files.hf_dict()
+    check_wanted(options.quantization, hf)
     model = model_config(
         hf,
         dtype=options.dtype,
@@ -120,7 +123,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
     keeps = machine.device == "cpu" and options.dtype == "auto" and ".hf." not in (implementation or "")
     bits = _BLOCK_BITS if keeps else {}
     load_format = "auto" if options.load_format == "dummy" else options.load_format
-    weights = _weights(source, model, load_format, bits, options.quantization)
+    weights = _weights(source, model, load_format, bits, options.rounding)
     cache = _cache(config, model, machine, weights, max_len)
     advice = _advice(config, model, machine, weights, cache, max_len)
     fixed = options.max_model_len not in (None, -1)
@@ -183,7 +186,7 @@ def _weights(
     """``bits``: of a value in the types of blocks that stay as they are."""
     wide = 4 if model.dtype == "float32" else 2
     try:
-        checkpoint = open_checkpoint(source, load_format)
+        checkpoint = unquantised(open_checkpoint(source, load_format), model.hf)
         tensors = checkpoint.tensors()
     except ModelError:
         paths = () if source.kind == "gguf" else pickled_paths(source.path)
@@ -193,15 +196,14 @@ def _weights(
         count = stored // (4 if model.hf.get("dtype") in (None, "float32") else 2)
         return Weights(count, stored, count * wide, count * wide, "estimated from the size of pickled files")
     stored = sum(info.nbytes for info in tensors.values())
-    if source.kind == "gguf":
-        stored = sum(tensor.nbytes for tensor in GgufReader(source.path).tensors.values())
     tied = {"lm_head.weight"} if model.tie_embeddings else set()
     counts = {name: math.prod(info.shape) for name, info in tensors.items() if name not in tied}
     bytes_of = {name: _loaded_bytes(tensors[name], counts[name], wide) for name in counts}
     if quantization is not None:
         rounded = [name for name in counts if len(tensors[name].shape) == 2 and (tied or "embed_tokens" not in name)]
         bytes_of |= {name: int(counts[name] * _BLOCK_BITS["Q8_0"] / 8) for name in rounded}
-    if isinstance(checkpoint, GgufCheckpoint):
+    if isinstance(checkpoint, BlockCheckpoint):
+        stored = checkpoint.stored
         kinds = checkpoint.block_types()
         bytes_of |= {name: int(n * bits[kinds[name]] / 8) for name, n in counts.items() if kinds.get(name) in bits}
     idle = 0 if model.tie_embeddings else sum(n for name, n in bytes_of.items() if "embed_tokens" in name)
@@ -318,7 +320,9 @@ def _quantisation(source: Source, model: ModelConfig, bits: Mapping[str, float])
         said = [f"{kept} as stored" if kept else "", f"{others} dequantised on loading" if others else ""]
         return f"GGUF {'; '.join(filter(None, said))}"
     stated = model.hf.get("quantization_config")
-    return str(stated.get("quant_method") or "unnamed") if isinstance(stated, Mapping) else None
+    if not stated:
+        return None
+    return f"{stated['quant_method']}, {'groups of 4 and 8 bits as stored' if bits else 'dequantised on loading'}"
 
 
 # --- as text ----------------------------------------------------------------------------------------------------------

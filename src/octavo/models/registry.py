@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.config import ModelConfig
 from octavo.errors import UnsupportedModel
+from octavo.hub.quantised import settings
 from octavo.hub.remote_code import RepoCode, reference
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def choose(config: ModelConfig, impl: str = "auto", code: RepoCode | None = None
 
     ``impl`` is an option's value (``--model-impl``), ``code`` the Python code of the model's repo. Raises
     `UnsupportedModel`: HF030 if nothing can run the architecture or the package that should is broken, HF050 for
-    weights that are quantised; `ModelError`: HF010 if only code of the repo could, which is not trusted, HF011 if that
-    code cannot be imported.
+    weights that are quantised in a way that is not read; `ModelError`: HF010 if only code of the repo could, which is
+    not trusted, HF011 if that code cannot be imported.
     """
     address, reason = find(config, impl, trusts_code=code is not None and code.trusted)
     module, _, name = address.partition(":")
@@ -65,6 +66,7 @@ def choose(config: ModelConfig, impl: str = "auto", code: RepoCode | None = None
 
 def find(config: ModelConfig, impl: str = "auto", *, trusts_code: bool = False) -> tuple[str, str]:
     """As `choose`, with the address ``module:class`` in place of the class; imports neither it nor torch."""
+    settings.check(config.hf)
     named = reference(config.hf, "AutoModelForCausalLM")
     if impl == "transformers" and named and (trusts_code or not _in_transformers(config.architecture)):
         return OF_REPO, f"Transformers backend for {config.architecture}: asked for; {named} of its repo"
@@ -90,7 +92,6 @@ def find(config: ModelConfig, impl: str = "auto", *, trusts_code: bool = False) 
             f" package brings one (entry points {ENTRY_POINTS}), and {tried}.{code}",
             f"The nearest native ones are {', '.join(nearest)}.",
         )
-    _refuse_quantised(config)
     return address, f"native {address.partition(':')[2]} for {config.architecture}"
 
 
@@ -105,15 +106,3 @@ def _in_transformers(architecture: str) -> bool:
     import transformers  # its names come without torch and the models
 
     return architecture in dir(transformers)
-
-
-def _refuse_quantised(config: ModelConfig) -> None:
-    quantisation = config.hf.get("quantization_config")
-    if not quantisation:
-        return
-    method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
-    raise UnsupportedModel(
-        f"The weights are quantised ({method or 'by an unnamed method'}); native models load plain floats only.",
-        "Use the model's unquantised checkpoint, or a GGUF file of it.",
-        id="HF050",
-    )

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from octavo.errors import ConfigError, ModelError
-from octavo.hub.checkpoint import Array, Checkpoint, GgufCheckpoint
+from octavo.hub.checkpoint import Array, BlockCheckpoint, Checkpoint
+from octavo.hub.quantised.checkpoint import optional_tensors
 from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
 from octavo.kernels.select import Ops
@@ -66,7 +67,7 @@ def load(
 ) -> LoadReport:
     """Fills ``model``, built without memory, on ``device``.
 
-    ``keep_blocks``: weights of a GGUF file stay in the types that the operators of ``device`` multiply as they are;
+    ``keep_blocks``: weights of few bits stay in the types that the operators of ``device`` multiply as they are;
     otherwise they become values of the model's type. ``quantization`` is that of `ModelOptions`.
 
     Raises `ModelError`: HF042 for tensors that the model has no place for, HF043 for parameters that the checkpoint
@@ -80,12 +81,12 @@ def load(
     tensors = checkpoint.tensors()
     _untie_if_distinct(model, checkpoint, tensors)
     plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
-    ignorable = (*model.unused, model.tied[0]) if model.tied else model.unused
+    ignorable = (*model.unused, *optional_tensors(checkpoint), *(model.tied or ())[:1])
     unused = _check_names([rule for _, rules in plan for rule in rules], tensors, ignorable)
     _check_types(plan, tensors)
     _check_shapes(plan, tensors)
 
-    if keep_blocks and isinstance(checkpoint, GgufCheckpoint):
+    if keep_blocks and isinstance(checkpoint, BlockCheckpoint):
         tensors = _use_blocks(model, checkpoint, tensors, ops)
         plan = [(layer, layer.load_rules(name)) for name, layer in _layers(model)]
     total = sum(_nbytes(rule, tensors) for _, rules in plan for rule in rules)
@@ -106,7 +107,7 @@ def load(
 
 
 def _use_blocks(
-    model: Model, checkpoint: GgufCheckpoint, tensors: Mapping[str, TensorInfo], ops: Ops
+    model: Model, checkpoint: BlockCheckpoint, tensors: Mapping[str, TensorInfo], ops: Ops
 ) -> Mapping[str, TensorInfo]:
     """Lets layers take tensors as they are stored; returns what will be read, of these the type and size of blocks."""
     stored, blocks = dict(tensors), {}
@@ -245,7 +246,7 @@ def _read_ahead(checkpoint: Checkpoint, pieces: Iterable[_Piece]) -> Iterator[Ar
 
 
 def _read(checkpoint: Checkpoint, piece: _Piece) -> Array:
-    if not piece.raw or not isinstance(checkpoint, GgufCheckpoint):
+    if not piece.raw or not isinstance(checkpoint, BlockCheckpoint):
         return checkpoint.read(piece.source, piece.slices)
     blocks = checkpoint.read_raw(piece.source, piece.slices[0])
     return Array(blocks.reshape(blocks.shape[0], -1), "uint8")
@@ -305,7 +306,7 @@ def _check_types(plan: Sequence[tuple[Layer, list[LoadRule]]], tensors: Mapping[
         if dtype not in FLOATS:
             raise ModelError(
                 f"Tensor {name} is {dtype}; weights of {', '.join(sorted(FLOATS))} can be loaded.",
-                "Use a checkpoint that is not quantised, or a GGUF file.",
+                "If it is quantised, config.json lacks its quantization_config.",
                 id="HF050",
             )
 

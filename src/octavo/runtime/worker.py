@@ -17,6 +17,8 @@ from octavo.hub.configs import max_model_len, model_config
 from octavo.hub.files import ModelFiles, find_files
 from octavo.hub.live import LiveModel
 from octavo.hub.machines import bandwidth_of
+from octavo.hub.quantised.checkpoint import unquantised
+from octavo.hub.quantised.settings import check_wanted
 from octavo.kernels import select
 from octavo.log import get_logger
 from octavo.models import registry
@@ -57,6 +59,7 @@ class Worker:
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         log.info("device: %s", self.platform.describe())
         hf = files.hf_dict()
+        check_wanted(options.quantization, hf)
         self._model_config = model_config(
             hf,
             dtype=options.dtype,
@@ -113,11 +116,10 @@ class Worker:
     def _fill(self, progress: Progress) -> LoadReport:
         options = self._config.model
         if options.load_format == "dummy":
-            return fill_dummy(self._model, options.seed, self.platform.device, options.quantization)
+            return fill_dummy(self._model, options.seed, self.platform.device, options.rounding)
         safetensors = safetensors_reader(options.load_format)
-        checkpoint = open_checkpoint(
-            self._source, options.load_format, pytorch=PyTorchCheckpoint, safetensors=safetensors
-        )
+        stored = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint, safetensors=safetensors)
+        checkpoint = unquantised(stored, self._model_config.hf)
         nbytes = sum(info.nbytes for info in checkpoint.tensors().values())
         with LoadProgress(nbytes, progress, shown=self.group.rank == 0) as told:
             return load(
@@ -126,7 +128,7 @@ class Worker:
                 self.platform.device,
                 told,
                 keep_blocks=options.dtype == "auto",  # who names a type wants the values in it
-                quantization=options.quantization,
+                quantization=options.rounding,
             )
 
     def plan_memory(self, announce: Callable[[], None] | None = None) -> tuple[int, int]:

@@ -11,11 +11,13 @@ from octavo.config import ModelConfig
 from octavo.errors import ModelError
 from octavo.hub.checkpoint import open_checkpoint
 from octavo.hub.files import ModelFiles
+from octavo.hub.quantised.checkpoint import unquantised
 from octavo.hub.remote_code import reference
 from octavo.hub.source import Source
 from octavo.models.base import as_tensor
 from octavo.models.hf.build import Classes, config_of, installed_classes
 from octavo.models.hf.remote import classes_of_repo
+from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 
 
 class Reference:
@@ -30,9 +32,10 @@ class Reference:
         source, options = files.weights, files.options
         folder: str | None = str(source.path)
         more: dict[str, Any] = {}
-        if source.kind == "gguf":
-            folder, more = None, {"state_dict": _dequantised(source)}
-        if source.kind == "gguf" or options.hf_overrides or options.hf_config_path:
+        few_bits = source.kind == "gguf" or bool(config.hf.get("quantization_config"))
+        if few_bits:
+            folder, more = None, {"state_dict": _dequantised(source, config)}
+        if few_bits or options.hf_overrides or options.hf_config_path:
             more["config"] = config_of(classes.config, config.hf)
         try:
             with warnings.catch_warnings():
@@ -71,9 +74,9 @@ class Reference:
         return found
 
 
-def _dequantised(source: Source) -> dict[str, torch.Tensor]:
-    """All weights of a GGUF file by their Transformers names, in float32."""
-    checkpoint = open_checkpoint(source)
+def _dequantised(source: Source, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """All weights of a GGUF file or a quantised checkpoint by their Transformers names, as floats."""
+    checkpoint = unquantised(open_checkpoint(source, pytorch=PyTorchCheckpoint), config.hf)
     return {name: as_tensor(checkpoint.read(name)) for name in checkpoint.tensors()}
 
 

@@ -20,6 +20,7 @@ from torch import nn
 from octavo.config import LayerSpec, ModelConfig
 from octavo.errors import OctavoError
 from octavo.hub.checkpoint import Checkpoint
+from octavo.hub.quantised.checkpoint import optional_tensors
 from octavo.kernels import select
 from octavo.layers.base import Layer
 from octavo.log import get_logger
@@ -80,7 +81,7 @@ class TransformersModel(SelfLoading):
 
     def load_weights(self, checkpoint: Checkpoint, device: torch.device, progress: Share) -> Loaded:
         tensors = checkpoint.tensors()
-        groups, ignored = weights.plan(self.model, tensors, self._cuts)
+        groups, ignored = weights.plan(self.model, tensors, self._cuts, optional_tensors(checkpoint))
         names = [name for group in groups for name, _ in group.sources]
         total, done = sum(tensors[name].nbytes for name in names), 0
 

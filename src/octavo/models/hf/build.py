@@ -108,7 +108,8 @@ def _made(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
 def config_of(config_class: Any, hf: Mapping[str, Any]) -> Any:
     """``hf`` as an object of ``config_class``; raises `ModelError` HF002 if it does not take it."""
     try:
-        return config_class.from_dict(_with_floats(hf))
+        # The checkpoint's weights come as plain ones, whatever they are stored as.
+        return config_class.from_dict(_with_floats({k: v for k, v in hf.items() if k != "quantization_config"}))
     except Exception as error:  # each config class validates in its own way
         raise ModelError(
             f"{config_class.__name__} refuses the config: {type(error).__name__}: {error}.",
@@ -136,12 +137,6 @@ def _refuse_kind(config: Any) -> None:
     """What shows without building anything."""
     if getattr(config, "is_encoder_decoder", False):
         raise _refused(config, "it has an encoder and a decoder")
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(
-            "The weights are quantised, and the Transformers backend loads plain floats only.",
-            "Use the model's unquantised checkpoint, or a GGUF file of it.",
-            id="HF050",
-        )
 
 
 def refuse_parts(model: Any) -> None:

@@ -10,7 +10,7 @@ import copy
 import difflib
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -41,8 +41,12 @@ class Group:
     target_cuts: dict[str, ParameterCut] = field(default_factory=dict)  # … or keeps of what is made of whole ones
 
 
-def plan(model: Any, tensors: Mapping[str, TensorInfo], cuts: Cuts) -> tuple[list[Group], list[str]]:
+def plan(
+    model: Any, tensors: Mapping[str, TensorInfo], cuts: Cuts, optional: Collection[str] = ()
+) -> tuple[list[Group], list[str]]:
     """The groups that fill ``model``, and the checkpoint tensors that it ignores. ``cuts`` is what `shard` returned.
+
+    ``optional`` are tensors that the model may have no place for.
 
     Raises `ModelError`: HF042 for tensors that have no place, HF043 for parameters without tensors, HF044 for shapes
     that differ, HF050 for types that are not plain floats.
@@ -70,7 +74,7 @@ def plan(model: Any, tensors: Mapping[str, TensorInfo], cuts: Cuts) -> tuple[lis
             converter = by_pattern[pattern]
             group = groups.setdefault(target, Group(_targets(target, converter), [], copy.deepcopy(converter)))
             group.sources.append((name, pattern))
-    ignored = _check_names(model, wanted, groups, spare)
+    ignored = _check_names(model, wanted, groups, spare, optional)
     _check_plain(wanted, groups, tensors, cuts)
     for group in groups.values():
         _cut(group, tensors, cuts)
@@ -82,11 +86,14 @@ def _targets(first: str, converter: Any) -> list[str]:
     return [first.replace(patterns[0], pattern) for pattern in patterns]
 
 
-def _check_names(model: Any, wanted: Mapping[str, Any], groups: Mapping[str, Group], spare: list[str]) -> list[str]:
+def _check_names(
+    model: Any, wanted: Mapping[str, Any], groups: Mapping[str, Group], spare: list[str], optional: Collection[str]
+) -> list[str]:
     filled = {target for group in groups.values() for target in group.targets}
     missing = [name for name in wanted if name not in filled and not _optional(model, name, filled)]
     skipped = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.(inv_freq|cos_cached|sin_cached)"]
-    unexpected = [name for name in spare if not any(re.search(pattern, name) for pattern in skipped)]
+    needless = {name for name in spare if name in optional or any(re.search(pattern, name) for pattern in skipped)}
+    unexpected = [name for name in spare if name not in needless]
     kind = type(model).__name__
     if missing:
         raise ModelError(
@@ -122,7 +129,7 @@ def _check_plain(
             if tensors[name].dtype not in FLOATS and wanted[group.targets[0]].is_floating_point():
                 raise ModelError(
                     f"Tensor {name} is {tensors[name].dtype}; weights of {', '.join(sorted(FLOATS))} can be loaded.",
-                    "Use a checkpoint that is not quantised, or a GGUF file.",
+                    "If it is quantised, config.json lacks its quantization_config.",
                     id="HF050",
                 )
         name, target = group.sources[0][0], group.targets[0]

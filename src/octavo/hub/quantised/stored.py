@@ -1,0 +1,121 @@
+"""Matrices as files keep them: small floats, integers packed into words, scales of several shapes."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from octavo.errors import ModelError
+from octavo.hub.checkpoint import Array, Checkpoint
+from octavo.hub.gguf_quants import Floats
+from octavo.hub.quantised.weights import FP4, Numbers, Part
+
+WORD: Final = 32  # bits
+
+
+def _table(exponent: int, mantissa: int, bias: int, *, has_infinity: bool) -> Floats:
+    """The values of all bytes as floats of ``1 + exponent + mantissa`` bits (OCP 8-bit Floating Point, 1.0)."""
+    codes = np.arange(256)
+    power, low = codes >> mantissa & (1 << exponent) - 1, codes & (1 << mantissa) - 1
+    share = low / (1 << mantissa)
+    values = np.where(power > 0, (1 + share) * 2.0 ** (power - bias), share * 2.0 ** (1 - bias))
+    top = power == (1 << exponent) - 1
+    if has_infinity:
+        values = np.where(top, np.where(low == 0, np.inf, np.nan), values)
+    else:
+        values = np.where(top & (low == (1 << mantissa) - 1), np.nan, values)
+    return np.where(codes < 128, values, -values).astype(np.float32)
+
+
+_TABLES: Final = {
+    "float8_e4m3fn": _table(4, 3, 7, has_infinity=False),
+    "float8_e5m2": _table(5, 2, 15, has_infinity=True),
+    "float8_e8m0fnu": np.append(2.0 ** (np.arange(255) - 127.0), np.nan).astype(np.float32),
+}
+
+
+def values(array: Array) -> Numbers:
+    """What an array's carrier stands for: floats of 8 and 16 bits as float32, all else as it is."""
+    table = _TABLES.get(array.dtype)
+    if table is not None:
+        found: Floats = table[array.data]
+        return found
+    if array.dtype == "bfloat16":
+        return (array.data.astype(np.uint32) << 16).view(np.float32)
+    return array.data.astype(np.float32) if array.dtype == "float16" else array.data
+
+
+def matrix(checkpoint: Checkpoint, name: str) -> Part:
+    """A tensor of two dimensions, or of fewer, which are taken for a column."""
+    if len(shape(checkpoint, name)) < 2:
+        whole = values(checkpoint.read(name)).reshape(-1, 1)
+        return lambda rows, columns: whole[rows, columns]
+    return lambda rows, columns: values(checkpoint.read(name, (rows, columns)))
+
+
+def packed(checkpoint: Checkpoint, name: str, bits: int, axis: int, places: tuple[int, ...] | None = None) -> Part:
+    """Integers of ``bits`` in words of an int32 matrix, packed along ``axis``, as uint8.
+
+    Number i of a word lies at its bits ``bits * places[i]`` on, by default the lowest first.
+    """
+    count = WORD // bits
+    order = None if places is None else list(places)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+
+    def part(rows: slice, columns: slice) -> Numbers:
+        spans = [rows, columns]
+        wanted = spans[axis]
+        spans[axis] = slice(wanted.start // count, -(-wanted.stop // count))
+        words = np.ascontiguousarray(checkpoint.read(name, (spans[0], spans[1])).data)
+        octets = words.view(np.uint8).reshape(*words.shape, 4, 1)
+        fields = (octets >> shifts & np.uint8((1 << bits) - 1)).reshape(*words.shape, count)
+        fields = fields if order is None else fields[..., order]
+        skip, size = wanted.start % count, wanted.stop - wanted.start
+        if axis == 1:
+            return fields.reshape(words.shape[0], -1)[:, skip : skip + size]
+        return fields.swapaxes(1, 2).reshape(-1, words.shape[1])[skip : skip + size]
+
+    return part
+
+
+def four_bits(checkpoint: Checkpoint, name: str) -> Part:
+    """Two floats of E2M1 in a byte of ``[out, in / 2]``, the low half first."""
+
+    def part(rows: slice, columns: slice) -> Numbers:
+        first = columns.start // 2
+        octets = checkpoint.read(name, (rows, slice(first, -(-columns.stop // 2)))).data
+        found = FP4[np.stack([octets & 15, octets >> 4], axis=-1)].reshape(octets.shape[0], -1)
+        return found[:, columns.start - 2 * first : columns.stop - 2 * first]
+
+    return part
+
+
+def transposed(part: Part) -> Part:
+    return lambda rows, columns: part(columns, rows).T
+
+
+def shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    """Raises `ModelError` HF043 if there is no such tensor."""
+    found = checkpoint.tensors().get(name)
+    if found is None:
+        raise ModelError(
+            f"The checkpoint is quantised, but lacks {name}.", "Check that no shard is missing.", id="HF043"
+        )
+    return found.shape
+
+
+def uniform(checkpoint: Checkpoint, name: str) -> int | None:
+    """The word that all of an int32 tensor consists of, if it is one."""
+    words: npt.NDArray[Any] = checkpoint.read(name).data
+    first = int(words.flat[0]) if words.size else 0
+    return first if bool((words == first).all()) else None
+
+
+def misfit(name: str, found: tuple[int, ...], needed: object) -> ModelError:
+    return ModelError(
+        f"{name} is {list(found)}; {needed}.",
+        "Check the quantization_config of config.json against the weights.",
+        id="HF044",
+    )
