@@ -51,6 +51,7 @@ class Hub:
     ``fail_with`` makes it answer everything with that status, ``failures`` so many times at most. With ``cdn`` weights
     are served by another host, as the real one does it; ``leaked`` counts tokens that were sent there. The next
     ``cuts`` answers with weights break off in the middle. ``renamed`` repos answer with a redirect to their new name.
+    ``plain``: a model's info names files without hashes, as that of some mirrors.
     """
 
     def __init__(self) -> None:
@@ -63,6 +64,7 @@ class Hub:
         self.cdn = False
         self.leaked = 0
         self.cuts = 0
+        self.plain = False
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -171,13 +173,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"branches": branches, "tags": [], "converts": []})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             repo, commit, files = self._find(match[1], match[2] or "main")
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in sorted(files.items())]
+            blobs = parse_qs(urlsplit(self.path).query).get("blobs") in (["true"], ["True"])
+            siblings = [
+                self._sibling(name, data) if blobs else {"rfilename": name} for name, data in sorted(files.items())
+            ]
             info = {"id": match[1], "modelId": match[1], "sha": commit, "private": repo.private, "siblings": siblings}
             self._json({**info, "gated": "auto" if repo.gated else False, "tags": [], "downloads": 0})
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             files = self._find(match[1], match[2])[2]
-            entries = (("file", name, len(data), git_oid(data)) for name, data in sorted(files.items()))
-            self._json([dict(zip(("type", "path", "size", "oid"), entry, strict=True)) for entry in entries])
+            self._json([self._entry(name, data) for name, data in sorted(files.items())])
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self._file(match[1], match[2], match[3])
         elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/([^/]+)/(.+)", path):
@@ -185,6 +189,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._bytes(self.hub.repos[match[1]].commits[match[2]][match[3]], {})
         else:
             raise _Refused(404, message=f"no route for {path}")
+
+    def _sibling(self, name: str, data: bytes) -> dict[str, Any]:
+        """A file in a model's info with ``?blobs=true``; large ones have their hash in LFS, too."""
+        hash = {} if self.hub.plain else {"blobId": git_oid(data)}
+        return {"rfilename": name, "size": len(data), **hash, **self._lfs("sha256", name, data)}
+
+    def _entry(self, name: str, data: bytes) -> dict[str, Any]:
+        """The same file in a listing."""
+        return {"type": "file", "path": name, "size": len(data), "oid": git_oid(data), **self._lfs("oid", name, data)}
+
+    def _lfs(self, key: str, name: str, data: bytes) -> dict[str, Any]:
+        if not self._is_large(name):
+            return {}
+        return {"lfs": {key: hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}}
+
+    def _is_large(self, name: str) -> bool:
+        return self.hub.cdn and name.endswith((".safetensors", ".gguf"))
 
     def _find(self, repo_id: str, revision: str) -> tuple[Repo, str, Files]:
         repo = self.hub.repos.get(repo_id)
@@ -208,7 +229,7 @@ class _Handler(BaseHTTPRequestHandler):
         if name not in files or name in repo.lost:
             raise _Refused(404, "EntryNotFound", "Entry not found")
         data = files[name]
-        if self.hub.cdn and name.endswith((".safetensors", ".gguf")):
+        if self._is_large(name):
             port = urlsplit(self.hub.url).port
             linked = {"X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Linked-Size": str(len(data))}
             target = f"http://localhost:{port}/cdn/{repo_id}/{commit}/{name}"

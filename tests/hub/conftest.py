@@ -86,7 +86,7 @@ def hub(clients: Clients) -> Hub:
     hub.renamed.clear()
     hub.requests.clear()
     hub.fail_with, hub.failures = None, 1 << 30
-    hub.cdn, hub.cuts = False, 0
+    hub.cdn, hub.cuts, hub.plain = False, 0, False
     return hub
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import snapshot_download
 
 from octavo.errors import ConfigError, ModelError
 from octavo.hub.hub_errors import hub_error
@@ -442,13 +443,46 @@ def asked(hub: Hub) -> list[str]:
     return [request for request in hub.requests if request.startswith("GET /api/")]
 
 
-def test_a_download_takes_one_listing_and_its_client_another(hub: Hub, client: Client) -> None:
+@pytest.mark.parametrize("kind", ["default", "branch", "tag", "commit"])
+@pytest.mark.parametrize("cdn", [False, True])
+def test_a_download_asks_the_hub_once(kind: str, cdn: bool, hub: Hub, client: Client) -> None:
+    hub.cdn = cdn
     commit = hub.push("owner/name", FILES)
-    client(weights=False)
-    assert asked(hub) == ["GET /api/models/owner/name", f"GET /api/models/owner/name/tree/{commit}"]
+    for branch in ("dev", "v1"):
+        hub.push("owner/name", FILES, branch=branch)
+    revision = {"default": None, "branch": "dev", "tag": "v1", "commit": commit}[kind]
+    got = client(revision=revision, weights=False)
+    where = f"/revision/{revision}" if revision else ""
+    assert asked(hub) == [f"GET /api/models/owner/name{where}"]
+    assert got["commit"] in hub.repos["owner/name"].commits
     hub.requests.clear()
-    assert set(client()["files"]) == NEEDED
+    assert set(client(revision=revision)["files"]) == NEEDED
     assert asked(hub) == [], "the weights come by the listing that the small files came by"
+    files = [request.rpartition("/")[2] for request in hub.requests if "resolve" in request]
+    assert set(files) == {name for name in NEEDED if "safetensors" in name}
+
+
+def test_the_listing_in_the_cache_is_what_the_client_would_have_put_there(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    hub.cdn = True
+    commit = hub.push("owner/name", FILES)
+    client()
+    own = tmp_path / "own"
+    snapshot_download("owner/name", endpoint=hub.url, cache_dir=own, allow_patterns="config.json", token=False)
+    ours, theirs = (
+        json.loads((root / "models--owner--name" / "trees" / f"{commit}.json").read_text())
+        for root in (tmp_path / "cache", own)
+    )
+    assert ours == theirs
+    assert ours["files"].keys() == FILES.keys()
+
+
+def test_a_hub_that_tells_no_hashes_is_asked_for_them_by_the_client(hub: Hub, client: Client) -> None:
+    hub.plain = True
+    commit = hub.push("owner/name", FILES)
+    assert set(client()["files"]) == NEEDED
+    assert asked(hub) == ["GET /api/models/owner/name", f"GET /api/models/owner/name/tree/{commit}"]
 
 
 def test_both_halves_of_a_start_get_the_same_commit(hub: Hub, client: Client) -> None:

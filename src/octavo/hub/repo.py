@@ -8,13 +8,17 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from octavo.errors import ModelError
 from octavo.hub import hub_errors
+from octavo.hub import listing as listings
 from octavo.hub.gguf_pick import GgufPick, models
 from octavo.hub.source import CONFIGS, Source, has_tokenizer, missing_files, wanted_files
 from octavo.log import get_logger
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
 
 RETRY_DELAYS: Final = (1.0, 3.0)  # seconds before the second and the third attempt
 
@@ -67,7 +71,7 @@ class Repo:
         Another process may be filling the snapshot just now, so that some file is there says nothing of the others.
         """
 
-        listing = self._cached_listing(snapshot)
+        listing = self._cached_listing(snapshot.name)
         names = [] if listing is None else self.wanted(listing)
         if not names:
             here = _names_in(snapshot)
@@ -76,14 +80,14 @@ class Repo:
             names = self.wanted(here) or [str(self.gguf or GgufPick())]
         return [name for name in names if not (snapshot / name).is_file()]
 
-    def _cached_listing(self, snapshot: Path) -> list[str] | None:
+    def _cached_listing(self, commit: str) -> list[str] | None:
         import huggingface_hub as hub
         from huggingface_hub import errors
 
         if not hasattr(hub, "get_cached_repo_tree"):  # before 2.0
             return None
         try:
-            return [f.path for f in hub.get_cached_repo_tree(self.id, revision=snapshot.name, cache_dir=self.cache)]
+            return [f.path for f in hub.get_cached_repo_tree(self.id, revision=commit, cache_dir=self.cache)]
         except errors.CachedRepoTreeNotFoundError:
             return None
 
@@ -108,14 +112,22 @@ class Repo:
 
     def listing(self) -> tuple[str, dict[str, int]]:
         """(commit, the sizes of the files that are needed by name) as the Hub has them now."""
+        info = self._info()
+        return info.sha or "", self._needed(info)
+
+    def _info(self) -> ModelInfo:
+        """The commit and all files, with sizes and hashes: the one thing that the Hub is asked."""
         import huggingface_hub as hub
 
         api = hub.HfApi(token=self.token)
-        info = self.call(lambda: api.model_info(self.id, revision=self.revision, files_metadata=True))
+        info: ModelInfo = self.call(lambda: api.model_info(self.id, revision=self.revision, files_metadata=True))
+        return info
+
+    def _needed(self, info: ModelInfo) -> dict[str, int]:
         sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or ()}
         names = self.wanted(sizes)
         self._check(names, sizes)
-        return info.sha or "", {name: sizes[name] for name in names}
+        return {name: sizes[name] for name in names}
 
     def download(self, snapshot: Path | None, missing: list[str]) -> Source:
         """Fetches what is needed, or falls back to a snapshot that has config and weights, with a warning."""
@@ -136,7 +148,7 @@ class Repo:
 
         None if there is none, if it could do as it is, or if the Hub has that commit no more.
         """
-        known = None if snapshot is None else self._cached_listing(snapshot)
+        known = None if snapshot is None else self._cached_listing(snapshot.name)
         if snapshot is None or known is None or not self._lacks_model(snapshot):
             return None
         names = self.wanted(known)
@@ -149,13 +161,16 @@ class Repo:
             return None
 
     def _manifest(self) -> tuple[str, list[str]]:
-        """(commit, needed files) as the Hub has them now."""
-        commit, sizes = self.listing()
+        """(commit, needed files) as the Hub has them now. The cache learns both, so that the client need not ask."""
+        info = self._info()
+        commit, names = info.sha or "", list(self._needed(info))
         self._pin(commit)
-        return commit, list(sizes)
+        if self._cached_listing(commit) is None:
+            listings.store(self._folder(), commit, info.siblings or ())
+        return commit, names
 
     def _fetch(self, commit: str, names: list[str]) -> Path:
-        """Fetches what the cache lacks of ``names``. The client asks for a listing of its own, with hashes, once."""
+        """Fetches what the cache lacks of ``names``, in parallel."""
         import huggingface_hub as hub
 
         def fetch() -> str:
@@ -174,11 +189,14 @@ class Repo:
             )
         return folder
 
+    def _folder(self) -> Path:
+        """Where the cache keeps this repo."""
+        return hub_errors.cache_root(self) / f"models--{self.id.replace('/', '--')}"
+
     def _pin(self, commit: str) -> None:
         """Notes in the cache which commit the revision is now, as the client does when it resolves one itself."""
         revision = self.revision or "main"
-        refs = hub_errors.cache_root(self) / f"models--{self.id.replace('/', '--')}" / "refs"
-        path = refs / revision
+        path = self._folder() / "refs" / revision
         if revision == commit or ".." in path.parts:
             return
         with contextlib.suppress(OSError):  # a cache that cannot be written to is reported by the download
