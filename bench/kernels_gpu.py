@@ -36,12 +36,13 @@ LINEARS = {
     "1b": ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)),
     "0.6b": ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151936, 1024)),
     "8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)),
+    "8b/2": ((3072, 4096), (4096, 2048), (14336, 4096), (4096, 7168), (64128, 4096)),  # of each of two ranks
 }
 LINEAR_ROWS = (4, 16, 32, 64)
 LINEAR_LAUNCHES = [
     linear_triton.Launch(outputs, tile, 1, warps, stages, prefetch)
     for (outputs, warps), tile, stages, prefetch in itertools.product(
-        ((32, 4), (64, 4), (128, 4), (128, 8)), (64, 128), (3, 5), (False, True)
+        ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)), (64, 128), (3, 5, 7), (False, True)
     )
 ]
 SPLITS = (1, 2, 3, 4, 6, 8, 16)
@@ -109,10 +110,10 @@ def attempt(launches: dict[int, Launch], pad: int, launch: Launch, measure: Call
         launches[pad] = old
 
 
-def compile_linear(launch: linear_triton.Launch) -> None:
-    """Puts the kernels of all row counts into the cache on disk."""
+def compile_linear(launch: linear_triton.Launch, row_counts: list[int]) -> None:
+    """Puts the kernels of ``row_counts`` into the cache on disk."""
     weight = torch.randn(256, 1024, device="cuda", dtype=torch.bfloat16)
-    for rows in LINEAR_ROWS:
+    for rows in row_counts:
         x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
         for splits in (1, 2):
             with contextlib.suppress(Exception):  # out of shared memory
@@ -126,13 +127,13 @@ def compile_one(job: tuple[str, tuple[int, int, int], Launch]) -> None:
     attempt(attn_triton.DECODE if kind == "decode" else attn_triton.PREFILL, shape[2], launch, lambda: bool(work()))
 
 
-def compile_all(kinds: list[str]) -> None:
+def compile_all(kinds: list[str], row_counts: list[int]) -> None:
     jobs = [("decode", shape, launch) for shape in SHAPES for launch in DECODE_LAUNCHES if "decode" in kinds]
     jobs += [("prefill", shape, launch) for shape in SHAPES for launch in PREFILL_LAUNCHES if "prefill" in kinds]
     with ProcessPoolExecutor(14, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs))
         if "linear" in kinds:
-            list(pool.map(compile_linear, LINEAR_LAUNCHES))
+            list(pool.map(partial(compile_linear, row_counts=row_counts), LINEAR_LAUNCHES))
 
 
 def attention(kind: str, sweep: bool) -> None:
@@ -156,9 +157,9 @@ def attention(kind: str, sweep: bool) -> None:
                 print(f"{kind} {shape} {items:3} x {length:5} {time * 1e6:9.1f} us {rate} {mark}{launch}", flush=True)
 
 
-def linears() -> None:
+def linears(models: list[str]) -> None:
     """Over copies of the weight that no cache holds."""
-    for model, shapes in LINEARS.items():
+    for model, shapes in ((model, LINEARS[model]) for model in models):
         for out_size, size in shapes:
             copies = max(2, (256 << 20) // (out_size * size * 2))
             weights = [torch.randn(out_size, size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
@@ -172,13 +173,13 @@ def linears() -> None:
             print(line, flush=True)
 
 
-def linear_sweep() -> None:
+def linear_sweep(models: list[str], row_counts: list[int]) -> None:
     """cuBLAS, then the best launches of the tensor-core product, for all but the heads."""
-    for model, shapes in LINEARS.items():
+    for model, shapes in ((model, LINEARS[model]) for model in models):
         for out_size, size in shapes[:-1]:
             copies = max(2, (160 << 20) // (out_size * size * 2))
             weights = [torch.randn(out_size, size, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-            for rows in LINEAR_ROWS:
+            for rows in row_counts:
                 x = torch.randn(rows, size, device="cuda", dtype=torch.bfloat16)
                 own = []
                 for launch, splits in itertools.product(LINEAR_LAUNCHES, SPLITS):
@@ -202,17 +203,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--only", default="decode,prefill,linear")
+    parser.add_argument("--models", default=",".join(LINEARS), help="whose products")
+    parser.add_argument("--rows", default=",".join(map(str, LINEAR_ROWS)), help="of the products that are swept")
     args = parser.parse_args()
-    kinds = args.only.split(",")
+    kinds, models = args.only.split(","), args.models.split(",")
+    row_counts = [int(rows) for rows in args.rows.split(",")]
     if args.sweep:
-        compile_all(kinds)
+        compile_all(kinds, row_counts)
     for kind in ("decode", "prefill"):
         if kind in kinds:
             attention(kind, args.sweep)
     if "linear" in kinds:
-        linears()
+        linears(models)
         if args.sweep:
-            linear_sweep()
+            linear_sweep(models, row_counts)
 
 
 if __name__ == "__main__":

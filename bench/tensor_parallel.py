@@ -11,6 +11,7 @@ with weights that mean nothing, near ties part ways. `--models tiny` (float32) i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -20,10 +21,11 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
 import gpu_work
 from gpu_work import Card, Work
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 _8B = gpu_work.CONFIGS["llama-3.1-8b"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -146,7 +148,10 @@ def measure(model: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
     if args.trace:
         result["step_us"] = traced(core, gpu_work.workload("decode64", CONFIGS[model]["vocab_size"]))
         print(model, ranks, "a decode step of 64 rows, us:", result["step_us"], flush=True)
+    begin = time.perf_counter()
     core.close()
+    result["close_s"] = time.perf_counter() - begin
+    print(model, ranks, "closed in", round(result["close_s"], 2), "s", flush=True)
     return result
 
 
@@ -176,10 +181,12 @@ def sums(rank: int, ranks: int, folder: str) -> None:
             wanted = x.clone()
             group._wait(lambda wanted=wanted: group._backend.allreduce([wanted], group._sum))
             torch.testing.assert_close(peers.sum(x), wanted)
+            torch.testing.assert_close(peers.gather(x), group.all_gather(x[None])[0])
             torch.testing.assert_close(peers.add_rms_norm(x, *args), ops.add_rms_norm(wanted, *args))
             cases["peers"] = lambda x=x: peers.sum(x)
             cases["peers, norm"] = lambda x=x, args=args: peers.add_rms_norm(x, *args)
-        cases["gather"] = lambda x=x: group.all_gather(x)
+            cases["peers, gather"] = lambda x=x: peers.gather(x)
+        cases["nccl, gather"] = lambda x=x: group.all_gather(x[None])  # which peer memory does not take
         found = {name: _graph_time(work) for name, work in cases.items()}
         if rank == 0:
             print(
@@ -264,9 +271,17 @@ def _apart(model: str, ranks: int, options: list[str]) -> list[dict[str, Any]]:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         last = ["--models", model, "--ranks", str(ranks), "--json", file.name]  # later options win
         subprocess.run([sys.executable, __file__, *options, *last], check=False, timeout=300)
+        print("MiB in use of each card afterwards:", _in_use(), flush=True)
         text = Path(file.name).read_text()
         found: list[dict[str, Any]] = json.loads(text) if text else []
         return found
+
+
+def _in_use() -> list[int]:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError):
+        return [int(line) for line in subprocess.run(query, capture_output=True, text=True).stdout.split()]
+    return []
 
 
 if __name__ == "__main__":

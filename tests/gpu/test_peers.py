@@ -1,4 +1,4 @@
-"""Sums over peer memory: the kernel of one rank, whose peer the test plays; and two cards that share a model."""
+"""Exchanges over peer memory: the kernel of one rank, whose peer the test plays; and two cards that share a model."""
 
 from __future__ import annotations
 
@@ -25,64 +25,85 @@ SIZE, RANKS = 96, 2
 class Pair:
     """Rank 0, and memory in which the test plays rank 1."""
 
-    def __init__(self) -> None:
-        from octavo.kernels.peers_triton import BUFFER_BYTES, MOST_ROWS, ROW_BYTES, PeerSums
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        from octavo.kernels.peers_triton import MOST_ROWS, PeerMemory, buffer_bytes
 
-        self.buffers = torch.zeros(RANKS, BUFFER_BYTES, dtype=torch.uint8, device=DEVICE)
-        self.slots = self.buffers.view(torch.float32).view(RANKS, 2, MOST_ROWS, ROW_BYTES // 4)
-        self.flags = torch.zeros(RANKS, MOST_ROWS, RANKS, dtype=torch.int32, device=DEVICE)
-        addresses = [
-            torch.tensor([part.data_ptr() for part in whole], device=DEVICE) for whole in (self.buffers, self.flags)
-        ]
-        self.sums = PeerSums(0, addresses[0], addresses[1], self)
+        self.buffers = torch.zeros(RANKS, buffer_bytes(RANKS) // 8, dtype=torch.int64, device=DEVICE)
+        self.slots = self.buffers.view(RANKS, 2, MOST_ROWS, RANKS, -1)  # whose, parity, row, from whom
+        addresses = torch.tensor([part.data_ptr() for part in self.buffers], device=DEVICE)
+        self.memory = PeerMemory(0, addresses, self)
+        self.dtype = dtype
+
+    def rows(self, count: int, seed: int, size: int = SIZE) -> torch.Tensor:
+        return torch.randn(count, size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, self.dtype)
 
     def other(self, epoch: int, y: torch.Tensor) -> None:
-        """What rank 1 does in sum number ``epoch`` of the rows of ``y``."""
-        self.slots[1, epoch % 2, : len(y), :SIZE] = y
-        self.flags[0, : len(y), 1] = epoch
+        """What rank 1 does in exchange number ``epoch`` of the rows of ``y``."""
+        words = y.view(torch.int32).long() & 0xFFFFFFFF | epoch << 32
+        self.slots[0, epoch % 2, : len(y), 1, : words.shape[1]] = words
+
+    def sent(self, epoch: int, count: int) -> tuple[torch.Tensor, list[int]]:
+        """What rank 0 has written to rank 1 of ``count`` rows, and the numbers that it gave it."""
+        words = self.slots[1, epoch % 2, :count, 0, : SIZE * self.dtype.itemsize // 4]
+        return words.int().view(self.dtype), (words >> 32).unique().tolist()
 
 
-def rows(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, SIZE, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def test_sums_alternate_between_two_buffers_and_tell_the_other_rank() -> None:
-    pair = Pair()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exchanges_alternate_between_two_buffers_and_are_numbered(dtype: torch.dtype) -> None:
+    pair = Pair(dtype)
     for epoch in (1, 2, 3):
-        x, y = rows(5, epoch), rows(5, 10 + epoch)
+        x, y = pair.rows(5, epoch), pair.rows(5, 10 + epoch)
         pair.other(epoch, y)
-        torch.testing.assert_close(pair.sums.sum(x), x + y)
-        assert torch.equal(pair.slots[0, epoch % 2, :5, :SIZE], x)
-        assert pair.flags[1, :6, 0].tolist() == [epoch] * 5 + [0]
+        torch.testing.assert_close(pair.memory.sum(x), (x.double() + y.double()).to(dtype))
+        values, numbers = pair.sent(epoch, 5)
+        assert torch.equal(values, x)
+        assert numbers == [epoch]
+    assert not pair.slots[1, :, 5:].any()
+    assert not pair.slots[1, :, :, 1].any()
 
 
 def test_rows_count_for_themselves() -> None:
     pair = Pair()
-    pair.other(1, rows(4, 0))
-    pair.sums.sum(rows(4, 1))
-    x, y = rows(2, 2), rows(2, 3)
+    pair.other(1, pair.rows(4, 0))
+    pair.memory.sum(pair.rows(4, 1))
+    x, y = pair.rows(2, 2), pair.rows(2, 3)
     pair.other(2, y)
-    torch.testing.assert_close(pair.sums.sum(x), x + y)
-    assert pair.flags[1, :4, 0].tolist() == [2, 2, 1, 1]
+    torch.testing.assert_close(pair.memory.sum(x), x + y)
+    assert [pair.sent(epoch, 4)[1] for epoch in (1, 2)] == [[1], [0, 2]]
 
 
-def test_addition_and_norm_are_those_of_the_reference() -> None:
-    pair = Pair()
-    x, y, residual = rows(3, 0), rows(3, 1), rows(3, 2)
-    weight = rows(1, 3)[0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_addition_and_norm_are_those_of_the_reference(dtype: torch.dtype) -> None:
+    pair = Pair(dtype)
+    x, y, residual = (pair.rows(3, seed) for seed in range(3))
+    weight = pair.rows(1, 3)[0]
     pair.other(1, y)
-    found = pair.sums.add_rms_norm(x, residual, weight, 1e-5)
-    torch.testing.assert_close(found, reference.add_rms_norm(x + y, residual, weight, 1e-5))
+    normed, total = pair.memory.add_rms_norm(x, residual, weight, 1e-5)
+    wanted = reference.add_rms_norm((x.float() + y.float()).to(dtype), residual, weight, 1e-5)
+    tolerance = 1e-5 if dtype is torch.float32 else 3e-2
+    torch.testing.assert_close(normed, wanted[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(total, wanted[1], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("size", [2, 6, SIZE])
+def test_gathered_parts_lie_side_by_side_bit_by_bit(size: int) -> None:
+    pair = Pair()
+    x, y = pair.rows(3, 0, size), pair.rows(3, 1, size)
+    x[1, 0], y[0, 1] = float("nan"), float("-inf")
+    x[2, :2] = torch.tensor([7, -9], dtype=torch.int32, device=DEVICE).view(torch.float32)  # no numbers
+    pair.other(1, y)
+    assert torch.equal(pair.memory.gather(x).view(torch.int32), torch.cat((x, y), 1).view(torch.int32))
 
 
 def test_only_what_fits_is_taken() -> None:
     from octavo.kernels.peers_triton import MOST_ROWS, ROW_BYTES
 
-    sums = Pair().sums
-    assert sums.takes(torch.empty(MOST_ROWS, ROW_BYTES // 4, device="meta"))
-    assert not sums.takes(torch.empty(MOST_ROWS + 1, 8, device="meta"))
-    assert not sums.takes(torch.empty(1, ROW_BYTES // 4 + 1, device="meta"))
-    assert not sums.takes(torch.empty(0, 8, device="meta"))
+    memory = Pair().memory
+    assert memory.takes(torch.empty(MOST_ROWS, ROW_BYTES // 4, device="meta"))
+    assert not memory.takes(torch.empty(MOST_ROWS + 1, 8, device="meta"))
+    assert not memory.takes(torch.empty(1, ROW_BYTES // 4 + 1, device="meta"))
+    assert not memory.takes(torch.empty(0, 8, device="meta"))
+    assert not memory.takes(torch.empty(1, 3, dtype=torch.bfloat16, device="meta"))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < RANKS, reason="needs two GPUs")

@@ -207,13 +207,19 @@ def test_ranks_end_with_a_parent_that_is_killed(folder: Path) -> None:
     assert within(5, lambda: not Path(f"/proc/{pid}").exists())
 
 
-def test_a_service_answers_every_request_when_a_rank_is_killed(folder: Path) -> None:
-    asyncio.run(_kill_a_rank_of_a_service(folder))
+@pytest.mark.parametrize(
+    ("how", "cause"),
+    [(signal.SIGKILL, "rank 1 was killed"), (signal.SIGSTOP, "rank 1 did not take part in a step")],
+    ids=["killed", "stopped"],
+)
+def test_a_service_answers_every_request_and_leaves_no_process(how: signal.Signals, cause: str, folder: Path) -> None:
+    asyncio.run(_fell_a_rank_of_a_service(folder, how, cause))
 
 
-async def _kill_a_rank_of_a_service(folder: Path) -> None:
+async def _fell_a_rank_of_a_service(folder: Path, how: signal.Signals, cause: str) -> None:
     deaths: list[OctavoError] = []
-    llm = await AsyncLLM.start(config_of(folder, max_model_len=200), log_level="error", on_death=deaths.append)
+    config = config_of(folder, max_model_len=200, distributed_timeout_seconds=2)
+    llm = await AsyncLLM.start(config, log_level="error", on_death=deaths.append)
     try:
         (core,) = (pid for pid in _children(os.getpid()) if followers(pid))
         (rank,) = followers(core)
@@ -221,12 +227,13 @@ async def _kill_a_rank_of_a_service(folder: Path) -> None:
         runs = [llm.run(await llm.prepare(prompt, params)) for prompt in PROMPTS]
         async for _ in runs[0]:
             break
-        os.kill(rank, signal.SIGKILL)
+        os.kill(rank, how)
         for generation in runs[1:]:
-            with pytest.raises(EngineDead, match="rank 1 was killed"):
+            with pytest.raises(EngineDead, match=cause):
                 async for _ in generation:
                     pass
-        assert within(5, lambda: not Path(f"/proc/{core}").exists() or not followers(core))
+        assert within(5, lambda: not Path(f"/proc/{rank}").exists())
+        assert within(5, lambda: core not in _children(os.getpid()) or not followers(core))
     finally:
         await llm.close()
     assert len(deaths) == 1

@@ -12,6 +12,7 @@ import triton.language as tl
 from octavo.kernels import reference
 from octavo.kernels.metadata import HeadChange
 from octavo.kernels.pdl import chained, release, wait
+from octavo.kernels.sampling import WHOLE, VocabPart
 
 _BLOCK_ACT = 1024
 _BLOCK_GREEDY = 4096
@@ -193,11 +194,11 @@ def _store_kv_kernel(
     tl.store(target + HEADS * PAGE * DIM, _fit(value, cache_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["FIRST"])
 def _peaks_kernel(
-    logits_ptr, peak_ptr, at_ptr, stride, SIZE, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+    logits_ptr, found_ptr, stride, SIZE, FIRST, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
 ):
-    """The greatest of each block of a row and where it is; NaN counts as infinite."""
+    """The greatest of each block of a row, and the bits of its token's number; NaN counts as infinite."""
     release(CHAINED)
     wait(CHAINED)
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -205,20 +206,39 @@ def _peaks_kernel(
     x = tl.load(logits_ptr + row * stride + at, at < SIZE, float("-inf")).to(tl.float32)
     x = tl.where(x != x, float("inf"), x)
     peak, index = tl.max(x, 0, return_indices=True)
-    tl.store(peak_ptr + row * BLOCKS + block, peak)
-    tl.store(at_ptr + row * BLOCKS + block, block * BLOCK + index)
+    place = found_ptr + row * 2 * BLOCKS + block
+    tl.store(place, peak)
+    tl.store((place + BLOCKS).to(tl.pointer_type(tl.int32)), FIRST + block * BLOCK + index)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _greedy_kernel(peak_ptr, at_ptr, out_ptr, rows, BLOCKS: tl.constexpr, PAD: tl.constexpr, CHAINED: tl.constexpr):
+def _greedy_kernel(
+    found_ptr, out_ptr, rows, PARTS: tl.constexpr, BLOCKS: tl.constexpr, PAD: tl.constexpr, CHAINED: tl.constexpr
+):
+    """Of a row's ``PARTS``, each the peaks of ``BLOCKS`` and their tokens."""
     wait(CHAINED)
     row, block = tl.program_id(0), tl.arange(0, PAD)
-    peaks = tl.load(peak_ptr + row * BLOCKS + block, block < BLOCKS, float("-inf"))
+    start = found_ptr + row * PARTS * 2 * BLOCKS
+    peaks = tl.load(start + block // BLOCKS * 2 * BLOCKS + block % BLOCKS, block < PARTS * BLOCKS, float("-inf"))
     peak, winner = tl.max(peaks, 0, return_indices=True)
     finite = tl.abs(peak) < float("inf")
-    token = tl.load(at_ptr + row * BLOCKS + winner)
+    at = start + winner // BLOCKS * 2 * BLOCKS + BLOCKS + winner % BLOCKS
+    token = tl.load(at.to(tl.pointer_type(tl.int32)))
     tl.store(out_ptr + row, tl.where(finite, token, 0))
     tl.store(out_ptr + rows + row, finite.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["first"])
+def _embed_kernel(
+    ids_ptr, weight_ptr, out_ptr, first, rows, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+):
+    release(CHAINED)
+    wait(CHAINED)
+    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    row = tl.load(ids_ptr + token) - first
+    own = (row >= 0) & (row < rows)
+    value = tl.load(weight_ptr + row.to(tl.int64) * SIZE + i, own & (i < SIZE), 0.0)
+    tl.store(out_ptr + token * SIZE + i, value, i < SIZE)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -318,19 +338,31 @@ def _of_one_row(*parts: torch.Tensor) -> bool:
     return dense and (len(parts[0]) == 1 or len({x.stride(0) for x in parts}) == 1)
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
+def greedy(logits: torch.Tensor, part: VocabPart = WHOLE) -> torch.Tensor:
     """See `sampling.greedy`."""
     rows, size = logits.shape
     blocks = triton.cdiv(size, _BLOCK_GREEDY)
-    peaks = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
-    where = torch.empty((rows, blocks), dtype=torch.int32, device=logits.device)
+    found = torch.empty((rows, 2 * blocks), dtype=torch.float32, device=logits.device)
     out = torch.empty((2, rows), dtype=torch.int32, device=logits.device)
     if rows:
-        chain, pad = chained(logits.device), triton.next_power_of_2(blocks)
+        chain = chained(logits.device)
         _peaks_kernel[(rows, blocks)](
-            logits, peaks, where, logits.stride(0), size, blocks, _BLOCK_GREEDY, chain, launch_pdl=chain
+            logits, found, logits.stride(0), size, part.first, blocks, _BLOCK_GREEDY, chain, launch_pdl=chain
         )
-        _greedy_kernel[(rows,)](peaks, where, out, rows, blocks, pad, chain, num_warps=1, launch_pdl=chain)
+        found = part.gather(found)
+        parts = found.shape[1] // (2 * blocks)
+        pad = triton.next_power_of_2(parts * blocks)
+        _greedy_kernel[(rows,)](found, out, rows, parts, blocks, pad, chain, num_warps=1, launch_pdl=chain)
+    return out
+
+
+def embed(ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
+    """See `reference.embed`."""
+    size = weight.shape[1]
+    out = torch.empty((len(ids), size), dtype=weight.dtype, device=weight.device)
+    if len(ids):
+        chain, block = chained(weight.device), triton.next_power_of_2(size)
+        _embed_kernel[(len(ids),)](ids, weight, out, first, len(weight), size, block, chain, launch_pdl=chain)
     return out
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
+from octavo.kernels.sampling import WHOLE, VocabPart
 from octavo.kernels.select import Ops, PackedLinear
 from octavo.layers.base import Blocks, Layer, LoadRule, parameter
 from octavo.parallel.group import Group, current
@@ -32,23 +33,25 @@ class Embedding(Layer):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.cut is None:
-            return self._rows(ids)
+            return F.embedding(ids, self.weight) if self.packed is None else self.packed.rows(ids)
+        if self.packed is None:
+            return self.group.all_reduce(self.ops.embed(ids, self.weight, self.cut.first))
         local = ids - self.cut.first
         own = (local >= 0) & (local < self.cut.size)
-        rows = self._rows(local.clamp(0, self.cut.size - 1))
+        rows = self.packed.rows(local.clamp(0, self.cut.size - 1))
         return self.group.all_reduce(rows.masked_fill_(~own.unsqueeze(-1), 0))
 
-    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None:
-            return self.packed.rows(ids)
-        return F.embedding(ids, self.weight)
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden[S, C]`` to those of the tokens that this rank holds, when tied."""
+        if not self.tied:
+            raise RuntimeError("this embedding is not the model's head")
+        return self.packed(hidden) if self.packed is not None else self.ops.linear(hidden, self.weight)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden[S, C]`` to ``[S, vocab]``, when tied."""
-        if not self.tied:
-            raise RuntimeError("this embedding is not the model's head")
-        own = self.packed(hidden) if self.packed is not None else self.ops.linear(hidden, self.weight)
-        return gather_vocab(own, self.vocab_size, self.group)
+        return gather_vocab(
+            equal_parts(self.own_logits(hidden), self.vocab_size, self.group), self.vocab_size, self.group
+        )
 
     def load_rules(self, name: str) -> list[LoadRule]:
         rows = self.vocab_size if self.cut is None else self.cut.size
@@ -79,11 +82,18 @@ def vocab_cut(vocab_size: int, group: Group) -> Cut | None:
     return cut(0, vocab_size, group.rank, group.size) if group.size > 1 else None
 
 
+def vocab_part(vocab_size: int, group: Group) -> VocabPart:
+    """This rank's, for the choice of a token without the others' logits."""
+    found = vocab_cut(vocab_size, group)
+    return WHOLE if found is None else VocabPart(found.first, group.all_gather)
+
+
+def equal_parts(own: torch.Tensor, vocab_size: int, group: Group) -> torch.Tensor:
+    """``own``, the logits of this rank's `vocab_cut`, as many as any rank's: what is missing is -inf."""
+    missing = -(-vocab_size // group.size) - own.shape[-1]
+    return F.pad(own, (0, missing), value=float("-inf")) if missing else own
+
+
 def gather_vocab(own: torch.Tensor, vocab_size: int, group: Group) -> torch.Tensor:
-    """Logits ``[S, vocab_size]`` from each rank's, which are those of its `vocab_cut`."""
-    if group.size == 1:
-        return own
-    share = -(-vocab_size // group.size)
-    if own.shape[-1] < share:
-        own = F.pad(own, (0, share - own.shape[-1]))
-    return group.all_gather(own)[..., :vocab_size]
+    """Logits ``[S, vocab_size]`` from each rank's `equal_parts`."""
+    return own if group.size == 1 else group.all_gather(own)[..., :vocab_size]

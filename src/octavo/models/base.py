@@ -12,6 +12,7 @@ from torch import nn
 
 from octavo.config import ModelConfig
 from octavo.hub.checkpoint import Array, Checkpoint
+from octavo.kernels.sampling import WHOLE, VocabPart
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,22 @@ class Model(nn.Module):
         """``token_ids[T]`` at ``positions[T]`` to hidden states ``[T, C]``, after the last norm."""
 
     @abstractmethod
+    def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden[S, C]`` to the logits of `vocab_part` in the model's type, equally many on each rank; -inf for
+        tokens that there are not."""
+
+    @property
+    def vocab_part(self) -> VocabPart:
+        """The tokens that `own_logits` are of."""
+        return WHOLE
+
+    def whole_logits(self, own: torch.Tensor) -> torch.Tensor:
+        """``[S, vocab]`` from what `own_logits` returned; a collective call."""
+        return own
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``hidden[S, C]`` to ``[S, vocab]`` in the model's type."""
+        return self.whole_logits(self.own_logits(hidden))
 
 
 Share = Callable[[float], None]

@@ -17,10 +17,10 @@ import torch
 
 from octavo.kernels.select import Ops
 from octavo.log import get_logger
-from octavo.parallel.peer import peer_sums
+from octavo.parallel.peer import peer_memory
 
 if TYPE_CHECKING:
-    from octavo.kernels.peers_triton import PeerSums
+    from octavo.kernels.peers_triton import PeerMemory
 
 
 class LostPeer(RuntimeError):
@@ -89,13 +89,15 @@ def use(group: Group) -> Iterator[None]:
 class TorchGroup(Group):
     """Ranks joined by a process group of torch.distributed: gloo on CPUs, NCCL on NVIDIA GPUs."""
 
-    def __init__(self, backend: Any, rank: int, size: int, device: torch.device, peers: PeerSums | None = None) -> None:
+    def __init__(
+        self, backend: Any, rank: int, size: int, device: torch.device, peers: PeerMemory | None = None
+    ) -> None:
         from torch.distributed import distributed_c10d
 
         c10d: Any = distributed_c10d  # whose stubs lack some of its options
         self.rank, self.size, self._device = rank, size, device
         self._backend, self._peers = backend, peers
-        self.name = str(backend.name()) + (", and sums over peer memory" if peers is not None else "")
+        self.name = str(backend.name()) + (", and peer memory" if peers is not None else "")
         self._sum, self._min = c10d.AllreduceOptions(), c10d.AllreduceOptions()
         self._min.reduceOp = c10d.ReduceOp(c10d.ReduceOp.MIN)
         self._from_first = c10d.BroadcastOptions()
@@ -120,6 +122,8 @@ class TorchGroup(Group):
         return super().add_rms_norm(x, residual, weight, eps, ops)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        if self._peers is not None and self._peers.takes(x):
+            return self._peers.gather(x.contiguous())
         parts = x.new_empty(self.size * x.numel())
         if not x.is_meta:
             self._wait(lambda: self._backend._allgather_base(parts, x.reshape(-1), self._gather))
@@ -178,9 +182,9 @@ def connect(rank: int, size: int, device: torch.device, folder: Path, seconds: f
     return TorchGroup(backend, rank, size, device, peers if group.least(int(peers is not None)) else None)
 
 
-def _peers(store: Any, rank: int, size: int, device: torch.device) -> PeerSums | None:
+def _peers(store: Any, rank: int, size: int, device: torch.device) -> PeerMemory | None:
     try:
-        return peer_sums(store, rank, size, device)
+        return peer_memory(store, rank, size, device)
     except (RuntimeError, ImportError, AttributeError) as error:
         get_logger().warning("rank %d: sums go through NCCL alone: %s", rank, error)
         return None

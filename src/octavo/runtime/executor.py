@@ -274,6 +274,8 @@ class Executor:
             self._failure = error
             self._changed.notify_all()
         get_logger().error("%s", error)
+        for follower in self._followers.values():  # one that is stopped would not see that this process ends
+            follower.process.kill()
         if self.on_failure is not None:
             self.on_failure()
         if self._on_death is not None:

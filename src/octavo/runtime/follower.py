@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import traceback
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import msgspec
 from octavo import log
 from octavo.errors import OctavoError
 from octavo.parallel.group import LostPeer
+from octavo.parent import end_with_parent
 from octavo.runtime.executor import (
     Command,
     Done,
@@ -29,7 +29,7 @@ from octavo.runtime.executor import (
     send_frame,
 )
 from octavo.runtime.parallel import MEMORY_REMEDY
-from octavo.runtime.worker import Worker
+from octavo.runtime.worker import Worker, told_as_memory_error
 
 
 class Follower:
@@ -49,10 +49,12 @@ class Follower:
             case Init():
                 self._worker.init(self._start.config)
             case Load():
-                self._worker.join(self._start.rank, self._folder)
-                self._worker.load(lambda phase, share: None)
+                with told_as_memory_error():
+                    self._worker.join(self._start.rank, self._folder)
+                    self._worker.load(lambda phase, share: None)
             case PlanMemory():
-                self._worker.plan_memory()
+                with told_as_memory_error():
+                    self._worker.plan_memory()
             case _:
                 self._worker.take_tokens()
                 return None
@@ -84,15 +86,9 @@ def _failed(error: Exception) -> Failed:
     if isinstance(error, LostPeer):
         return Failed(str(error), lost=True)
     if isinstance(error, MemoryError):
-        return Failed(f"ran out of memory in a step: {error}", MEMORY_REMEDY, "OutOfMemory")
+        return Failed(f"ran out of memory: {error}", MEMORY_REMEDY, "OutOfMemory")
     traceback.print_exc()
     return Failed(f"failed with {type(error).__name__}: {error}.", "Restart, and report it with the traceback.")
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
 
 
 def main() -> int:
@@ -102,7 +98,7 @@ def main() -> int:
     if not line:
         return 1
     start = msgspec.json.decode(line, type=Start)
-    threading.Thread(target=_end_with_parent, name="octavo-parent-watch", daemon=True).start()
+    end_with_parent()
     os.dup2(2, 1)  # what libraries print is log, not output
     log.configure(start.log_level)
     return run(start, socket.socket(fileno=start.socket))

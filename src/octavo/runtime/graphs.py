@@ -33,7 +33,7 @@ _FIELDS = ("token_ids", "fed", "positions", "slots", "rows", "seq_lens", "table_
 class Decoded:
     """What a replay leaves, B rows of it meant."""
 
-    logits: torch.Tensor  # [B, vocab]
+    logits: torch.Tensor  # [B, tokens of the model's `vocab_part`]
     best: torch.Tensor  # [2, size], see `kernels.sampling.greedy`; already in `Tables.last_token`
     rows: torch.Tensor  # [B]
 
@@ -68,8 +68,8 @@ class DecodeStep:
         last = tables.last_token[views["rows"]]
         token_ids = torch.where(views["fed"].bool(), last, views["token_ids"])
         with context.use(context.ForwardContext(self._meta, self._cache)):
-            logits = self._model.logits(self._model(token_ids, views["positions"]))
-        best = self._greedy(logits)
+            logits = self._model.own_logits(self._model(token_ids, views["positions"]))
+        best = self._greedy(logits, self._model.vocab_part)
         tables.last_token[views["rows"]] = best[0]
         return logits, best
 

@@ -57,8 +57,8 @@ class Runner:
 
     With ``graphs``, decode steps are captured now where the platform can.
 
-    Of a ``group``, rank 0 samples. Tokens that other ranks need and do not find themselves are broadcast to them, who
-    call `take_tokens` then; ``announce`` is called before.
+    Of a ``group``, rank 0 samples. Tokens that other ranks do not find themselves are broadcast to them; they call
+    `take_tokens` for it, which ``announce`` tells them.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Runner:
         with context.use(context.ForwardContext(inputs.attention, self._cache)):
             hidden = self._model(inputs.token_ids, inputs.positions)
         self._prompt_logprobs = self._score_prompts(plan, hidden)
-        self._sampled_rows = inputs.sampled_rows
+        self._sampled_rows, self._best = inputs.sampled_rows, None
         self._logits = self._model.logits(hidden[inputs.logits_at]) if any(plan.samples) else None
 
     @torch.inference_mode()
@@ -134,11 +134,14 @@ class Runner:
             if mask is not None:
                 place = {b: s for s, b in enumerate(items)}
                 mask = dataclasses.replace(mask, items=[place[b] for b in mask.items])
-            sampled = self._sampler.sample(self._logits, where, self._best, mask)
-            if self._best is None or mask is not None or not self._sampler.is_greedy(where):
+            found = self._best is not None and not self._sampler.looks_at_logits(where, mask)
+            if not found and self._announce is not None:
+                self._announce()
+            logits = self._logits if found else self._whole_logits(self._logits)
+            sampled = self._sampler.sample(logits, where, self._best, mask)
+            if not found:
                 self._tables.last_token[self._sampled_rows] = sampled.tokens
                 if self._announce is not None:
-                    self._announce()
                     self._group.broadcast_(sampled.tokens)
         self._logits = self._best = None
         return Launched(plan, items, sampled, self._prompt_logprobs)
@@ -146,9 +149,15 @@ class Runner:
     @torch.inference_mode()
     def take_tokens(self) -> None:
         """Receives what rank 0 sampled for the last `step`."""
+        if self._logits is not None:
+            self._whole_logits(self._logits)
         tokens = torch.empty(len(self._sampled_rows), dtype=torch.int32, device=self._platform.device)
         self._group.broadcast_(tokens)
         self._tables.last_token[self._sampled_rows] = tokens
+
+    def _whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """A replayed step leaves each rank its own part of them, which is enough where all rows are greedy."""
+        return logits if self._best is None else self._model.whole_logits(logits)
 
     def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the prompt tokens that this step's chunks predict."""

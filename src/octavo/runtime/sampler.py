@@ -70,8 +70,8 @@ class Sampler:
     ) -> Sampled:
         """Samples one token for each row of ``logits[S, V]``; ``items[i]`` says for whom row i is.
 
-        ``best``: what `Ops.greedy` returns for these logits (and maybe more rows), where the step has found it already.
-        ``mask`` counts in ``items``.
+        ``best``: what `Ops.greedy` returns for these logits (and maybe more rows), where the step has found it already;
+        then ``logits`` are read only if `looks_at_logits`. ``mask`` counts in ``items``.
         """
         settings = None
         if mask is None and self.is_greedy(items):
@@ -90,6 +90,10 @@ class Sampler:
     def is_greedy(self, items: list[SampleItem]) -> bool:
         """Whether all ``items`` take the greatest of their unedited logits."""
         return self._rows.are_greedy(items)
+
+    def looks_at_logits(self, items: list[SampleItem], mask: TokenMask | None) -> bool:
+        """Whether `sample` needs more of them than the greedy choice."""
+        return mask is not None or not self.is_greedy(items) or any(row in self._rows.with_logprobs for row, _ in items)
 
     def prompt_logprobs(self, logits: torch.Tensor, targets: list[int], count: int) -> list[TokenLogprobs]:
         """Of ``targets[i]`` under ``logits[i]``, with the ``count`` likeliest; waits for the device."""

@@ -24,6 +24,7 @@ from octavo.log import get_logger
 from octavo.models import registry
 from octavo.models.base import Model
 from octavo.parallel import group
+from octavo.parallel.shards import MOST_RANKS
 from octavo.runtime.base import Progress, TokenMask, WorkerBase
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache, step_bytes
@@ -140,9 +141,10 @@ class Worker:
         budget, why = self.platform.kv_budget(
             memory, lambda: largest_step(self._model, tokens, limits.max_num_seqs, page_size, self.platform)
         )
+        budget, why = self._least_of_all(budget, why)
         plan = plan_cache(
             self._model_config,
-            self.group.least(budget),
+            budget,
             why,
             page_size=page_size,
             max_len=self._max_len,
@@ -167,14 +169,21 @@ class Worker:
         )
         return plan.num_pages, plan.max_len
 
+    def _least_of_all(self, budget: int, why: str) -> tuple[int, str]:
+        """The budget of the rank that has the least."""
+        least, rank = divmod(self.group.least(budget * MOST_RANKS + self.group.rank), MOST_RANKS)
+        if least == budget:
+            return budget, why
+        return least, f"rank {rank} has the least; this one {budget / 2**30:.1f} GiB: {why}"
+
     def step(self, plan: StepPlan) -> None:
         """See `runtime.base.WorkerBase.step`; raises `MemoryError` if the device or the host has none left."""
-        with _told_as_memory_error():
+        with told_as_memory_error():
             self._running().step(plan)
 
     def sample(self, mask: TokenMask | None = None) -> Launched:
         """See `runtime.base.WorkerBase.sample`; raises as `step` does."""
-        with _told_as_memory_error():
+        with told_as_memory_error():
             return self._running().sample(mask)
 
     def take_tokens(self) -> None:
@@ -201,7 +210,8 @@ class Worker:
 
 
 @contextmanager
-def _told_as_memory_error() -> Iterator[None]:
+def told_as_memory_error() -> Iterator[None]:
+    """Makes a `MemoryError` of what torch raises where a device or the host has no memory left."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 from typing import Literal
 
 import msgspec
@@ -19,6 +18,7 @@ from octavo import log
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import OctavoError
 from octavo.frontend.fleet import Addresses, Source
+from octavo.parent import end_with_parent
 from octavo.server.run import Session, run
 from octavo.types import Dead
 
@@ -43,12 +43,6 @@ class Up(msgspec.Struct, frozen=True, tag="up"):
 Report = Up | Dead
 
 
-def _end_with_supervisor() -> None:
-    while os.read(0, 4096):
-        pass
-    os._exit(1)
-
-
 def _engines(start: Start) -> Source:
     if not start.cluster:
         return Addresses(start.engines)
@@ -62,7 +56,7 @@ def main() -> int:
     if not line:
         return 1
     start = msgspec.json.decode(line, type=Start)
-    threading.Thread(target=_end_with_supervisor, name="octavo-supervisor-watch", daemon=True).start()
+    end_with_parent()
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is log, not a report
     log.configure(start.server.log_level)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from octavo.errors import ConfigError, UnsupportedModel
-from octavo.layers.embedding import gather_vocab
+from octavo.layers.embedding import equal_parts, gather_vocab
 from octavo.models.hf.plans import derived
 from octavo.parallel.group import Group
 from octavo.parallel.shards import MOST_RANKS, Cut, cut
@@ -83,7 +83,7 @@ class GatheredLinear(nn.Linear):
     whole: int
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return gather_vocab(super().forward(x), self.whole, self.group)
+        return gather_vocab(equal_parts(super().forward(x), self.whole, self.group), self.whole, self.group)
 
 
 class VocabHooks:
