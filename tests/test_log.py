@@ -48,6 +48,22 @@ def test_json_is_one_object_a_line_with_the_traceback_inside(
     assert "why it failed" in second["exception"]
 
 
+@pytest.mark.usefixtures("logger")
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_one_of_several_processes_names_itself(
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(log.FORMAT, form)
+    monkeypatch.setenv(log.PROCESS, "engine 1")
+    log.configure("info")
+    log.get_logger().warning("out of memory")
+    said = capsys.readouterr().err
+    if form == "json":
+        assert json.loads(said)["name"] == "engine 1"
+    else:
+        assert said.endswith("s  engine 1: warning: out of memory\n")
+
+
 @pytest.mark.parametrize(
     ("text", "secret"),
     [

@@ -12,6 +12,9 @@ import time
 FORMAT = "OCTAVO_LOG_FORMAT"
 """The environment variable that says "text" or "json", for this process and those that it starts."""
 
+PROCESS = "OCTAVO_LOG_PROCESS"
+"""The environment variable with the name of this process, where there are several of its kind: "engine 1"."""
+
 _START = time.perf_counter()
 # Bearer tokens, keys of well-known services, credentials in URLs, and whatever is assigned to a name that says secret.
 _SECRET = re.compile(
@@ -27,20 +30,23 @@ class _Format(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         since = time.perf_counter() - _START
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        text = f"octavo {since:7.2f}s  {level}{record.getMessage()}"
+        name = os.environ.get(PROCESS)
+        text = f"octavo {since:7.2f}s  {f'{name}: ' if name else ''}{level}{record.getMessage()}"
         return redacted(f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text)
 
 
 class _Json(logging.Formatter):
-    """One object a line; ``time`` is seconds since 1970."""
+    """One object a line; ``time`` is seconds since 1970, ``process`` its id, ``name`` that of `PROCESS`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        entry = {
+        entry: dict[str, object] = {
             "time": round(record.created, 6),
             "level": record.levelname.lower(),
             "message": redacted(record.getMessage()),
             "process": record.process,
         }
+        if PROCESS in os.environ:
+            entry["name"] = os.environ[PROCESS]
         if record.exc_info:
             entry["exception"] = redacted(self.formatException(record.exc_info))
         return json.dumps(entry, ensure_ascii=False)

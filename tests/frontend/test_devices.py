@@ -7,6 +7,7 @@ import pytest
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.frontend import devices
+from octavo.log import PROCESS
 
 
 def config(engines: int, ranks: int = 1, device: str = "auto") -> EngineConfig:
@@ -14,7 +15,8 @@ def config(engines: int, ranks: int = 1, device: str = "auto") -> EngineConfig:
 
 
 def env_of(config: EngineConfig) -> list[dict[str, str]]:
-    return [dict(share.env) for share in devices.shares(config)]
+    """Without the names in the log."""
+    return [{key: value for key, value in share.env.items() if key != PROCESS} for share in devices.shares(config)]
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_one_engine_gets_what_there_is() -> None:
     assert devices.shares(config(1)) == [devices.Share(config(1))]
+
+
+def test_the_log_of_each_of_several_engines_names_it(machine: Path) -> None:
+    assert [share.env[PROCESS] for share in devices.shares(config(2))] == ["engine 0", "engine 1"]
+    for i in range(2):
+        (machine / f"nvidia{i}").touch()
+    assert [share.env[PROCESS] for share in devices.shares(config(2))] == ["engine 0", "engine 1"]
 
 
 def test_threads_are_divided_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError
+from octavo.log import PROCESS
 
 DEVICES = Path("/dev")
 
@@ -41,7 +42,7 @@ def shares(config: EngineConfig) -> list[Share]:
     gpus = [] if config.device.device == "cpu" else visible_gpus()
     if not gpus:
         threads = str(max(1, _threads() // engines))
-        return [Share(config, {"OMP_NUM_THREADS": threads})] * engines
+        return _named(config, [{"OMP_NUM_THREADS": threads}] * engines)
     if len(gpus) < engines * ranks:
         raise ConfigError(
             f"data_parallel_size {engines} x tensor_parallel_size {ranks} takes {engines * ranks} GPUs; "
@@ -50,7 +51,12 @@ def shares(config: EngineConfig) -> list[Share]:
         )
     config = replace(config, device=replace(config.device, device="cuda"))
     slices = (gpus[i * ranks : (i + 1) * ranks] for i in range(engines))
-    return [Share(config, {"CUDA_VISIBLE_DEVICES": ",".join(names)}) for names in slices]
+    return _named(config, [{"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in slices])
+
+
+def _named(config: EngineConfig, added: list[dict[str, str]]) -> list[Share]:
+    """With the names that the engines have in the log."""
+    return [Share(config, {**env, PROCESS: f"engine {i}"}) for i, env in enumerate(added)]
 
 
 def _threads() -> int:

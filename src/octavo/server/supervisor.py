@@ -30,7 +30,7 @@ from octavo.frontend.balancer import own_engines
 from octavo.frontend.core_process import error_of, private_folder
 from octavo.frontend.fleet import MAX_TRIES, Fleet, Patience
 from octavo.frontend.ray_engines import RayActors
-from octavo.log import get_logger
+from octavo.log import PROCESS, get_logger
 from octavo.server.api_process import Report, Start, Up
 from octavo.server.metrics import SHARED_FOLDER
 from octavo.server.run import bound, signals
@@ -165,7 +165,7 @@ class _Supervisor:
             stdout=PIPE,
             pass_fds=(listener,),
             start_new_session=True,  # Ctrl-C in the terminal is for the supervisor alone
-            env={**os.environ, SHARED_FOLDER: f"{self._folder}/metrics"},
+            env={**os.environ, SHARED_FOLDER: f"{self._folder}/metrics", PROCESS: f"API process {index}"},
         )
         start = Start(self._config, self._server, self._worker, self._addresses, self._cluster, listener)
         if process.stdin is not None:
