@@ -4,6 +4,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -142,6 +143,35 @@ void attention(bool bf16, address query, address cache, address out, address que
                         page_size, pages, table_rows, table_width, query_stride, tokens, window, scale, softcap}));
 }
 
+// Sorts pairs of a token and an expert by expert, those of one expert by token: see kernels/metadata.py, Groups.
+void group(address experts, isize tokens, isize each, isize count, address rows, address places, address starts) {
+    auto* ids = at<int64_t>(experts);
+    auto *row = at<int32_t>(rows), *place = at<int32_t>(places), *start = at<int32_t>(starts);
+    std::vector<int32_t> next(count + 1);
+    for (isize i = 0; i < tokens * each; i++)
+        if (ids[i] >= 0 && ids[i] < count) next[ids[i] + 1]++;
+    for (isize e = 0; e < count; e++) next[e + 1] += next[e];
+    std::copy(next.begin(), next.end(), start);
+    std::fill(row + start[count], row + tokens * each, 0);
+    for (isize i = 0; i < tokens * each; i++) {
+        const bool known = ids[i] >= 0 && ids[i] < count;
+        place[i] = known ? next[ids[i]]++ : -1;
+        if (known) row[place[i]] = int32_t(i / each);
+    }
+}
+
+void make_experts(ExpertWeight* self, address panels, address bias, isize experts, isize in, isize out) {
+    new (self) ExpertWeight{at(panels), at(bias), experts, in, out};
+}
+
+void grouped(const ExpertWeight& self, address x, address out, address rows, address starts, isize x_stride) {
+    active->grouped(self, {at(x), at(out), at<int32_t>(rows), at<int32_t>(starts), x_stride});
+}
+
+void combine(bool bf16, address y, address out, address weights, address places, isize tokens, isize each, isize cols) {
+    active->combine(type_of(bf16), {at(y), at(out), at<float>(weights), at<int32_t>(places), tokens, each, cols});
+}
+
 void make_layer(LayerArgs* self, const Weight& qkv, const Weight& o, const Weight& gate_up, const Weight& down,
                 address input_norm, address post_norm, address q_norm, address k_norm, float eps, bool silu) {
     new (self) LayerArgs{qkv, o, gate_up, down, at(input_norm), at(post_norm), at(q_norm), at(k_norm), eps,
@@ -189,6 +219,9 @@ NB_MODULE(_cpu, m) {
         .def("__init__", &make_weight)
         .def("product", &product, unlocked())
         .def("gather", &gather, unlocked());
+    m.def("group", &group, unlocked());
+    m.def("combine", &combine, unlocked());
+    nb::class_<ExpertWeight>(m, "Experts").def("__init__", &make_experts).def("product", &grouped, unlocked());
     nb::class_<LayerInput>(m, "Step").def("__init__", &make_step);
     nb::class_<LayerArgs>(m, "Layer").def("__init__", &make_layer).def("run", &layer, unlocked());
 }

@@ -342,7 +342,8 @@ def run(model_type: str) -> Row:
     except Exception as unknown:
         return Row(model_type, architecture, "error", _told(unknown))
     status = "wrong" if worst > TOLERANCE else "fused" if model.own_cache is None else "slow"
-    detail = model.swapped if status != "wrong" else f"by {worst:.2g} ({case}); {model.swapped}"
+    detail = "; ".join(part for part in (model.swapped, model.experts) if part)
+    detail = detail if status != "wrong" else f"by {worst:.2g} ({case}); {detail}"
     return Row(model_type, architecture, status, detail, worst, time.perf_counter() - start)
 
 

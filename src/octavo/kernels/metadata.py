@@ -57,3 +57,16 @@ class PlaceHeads(Protocol):
     ) -> torch.Tensor:
         """``q[T, H, D]``, ``k, v[T, KH, D]`` may be slices of a wider row; ``positions, slots[T]`` int32."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which K of E experts each of a batch's T tokens passes: the pairs of token and expert, sorted by expert.
+
+    Rows ``starts[e] : starts[e + 1]`` of what is sorted belong to expert e. A pair whose expert is none of 0 to E - 1
+    has no row there. All tensors are int32.
+    """
+
+    rows: torch.Tensor  # [T K]: of a sorted row, its token
+    places: torch.Tensor  # [T, K]: of a pair, its sorted row; of one without, a number below 0
+    starts: torch.Tensor  # [E + 1]

@@ -7,11 +7,12 @@ KH key/value heads, D head size, C hidden size. Functions named ``*_`` write in 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
-from octavo.kernels.metadata import AttentionMetadata, HeadChange, PlaceHeads
+from octavo.kernels.metadata import AttentionMetadata, Groups, HeadChange, PlaceHeads
 
 FLOAT8, FLOAT8_MAX = torch.float8_e4m3fn, 448.0
 
@@ -78,6 +79,40 @@ def gelu_tanh_and_mul(x: torch.Tensor) -> torch.Tensor:
 def gated_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
     """`gelu_tanh_and_mul` or `silu_and_mul` of a `linear`: ``weight[2 I, in]`` has the gates first."""
     return (gelu_tanh_and_mul if gelu else silu_and_mul)(linear(x, weight, bias))
+
+
+def group(experts: torch.Tensor, count: int) -> Groups:
+    """The groups of ``experts[T, K]``, of which there are ``count``; those of one expert are in the order of tokens."""
+    known = torch.where((experts >= 0) & (experts < count), experts, count).flatten()
+    by_expert, order = known.sort(stable=True)
+    starts = torch.searchsorted(by_expert, torch.arange(count + 1, device=experts.device), out_int32=True)
+    places = torch.empty_like(order, dtype=torch.int32)
+    places[order] = torch.arange(len(order), dtype=torch.int32, device=experts.device)
+    places = torch.where(known < count, places, -1).view(experts.shape)
+    return Groups((order // experts.shape[1]).int(), places, starts)
+
+
+def grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Groups, *, by_token: bool
+) -> torch.Tensor:
+    """A `linear` of each sorted row with its expert's ``weight[E, out, in]`` and ``bias[E, out]``: ``[T K, out]``.
+
+    ``x`` is sorted, ``[T K, in]``; or it is ``by_token``, ``[T, in]``. Rows without an expert are left undefined.
+    """
+    if by_token:
+        x = x[groups.rows]
+    out = x.new_zeros(x.shape[0], weight.shape[1])
+    starts = groups.starts.tolist()
+    for expert, (first, last) in enumerate(pairwise(starts)):
+        if first < last:
+            out[first:last] = linear(x[first:last], weight[expert], None if bias is None else bias[expert])
+    return out
+
+
+def combine(x: torch.Tensor, weights: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Of each token the sum of its sorted rows of ``x[T K, C]`` times ``weights[T, K]``, in float32: ``[T, C]``."""
+    found = x[groups.places.clamp(min=0)].float() * weights.float().unsqueeze(-1)
+    return found.masked_fill((groups.places < 0).unsqueeze(-1), 0).sum(1).to(x.dtype)
 
 
 def rotary(x: torch.Tensor, cos_sin: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from octavo.kernels import select
 from octavo.layers.base import Layer
 from octavo.log import get_logger
 from octavo.models.base import Loaded, OwnCache, SelfLoading, Share, as_tensor
-from octavo.models.hf import trace, weights
+from octavo.models.hf import experts, trace, weights
 from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
 from octavo.models.hf.build import build, freeze_rope, refuse_parts
 from octavo.models.hf.generic import Generic
@@ -54,6 +54,8 @@ class TransformersModel(SelfLoading):
         self._plain_head: nn.Module | None = None
         self.swapped = ""
         """What of the model was replaced by our own layers, for the log."""
+        self.experts = ""
+        """What runs its experts, if it has any, for the log."""
         self._generic: Generic | None = None
         with self._or_generic():
             refuse_parts(self.model)
@@ -198,6 +200,7 @@ class TransformersModel(SelfLoading):
         left += [name for name, tensor in self.model.named_buffers() if tensor.is_meta]
         if left:
             raise RuntimeError(f"without a value after loading: {', '.join(left)}")
+        self._adopt_experts(device)
         if self._generic is None:
             with self._or_generic():
                 self._finish_adopted(device)
@@ -205,6 +208,11 @@ class TransformersModel(SelfLoading):
             self.capturable = False
             self.swapped = self._generic.prove(self.config.vocab_size, self.max_len, self.dtype, device)
             get_logger().warning("transformers: %s", self.swapped)
+
+    def _adopt_experts(self, device: torch.device) -> None:
+        self.experts = experts.adopt(self.model, self.dtype, device)
+        if self.experts:
+            get_logger().info("transformers: %s", self.experts)
 
     def _adopt_late(self, device: torch.device) -> None:
         """Traces the loaded model itself."""

@@ -33,6 +33,9 @@ class SharingModel(TransformersModel):
     def _adopt_early(self) -> None:
         """Nothing: a copy without memory would copy the weights first. The trace runs on the model itself."""
 
+    def _adopt_experts(self, device: torch.device) -> None:
+        """Nothing: their weights would be packed, which copies them."""
+
     def _replace(self, body: nn.Module) -> str:
         return swap_norms(body, self.config, self.max_len)
 
