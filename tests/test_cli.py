@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,6 +257,17 @@ def test_help_needs_no_torch() -> None:
 def test_version_names_optional_packages_when_asked() -> None:
     assert octavo_command("--version").stdout == f"octavo {octavo.__version__}\n"
     assert "transformers" in octavo_command("--version", "--verbose").stdout
+
+
+def test_help_has_a_line_for_a_command_a_word_for_a_switch_and_the_kind_of_a_value() -> None:
+    parser = cli.build_parser()
+    assert "\n  run-batch   answer the requests of a batch file\n" in parser.format_help()
+    serve = parser.parse_args(["serve"]).parser.format_help()
+    words = re.findall(r"^  (--\S+(?: \S+)?)", serve, re.MULTILINE)
+    for word in ("--[no-]enforce-eager", "--max-model-len N", "--gpu-memory-utilization X,", "--hf-overrides JSON"):
+        assert word in words
+    assert "--no-enforce-eager" not in serve
+    assert "--dtype {auto,bfloat16,float16,half,float32,float}" in words and "--load-format FORMAT" in words
 
 
 def test_no_command_prints_help_and_fails() -> None:

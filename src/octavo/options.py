@@ -18,6 +18,7 @@ from octavo.config import EngineConfig, ServerConfig, check_choice, default_mode
 from octavo.errors import ConfigError
 from octavo.types import SamplingParams
 
+MAX_CHOICES = 60  # characters of the choices that are shown instead of a name
 SAMPLING_HELP = {
     "n": "answers to each prompt",
     "presence_penalty": "lowers tokens that the answer has already",
@@ -61,8 +62,20 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Format(argparse.HelpFormatter):
+    """Commands as a plain list, and both forms of a switch in one word."""
+
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=38)
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._SubParsersAction):
+            return "".join(map(super()._format_action, action._get_subactions()))
+        return super()._format_action(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            return ", ".join(f"--[no-]{flag[2:]}" for flag in action.option_strings if not flag.startswith("--no-"))
+        return super()._format_action_invocation(action)
 
 
 def with_dashes(argument: str) -> str:
@@ -202,13 +215,26 @@ def _add(group: Any, field: dataclasses.Field[Any]) -> None:
     if isinstance(field.default, bool):
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
     else:
-        choices = field.metadata["choices"]
-        metavar = "{" + ",".join(choices) + "}" if choices else field.name.split("_")[-1].upper()
-        group.add_argument(*flags, metavar=metavar, **options)
+        group.add_argument(*flags, metavar=_metavar(field), **options)
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    """What stands for the value: the choices if they are few, what kind of number it is, or the name's last word."""
+    if field.metadata["choices"] and not _many(field):
+        return "{" + ",".join(field.metadata["choices"]) + "}"
+    kind = str(field.type).removesuffix(" | None")
+    return {"int": "N", "float": "X", "dict[str, Any]": "JSON"}.get(kind, field.name.split("_")[-1].upper())
+
+
+def _many(field: dataclasses.Field[Any]) -> bool:
+    """Whether the choices are too many to stand in front of the help."""
+    return sum(map(len, field.metadata["choices"])) > MAX_CHOICES
 
 
 def _help(field: dataclasses.Field[Any]) -> str:
     text = str(field.metadata["help"]).replace("%", "%%")
+    if _many(field):
+        text += f": {', '.join(field.metadata['choices'])}"
     default = field.default
     if default in (None, "", dataclasses.MISSING) or isinstance(default, bool):
         return text + (" (default: on)" if default is True else "")

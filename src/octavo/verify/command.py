@@ -47,7 +47,7 @@ far apart could point to the same page of the same edition. What followed from t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this command beside the engine's, of which ``--dtype`` is float32 unless given."""
-    group = parser.add_argument_group("verify")
+    group = parser.add_argument_group("verify", "Here --dtype is float32 unless it is given.")
     group.add_argument("--prompts", metavar="FILE", help="a text with one prompt a line (default: built-in ones)")
     group.add_argument("--max-tokens", type=int, default=32, metavar="N", help="tokens after each prompt (default: 32)")
     group.add_argument("--json", action="store_true", help="print JSON")
