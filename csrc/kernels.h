@@ -80,31 +80,6 @@ struct GatherArgs {
     isize count;
 };
 
-// One weight for each expert, all of one shape: in bf16, the panels of the experts one after the other.
-struct ExpertWeight {
-    const void *panels, *bias;  // bias [experts, out] or null
-    isize experts, in, out;
-};
-
-// Rows starts[e] to starts[e + 1] of `out` [starts[experts], weight.out] are products with the weight of expert e. Row i
-// is that of x's row rows[i], or of row i if `rows` is null.
-struct GroupedArgs {
-    const void* x;
-    void* out;
-    const int32_t *rows, *starts;
-    isize x_stride;
-};
-
-// out [tokens, cols]: of each token the sum of `each` rows of y, at places[token][...], times their weights; a place
-// below 0 is none.
-struct CombineArgs {
-    const void* y;
-    void* out;
-    const float* weights;
-    const int32_t* places;
-    isize tokens, each, cols;
-};
-
 struct AttentionArgs {
     const void *query, *cache;
     void* out;
@@ -118,6 +93,12 @@ struct AttentionArgs {
 struct ArgmaxArgs {
     const void* x;  // [rows, cols]
     int64_t* out;   // [rows]
+    isize rows, cols, x_stride;
+};
+
+struct GreedyArgs {
+    const void* x;  // [rows, cols]
+    int32_t* out;   // [2, rows]: the position of the greatest and 1 if that is finite, else 0 and 0
     isize rows, cols, x_stride;
 };
 
@@ -139,6 +120,25 @@ struct LayerInput {
     AttentionArgs step;
 };
 
+// The layers of a decoder and the norm after them; kinds[i] is the number of the input that layer i is run on.
+struct DecoderArgs {
+    const LayerArgs* layers;
+    const int32_t* kinds;
+    isize count;
+    const void* norm;
+    float eps;
+};
+
+// Inputs of all kinds, of which `x`, `residual`, `out`, `sum` and the cache are the decoder's business; `cache` is the
+// first layer's, those of the others follow it `cache_stride` bytes apart.
+struct DecoderInput {
+    LayerInput* kinds;
+    isize kind_count;
+    const void* x;
+    void *out, *cache;
+    isize cache_stride;
+};
+
 // Kernels return null, or a message about an index out of range; nothing has been read through such an index.
 struct Kernels {
     const char* name;
@@ -149,10 +149,10 @@ struct Kernels {
     void (*product)(DType, const Weight&, const ProductArgs&);
     const char* (*gather)(DType, const Weight&, const GatherArgs&);
     void (*argmax)(DType, const ArgmaxArgs&);
+    void (*greedy)(DType, const GreedyArgs&);
     const char* (*attention)(DType, const AttentionArgs&);
     const char* (*layer)(const LayerArgs&, const LayerInput&);
-    void (*grouped)(const ExpertWeight&, const GroupedArgs&);
-    void (*combine)(DType, const CombineArgs&);
+    const char* (*decoder)(const DecoderArgs&, const DecoderInput&);
 };
 
 const Kernels& baseline_kernels();
@@ -167,7 +167,7 @@ const Kernels& neon_dotprod_kernels();
 #endif
 
 // A buffer of the calling thread, 64-byte aligned, that lives until the thread asks for a larger one of the same slot.
-enum class Scratch { items, partials, tile, layer, quantised, weights, count };
+enum class Scratch { items, partials, tile, layer, decoder, quantised, weights, count };
 void* scratch(Scratch slot, std::size_t bytes);
 
 }  // namespace octavo

@@ -133,6 +133,10 @@ void argmax(bool bf16, address x, address out, isize rows, isize cols, isize x_s
     active->argmax(type_of(bf16), {at(x), at<int64_t>(out), rows, cols, x_stride});
 }
 
+void greedy(bool bf16, address x, address out, isize rows, isize cols, isize x_stride) {
+    active->greedy(type_of(bf16), {at(x), at<int32_t>(out), rows, cols, x_stride});
+}
+
 void attention(bool bf16, address query, address cache, address out, address query_start, address seq_lens, address rows,
                address block_table, address sinks, isize items, isize heads, isize kv_heads, isize dim, isize page_size,
                isize pages, isize table_rows, isize table_width, isize query_stride, isize tokens, isize window,
@@ -195,6 +199,30 @@ void layer(const LayerArgs& self, LayerInput in, address x, address residual, ad
     raise(active->layer(self, in));
 }
 
+// Layers by value; the tensors that their addresses are of belong to Python.
+struct Decoder {
+    std::vector<LayerArgs> layers;
+    std::vector<int32_t> kinds;
+    const void* norm;
+    float eps;
+};
+
+void make_decoder(Decoder* self, const std::vector<LayerArgs>& layers, const std::vector<int32_t>& kinds, address norm,
+                  float eps) {
+    if (layers.empty() || layers.size() != kinds.size()) throw std::invalid_argument("every layer has a kind");
+    new (self) Decoder{layers, kinds, at(norm), eps};
+}
+
+// The first `count` layers.
+void decoder(const Decoder& self, isize count, std::vector<LayerInput> steps, address x, address cache,
+             isize cache_stride, address out) {
+    if (count < 1 || count > isize(self.layers.size())) throw std::invalid_argument("there are not so many layers");
+    for (isize i = 0; i < count; i++)
+        if (self.kinds[i] < 0 || self.kinds[i] >= isize(steps.size())) throw std::invalid_argument("a kind has no step");
+    raise(active->decoder({self.layers.data(), self.kinds.data(), count, self.norm, self.eps},
+                          {steps.data(), isize(steps.size()), at(x), at(out), at(cache), cache_stride}));
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -211,6 +239,7 @@ NB_MODULE(_cpu, m) {
     m.def("rotary", &rotary, unlocked());
     m.def("store", &store, unlocked());
     m.def("argmax", &argmax, unlocked());
+    m.def("greedy", &greedy, unlocked());
     m.def("attention", &attention, unlocked());
     m.def("panel_bytes", &bytes_of_panels, "Of a weight [out, in] of this block type.");
     m.def("pack", &pack, unlocked(), "Blocks of GGUF's into panels.");
@@ -224,4 +253,5 @@ NB_MODULE(_cpu, m) {
     nb::class_<ExpertWeight>(m, "Experts").def("__init__", &make_experts).def("product", &grouped, unlocked());
     nb::class_<LayerInput>(m, "Step").def("__init__", &make_step);
     nb::class_<LayerArgs>(m, "Layer").def("__init__", &make_layer).def("run", &layer, unlocked());
+    nb::class_<Decoder>(m, "Decoder").def("__init__", &make_decoder).def("run", &decoder, unlocked());
 }

@@ -1,4 +1,4 @@
-// A whole decoder layer in one call: what is left of a step's cost besides the products would else be Python's.
+// A decoder layer, or all of them, in one call: what is left of a step's cost besides the products would else be Python's.
 #pragma once
 
 #include "attention.h"
@@ -48,8 +48,8 @@ inline void multiply(const Weight& w, const bf16* x, bf16* out, isize rows) {
     product(DType::bf16, w, {x, out, rows, w.in});
 }
 
-inline const char* layer(const LayerArgs& l, const LayerInput& in) {
-    if (const char* wrong = check(in)) return wrong;
+// `in` has been checked. Its `out` and `sum` may be its `x` and `residual`.
+inline void run_layer(const LayerArgs& l, const LayerInput& in) {
     AttentionArgs a = in.step;
     const isize rows = a.tokens, size = l.qkv.in, inner = l.down.in;
     const isize wide = l.qkv.out > l.gate_up.out ? l.qkv.out : l.gate_up.out;
@@ -69,6 +69,27 @@ inline const char* layer(const LayerArgs& l, const LayerInput& in) {
     multiply(l.gate_up, hidden, projected, rows);
     gate(DType::bf16, {projected, mixed, rows, inner, 2 * inner, l.gate});
     multiply(l.down, mixed, (bf16*)in.out, rows);
+}
+
+inline const char* layer(const LayerArgs& l, const LayerInput& in) {
+    if (const char* wrong = check(in)) return wrong;
+    run_layer(l, in);
+    return nullptr;
+}
+
+inline const char* decoder(const DecoderArgs& d, const DecoderInput& in) {
+    for (isize k = 0; k < in.kind_count; k++)
+        if (const char* wrong = check(in.kinds[k])) return wrong;
+    const isize rows = in.kinds[0].step.tokens, size = d.layers[0].qkv.in;
+    auto* x = (bf16*)scratch(Scratch::decoder, 2 * rows * size * sizeof(bf16));
+    bf16* residual = x + rows * size;
+    for (isize i = 0; i < d.count; i++) {
+        LayerInput step = in.kinds[d.kinds[i]];
+        step.x = i ? x : in.x, step.residual = i ? residual : nullptr, step.out = x, step.sum = residual;
+        step.step.cache = (char*)in.cache + i * in.cache_stride;
+        run_layer(d.layers[i], step);
+    }
+    norm(DType::bf16, {x, residual, d.norm, in.out, residual, rows, size, size, size, d.eps});
     return nullptr;
 }
 

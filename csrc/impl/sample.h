@@ -53,6 +53,18 @@ void argmax_of(const ArgmaxArgs& a) {
     });
 }
 
+template <class T>
+void greedy_of(const GreedyArgs& a) {
+    parallel(a.rows * a.cols >= 65536, a.rows, [&](isize row) {
+        const T* x = (const T*)a.x + row * a.x_stride;
+        const isize found = argmax_row(x, a.cols);
+        const bool finite = std::fabs(widen(x[found])) < INFINITY;
+        a.out[row] = finite ? int32_t(found) : 0, a.out[a.rows + row] = finite;
+    });
+}
+
+inline void greedy(DType type, const GreedyArgs& a) { type == DType::f32 ? greedy_of<float>(a) : greedy_of<bf16>(a); }
+
 inline void argmax(DType type, const ArgmaxArgs& a) { type == DType::f32 ? argmax_of<float>(a) : argmax_of<bf16>(a); }
 
 }  // namespace octavo::OCTAVO_ISA

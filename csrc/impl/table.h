@@ -1,13 +1,12 @@
 // The table of one instruction set; OCTAVO_ISA is its namespace, OCTAVO_NAME what the log calls it.
 #pragma once
 
-#include "experts.h"
 #include "layer.h"
 #include "sample.h"
 
 namespace octavo::OCTAVO_ISA {
 
-inline const Kernels table = {OCTAVO_NAME, norm,   gate,      rotary, store_kv, product,
-                              gather,      argmax, attention, layer,  grouped,  combine};
+inline const Kernels table = {OCTAVO_NAME, norm,   gate,   rotary,    store_kv, product,
+                              gather,      argmax, greedy, attention, layer,    decoder};
 
 }  // namespace octavo::OCTAVO_ISA

@@ -248,6 +248,24 @@ def test_argmax_is_the_lowest_of_equals_or_the_first_nan(cols: int, dtype: torch
     assert cpu.argmax(x).tolist() == expected
 
 
+@pytest.mark.parametrize("cols", [1, 7, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_is_the_greatest_if_it_is_finite(cols: int, dtype: torch.dtype) -> None:
+    x = normal(5, cols + 3, dtype=dtype)[:, :cols]
+    x[1] = 2.0
+    x[2, cols // 2] = float("nan")
+    x[3] = float("-inf")
+    x[4, cols // 3] = float("inf")
+    finite = [1, 1, 0, 0, 0]
+    found = cpu.greedy(x)
+    assert found is not None and found.dtype == torch.int32
+    assert found.tolist() == [[int(x[0].argmax()), 0, 0, 0, 0], finite]
+
+
+def test_greedy_leaves_other_types_to_torch() -> None:
+    assert cpu.greedy(torch.zeros(1, 8, dtype=torch.float16)) is None
+
+
 def test_threads_share_work_whoever_calls() -> None:
     """Several threads of the interpreter at once: one has the helpers, the others work alone."""
     _cpu.set_threads(3)

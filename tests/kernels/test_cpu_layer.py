@@ -1,4 +1,4 @@
-"""A fused layer is the sequence of its operators, bit for bit."""
+"""A fused layer is the sequence of its operators, a fused decoder that of its layers, bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from octavo.kernels.select import LayerParts
+from octavo.kernels.select import FusedDecoder, LayerParts
 from tests.kernels import grid
 
 _cpu = pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
@@ -116,6 +116,67 @@ def test_fused_layer_equals_its_operators(variant: str, first: bool, items: tupl
     assert torch.equal(got[0], expected[0])
     assert torch.equal(got[1], expected[1])
     assert torch.equal(batch.cache.view(torch.int16), other.cache.view(torch.int16))
+
+
+def model_cache(batch: grid.Batch, layers: int) -> torch.Tensor:
+    """The batch's cache for each layer."""
+    return torch.stack([batch.cache] * layers)
+
+
+DECODER = [plain(), replace(plain(), window=20), plain()]
+NORM = normal(SIZE, seed=11) + 1
+
+
+def decoder(layers: list[LayerParts]) -> FusedDecoder:
+    fused = [layer for parts in layers if (layer := cpu_layer.fuse_layer(parts)) is not None]
+    made = cpu_layer.fuse_decoder(fused, NORM, 1e-5)
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("items", [((37, 1),), grid.DECODES + grid.PREFILLS], ids=["one token", "mixed"])
+def test_fused_decoder_equals_its_layers_and_the_norm(count: int, items: tuple[tuple[int, int], ...]) -> None:
+    batch = replace(CASE, items=items).batch(torch.bfloat16)
+    positions, table = positions_of(batch), DECODER[0].cos_sin
+    layers = [replace(parts, cos_sin=table) for parts in DECODER]
+    cache, other = model_cache(batch, 3), model_cache(batch, 3)
+    x = normal(len(positions), SIZE, seed=9)
+    got = decoder(layers)(x, positions, cache, batch.meta, count)
+    expected, residual = x, None
+    for parts, own in zip(layers[:count], other, strict=False):
+        layer = cpu_layer.fuse_layer(parts)
+        assert layer is not None
+        expected, residual = layer(expected, residual, positions, own, batch.meta)
+    assert residual is not None
+    assert torch.equal(got, cpu.add_rms_norm(expected, residual, NORM, 1e-5)[0])
+    assert torch.equal(cache.view(torch.int16), other.view(torch.int16))
+
+
+def test_a_fused_decoder_refuses_what_it_was_not_made_for() -> None:
+    batch = CASE.batch(torch.bfloat16)
+    positions, cache = positions_of(batch), model_cache(batch, 3)
+    x = normal(len(positions), SIZE, seed=9)
+    made = decoder(DECODER)
+    for count in (0, 4):
+        with pytest.raises(ValueError, match="layers"):
+            made(x, positions, cache, batch.meta, count)
+    with pytest.raises(ValueError, match="layers"):
+        made(x, positions, cache[:2], batch.meta, 3)
+    with pytest.raises(ValueError, match="hidden state"):
+        made(x.float(), positions, cache, batch.meta, 3)
+    before = cache.view(torch.int16).clone()
+    with pytest.raises(IndexError, match="position"):
+        made(x, positions + 256, cache, batch.meta, 3)
+    assert torch.equal(cache.view(torch.int16), before)
+
+
+def test_a_decoder_with_another_norm_or_a_foreign_layer_is_not_fused() -> None:
+    layer = cpu_layer.fuse_layer(plain())
+    assert layer is not None
+    assert cpu_layer.fuse_decoder([layer], NORM.float(), 1e-5) is None
+    assert cpu_layer.fuse_decoder([layer, lambda *_: (NORM, NORM)], NORM, 1e-5) is None
+    assert cpu_layer.fuse_decoder([], NORM, 1e-5) is None
 
 
 def test_indices_that_point_outside_are_refused_before_anything_is_written() -> None:

@@ -219,6 +219,16 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def greedy(logits: torch.Tensor) -> torch.Tensor | None:
+    """See `sampling.greedy`; None for logits that the extension does not take."""
+    rows, cols = logits.shape
+    if logits.dtype not in _TYPES or logits.stride(1) != 1 or not cols:
+        return None
+    out = torch.empty((2, rows), dtype=torch.int32)
+    _cpu.greedy(logits.dtype is torch.bfloat16, logits.data_ptr(), out.data_ptr(), rows, cols, logits.stride(0))
+    return out
+
+
 class PackedLinear:
     """A weight in panels of 16 outputs, the layout of which only the extension knows (csrc/kernels.h, csrc/blocks.h).
 

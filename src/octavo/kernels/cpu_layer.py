@@ -1,4 +1,4 @@
-"""A decoder layer in one call into the C++ extension.
+"""A decoder layer, or all of a model's, in one call into the C++ extension.
 
 On a small model and few tokens the interpreter costs as much as the products: a layer is a dozen operators, each of
 which checks its tensors and allocates an output. Here weights are checked once, and what layers share once a step.
@@ -6,12 +6,14 @@ which checks its tensors and allocates an output. Here weights are checked once,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from octavo import _cpu
 from octavo.kernels.cpu import MAX_HEAD_DIM, PANEL, PackedLinear, is_plain
 from octavo.kernels.metadata import AttentionMetadata
-from octavo.kernels.select import FusedLayer, LayerParts
+from octavo.kernels.select import FusedDecoder, FusedLayer, LayerParts
 
 _GATES = {"silu_and_mul": True, "gelu_tanh_and_mul": False}
 
@@ -50,10 +52,10 @@ class _Layer:
     def __init__(
         self, parts: LayerParts, qkv: PackedLinear, o: PackedLinear, gate_up: PackedLinear, down: PackedLinear
     ) -> None:
-        self._parts = parts
-        self._size = qkv.in_features
+        self.parts = parts
+        self.size = qkv.in_features
         self._products = (qkv, o, gate_up, down)
-        self._layer = _cpu.Layer(
+        self.native = _cpu.Layer(
             qkv.native,
             o.native,
             gate_up.native,
@@ -75,19 +77,14 @@ class _Layer:
         meta: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See `select.FusedLayer`. Raises ValueError for another type or shape, IndexError for wrong indices."""
-        step = _steps.of(self._parts, positions, cache, meta)
-        shape = (step.tokens, self._size)
+        step = _steps.of(self.parts, positions, cache, meta)
         for tensor in (x, residual):
-            if tensor is not None and (
-                tensor.shape != shape or tensor.dtype is not torch.bfloat16 or not tensor.is_contiguous()
-            ):
-                raise ValueError(
-                    f"the hidden state is {tensor.dtype} {tuple(tensor.shape)}, not bfloat16 {shape}, dense"
-                )
+            if tensor is not None:
+                _check_hidden(tensor, (step.tokens, self.size))
         if cache.shape != step.cache_shape or cache.dtype is not torch.bfloat16 or not cache.is_contiguous():
             raise ValueError(f"the cache is {cache.dtype} {tuple(cache.shape)}, not bfloat16 {step.cache_shape}, dense")
         out, total = torch.empty_like(x), torch.empty_like(x)
-        self._layer.run(
+        self.native.run(
             step.native,
             x.data_ptr(),
             0 if residual is None else residual.data_ptr(),
@@ -98,8 +95,61 @@ class _Layer:
         return out, total
 
 
+def fuse_decoder(layers: Sequence[FusedLayer], norm: torch.Tensor, eps: float) -> FusedDecoder | None:
+    """See `select.Ops`. None for layers of different sizes, or a norm that is not bfloat16."""
+    own = [layer for layer in layers if isinstance(layer, _Layer)]
+    if not own or len(own) < len(layers) or any(layer.size != own[0].size for layer in own):
+        return None
+    if norm.shape != (own[0].size,) or norm.dtype is not torch.bfloat16 or not norm.is_contiguous():
+        return None
+    return _Decoder(own, norm, eps)
+
+
+class _Decoder:
+    """Keeps the tensors whose addresses the extension holds."""
+
+    def __init__(self, layers: list[_Layer], norm: torch.Tensor, eps: float) -> None:
+        self._layers, self._norm = layers, norm
+        self._size = layers[0].size
+        kinds: dict[tuple[object, ...], int] = {}
+        numbers = [kinds.setdefault(_kind(layer.parts), len(kinds)) for layer in layers]
+        self._kinds = [layers[numbers.index(number)].parts for number in range(len(kinds))]
+        self._native = _cpu.Decoder([layer.native for layer in layers], numbers, norm.data_ptr(), eps)
+
+    def __call__(
+        self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata, layers: int
+    ) -> torch.Tensor:
+        """See `select.FusedDecoder`. Raises ValueError for another type or shape, IndexError for wrong indices."""
+        if not 0 < layers <= min(len(self._layers), len(cache)) or cache.dtype is not torch.bfloat16:
+            raise ValueError(f"{layers} of {len(self._layers)} layers on a KV cache {cache.dtype} {tuple(cache.shape)}")
+        first = cache[0]
+        steps = [_Step(parts, positions, first, meta) for parts in self._kinds]
+        _check_hidden(x, (steps[0].tokens, self._size))
+        out = torch.empty_like(x)
+        self._native.run(
+            layers,
+            [step.native for step in steps],
+            x.data_ptr(),
+            cache.data_ptr(),
+            cache.stride(0) * cache.element_size(),
+            out.data_ptr(),
+        )
+        return out
+
+
+def _check_hidden(x: torch.Tensor, shape: tuple[int, int]) -> None:
+    if x.shape != shape or x.dtype is not torch.bfloat16 or not x.is_contiguous():
+        raise ValueError(f"the hidden state is {x.dtype} {tuple(x.shape)}, not bfloat16 {shape}, dense")
+
+
+def _kind(parts: LayerParts) -> tuple[object, ...]:
+    """Equal for layers that take the same `_Step`."""
+    shape = (parts.heads, parts.kv_heads, parts.head_dim)
+    return (*shape, parts.window, parts.softcap, parts.scale, id(parts.cos_sin))
+
+
 class _Step:
-    """A step's metadata, checked, for the layers that share ``kind``; keeps the tensors alive."""
+    """A step's metadata, checked, for layers of one `_kind`; keeps the tensors alive."""
 
     def __init__(
         self, parts: LayerParts, positions: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata
@@ -149,15 +199,7 @@ class _Steps:
     def of(self, parts: LayerParts, positions: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata) -> _Step:
         if meta is not self._meta or positions is not self._positions:
             self._meta, self._positions, self._by_kind = meta, positions, {}
-        kind = (
-            parts.heads,
-            parts.kv_heads,
-            parts.head_dim,
-            parts.window,
-            parts.softcap,
-            parts.scale,
-            id(parts.cos_sin),
-        )
+        kind = _kind(parts)
         step = self._by_kind.get(kind)
         if step is None:
             step = self._by_kind[kind] = _Step(parts, positions, cache, meta)

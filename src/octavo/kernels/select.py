@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.kernels import reference, sampling
-from octavo.kernels.metadata import AttentionMetadata, Groups, PlaceHeads
+from octavo.kernels.metadata import AttentionMetadata, PlaceHeads
 
 
 class Linear(Protocol):
@@ -140,6 +140,16 @@ class FusedLayer(Protocol):
         ...
 
 
+class FusedDecoder(Protocol):
+    """The layers of a decoder and the norm after them in one call."""
+
+    def __call__(
+        self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata, layers: int
+    ) -> torch.Tensor:
+        """Embeddings ``x[T, C]`` through the first ``layers`` to hidden states ``[T, C]``; ``cache`` is the model's."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class RowSampling:
     """Sampling in which each row of a batch has its own settings: functions of `kernels.sampling_triton` and
@@ -153,50 +163,13 @@ class RowSampling:
     send: Callable[[npt.NDArray[np.int32], torch.device], torch.Tensor]
 
 
-class GroupedLinear(Protocol):
-    """See `reference.grouped_linear`."""
-
-    def __call__(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Groups, *, by_token: bool
-    ) -> torch.Tensor: ...
-
-
-class PackedExperts(Protocol):
-    """The weights of all experts in the layout their kernel reads, the only copy of them."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights."""
-        ...
-
-    def __call__(self, x: torch.Tensor, groups: Groups, *, by_token: bool) -> torch.Tensor:
-        """`reference.grouped_linear` with these weights."""
-        ...
-
-
-def _never_packs_experts(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedExperts | None:
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertOps:
-    """What a mixture of experts is computed with: functions of `kernels.reference` by the same names.
-
-    ``pack(weight[E, out, in], bias[E, out] | None)`` is for experts what ``pack_linear`` is for one product.
-    """
-
-    group: Callable[[torch.Tensor, int], Groups] = reference.group
-    linear: GroupedLinear = reference.grouped_linear
-    combine: Callable[[torch.Tensor, torch.Tensor, Groups], torch.Tensor] = reference.combine
-    pack: Callable[[torch.Tensor, torch.Tensor | None], PackedExperts | None] = _never_packs_experts
-
-
 @dataclass(frozen=True, slots=True)
 class Ops:
     """The operators of `kernels.reference` by the same names, and what only some platforms have.
 
     ``pack_linear(weight[out, in], bias[out] | None)`` returns the packed product, or None where packing brings nothing;
-    after it the caller drops ``weight``. ``fuse_layer(parts)`` returns the layer in one call, or None where it cannot.
+    after it the caller drops ``weight``. ``fuse_layer(parts)`` returns the layer in one call, or None where it cannot,
+    and so does ``fuse_decoder(layers, norm, eps)`` with such layers, of which the i-th has the i-th part of the cache.
     ``block_types`` are GGUF's names of the types that ``pack_blocks`` takes, whose weights need not be dequantised.
     ``pack_int8`` is as ``pack_linear`` and rounds the weight.
     Without ``row_sampling`` rows are grouped by what they need, for `kernels.sampling`. ``rehearse(work)`` compiles the
@@ -218,7 +191,7 @@ class Ops:
     greedy: Greedy
     pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
     fuse_layer: Callable[[LayerParts], FusedLayer | None]
-    experts: ExpertOps = ExpertOps()
+    fuse_decoder: Callable[[Sequence[FusedLayer], torch.Tensor, float], FusedDecoder | None]
     row_sampling: RowSampling | None = None
     rehearse: Callable[[Callable[[], None]], None] = lambda work: None
     block_types: frozenset[str] = frozenset()
@@ -231,6 +204,10 @@ def _never_packs(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinea
 
 
 def _never_fuses(parts: LayerParts) -> FusedLayer | None:
+    return None
+
+
+def _never_fuses_decoders(layers: Sequence[FusedLayer], norm: torch.Tensor, eps: float) -> FusedDecoder | None:
     return None
 
 
@@ -250,6 +227,7 @@ REFERENCE = Ops(
     greedy=sampling.greedy,
     pack_linear=_never_packs,
     fuse_layer=_never_fuses,
+    fuse_decoder=_never_fuses_decoders,
 )
 
 _report: dict[str, None] = {}  # insertion-ordered set of lines
@@ -308,6 +286,7 @@ def _triton() -> Ops | str:
         greedy=triton_ops.greedy,
         pack_linear=_never_packs,
         fuse_layer=_never_fuses,
+        fuse_decoder=_never_fuses_decoders,
         row_sampling=RowSampling(
             draw=sampling_triton.draw,
             copy_masked=edit_triton.copy_masked,
@@ -325,7 +304,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
     if dtype not in (torch.bfloat16, torch.float32):
         return f"octavo._cpu has bfloat16 and float32, not {dtype}"
     try:
-        from octavo.kernels import cpu, cpu_experts, cpu_layer
+        from octavo.kernels import cpu, cpu_layer
     except ImportError as error:
         return f"no C++ extension ({error}): reinstall octavo with a C++17 compiler for several times the speed"
     return Ops(
@@ -344,7 +323,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         greedy=sampling.greedy,
         pack_linear=cpu.pack_linear,
         fuse_layer=cpu_layer.fuse_layer,
-        experts=ExpertOps(group=cpu_experts.group, combine=cpu_experts.combine, pack=cpu_experts.pack_experts),
+        fuse_decoder=cpu_layer.fuse_decoder,
         block_types=frozenset(cpu.BLOCK_TYPES),
         pack_blocks=cpu.pack_blocks,
         pack_int8=cpu.pack_int8,

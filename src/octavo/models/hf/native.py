@@ -29,7 +29,7 @@ from octavo.layers.rotary import Rotary, shared_rotaries
 from octavo.models.hf.attention import PagedAttention
 from octavo.models.hf.norms import Formulas, NormFormula, formula_of_kind
 from octavo.models.hf.probe import Call, same, small_context, spread, watch
-from octavo.models.llama import LlamaDecoderLayer
+from octavo.models.llama import Decoder, LlamaDecoderLayer
 from octavo.parallel.group import current
 from octavo.parallel.shards import heads_of_rank
 
@@ -40,22 +40,8 @@ class NotNative(Exception):
     """Why a decoder keeps its own layers, as a clause."""
 
 
-class NativeDecoder(nn.Module):
-    """Embedding, native layers, norm: the forward of `models.llama.LlamaModel` around layers that were proven."""
-
-    def __init__(self, embedding: nn.Module, layers: list[LlamaDecoderLayer], norm: RMSNorm) -> None:
-        super().__init__()
-        self.embed_tokens = embedding
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
-
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """``token_ids[T]`` at ``positions[T]`` to ``[T, C]``."""
-        x, residual = self.embed_tokens(token_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, positions)
-        x, _ = self.norm.add(x, residual)
-        return x
+class NativeDecoder(Decoder):
+    """The model's own embedding, native layers that were proven, and a native norm."""
 
 
 @dataclass(frozen=True)
