@@ -80,6 +80,31 @@ struct GatherArgs {
     isize count;
 };
 
+// One weight for each expert, all of one shape: in bf16, the panels of the experts one after the other.
+struct ExpertWeight {
+    const void *panels, *bias;  // bias [experts, out] or null
+    isize experts, in, out;
+};
+
+// Rows starts[e] to starts[e + 1] of `out` [starts[experts], weight.out] are products with the weight of expert e. Row i
+// is that of x's row rows[i], or of row i if `rows` is null.
+struct GroupedArgs {
+    const void* x;
+    void* out;
+    const int32_t *rows, *starts;
+    isize x_stride;
+};
+
+// out [tokens, cols]: of each token the sum of `each` rows of y, at places[token][...], times their weights; a place
+// below 0 is none.
+struct CombineArgs {
+    const void* y;
+    void* out;
+    const float* weights;
+    const int32_t* places;
+    isize tokens, each, cols;
+};
+
 struct AttentionArgs {
     const void *query, *cache;
     void* out;
@@ -153,6 +178,8 @@ struct Kernels {
     const char* (*attention)(DType, const AttentionArgs&);
     const char* (*layer)(const LayerArgs&, const LayerInput&);
     const char* (*decoder)(const DecoderArgs&, const DecoderInput&);
+    void (*grouped)(const ExpertWeight&, const GroupedArgs&);
+    void (*combine)(DType, const CombineArgs&);
 };
 
 const Kernels& baseline_kernels();

@@ -1,12 +1,13 @@
 // The table of one instruction set; OCTAVO_ISA is its namespace, OCTAVO_NAME what the log calls it.
 #pragma once
 
+#include "experts.h"
 #include "layer.h"
 #include "sample.h"
 
 namespace octavo::OCTAVO_ISA {
 
-inline const Kernels table = {OCTAVO_NAME, norm,   gate,   rotary,    store_kv, product,
-                              gather,      argmax, greedy, attention, layer,    decoder};
+inline const Kernels table = {OCTAVO_NAME, norm,   gate,      rotary, store_kv, product, gather,
+                              argmax,      greedy, attention, layer,  decoder,  grouped, combine};
 
 }  // namespace octavo::OCTAVO_ISA

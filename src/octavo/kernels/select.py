@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from octavo.kernels import reference, sampling
-from octavo.kernels.metadata import AttentionMetadata, PlaceHeads
+from octavo.kernels.metadata import AttentionMetadata, Groups, PlaceHeads
 
 
 class Linear(Protocol):
@@ -163,6 +163,44 @@ class RowSampling:
     send: Callable[[npt.NDArray[np.int32], torch.device], torch.Tensor]
 
 
+class GroupedLinear(Protocol):
+    """See `reference.grouped_linear`."""
+
+    def __call__(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Groups, *, by_token: bool
+    ) -> torch.Tensor: ...
+
+
+class PackedExperts(Protocol):
+    """The weights of all experts in the layout their kernel reads, the only copy of them."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        ...
+
+    def __call__(self, x: torch.Tensor, groups: Groups, *, by_token: bool) -> torch.Tensor:
+        """`reference.grouped_linear` with these weights."""
+        ...
+
+
+def _never_packs_experts(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedExperts | None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertOps:
+    """What a mixture of experts is computed with: functions of `kernels.reference` by the same names.
+
+    ``pack(weight[E, out, in], bias[E, out] | None)`` is for experts what ``pack_linear`` is for one product.
+    """
+
+    group: Callable[[torch.Tensor, int], Groups] = reference.group
+    linear: GroupedLinear = reference.grouped_linear
+    combine: Callable[[torch.Tensor, torch.Tensor, Groups], torch.Tensor] = reference.combine
+    pack: Callable[[torch.Tensor, torch.Tensor | None], PackedExperts | None] = _never_packs_experts
+
+
 @dataclass(frozen=True, slots=True)
 class Ops:
     """The operators of `kernels.reference` by the same names, and what only some platforms have.
@@ -192,6 +230,7 @@ class Ops:
     pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
     fuse_layer: Callable[[LayerParts], FusedLayer | None]
     fuse_decoder: Callable[[Sequence[FusedLayer], torch.Tensor, float], FusedDecoder | None]
+    experts: ExpertOps = ExpertOps()
     row_sampling: RowSampling | None = None
     rehearse: Callable[[Callable[[], None]], None] = lambda work: None
     block_types: frozenset[str] = frozenset()
@@ -304,7 +343,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
     if dtype not in (torch.bfloat16, torch.float32):
         return f"octavo._cpu has bfloat16 and float32, not {dtype}"
     try:
-        from octavo.kernels import cpu, cpu_layer
+        from octavo.kernels import cpu, cpu_experts, cpu_layer
     except ImportError as error:
         return f"no C++ extension ({error}): reinstall octavo with a C++17 compiler for several times the speed"
     return Ops(
@@ -324,6 +363,7 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         pack_linear=cpu.pack_linear,
         fuse_layer=cpu_layer.fuse_layer,
         fuse_decoder=cpu_layer.fuse_decoder,
+        experts=ExpertOps(group=cpu_experts.group, combine=cpu_experts.combine, pack=cpu_experts.pack_experts),
         block_types=frozenset(cpu.BLOCK_TYPES),
         pack_blocks=cpu.pack_blocks,
         pack_int8=cpu.pack_int8,
