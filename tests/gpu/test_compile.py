@@ -26,11 +26,12 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-from octavo.kernels import attn_triton, edit_triton, linear_triton, peers_triton, rehearsal, sampling_triton, triton_ops
+from octavo.kernels import attn_triton, edit_triton, linear_triton, peers_triton
+from octavo.kernels import rehearsal, sampling_triton, step_triton, triton_ops
 from octavo.kernels.linear_triton import Launch
 from tests.kernels import grid
 
-for module in (attn_triton, edit_triton, linear_triton, peers_triton, sampling_triton, triton_ops):
+for module in (attn_triton, edit_triton, linear_triton, peers_triton, sampling_triton, step_triton, triton_ops):
     module.chained = lambda device: True
 half = torch.bfloat16
 
@@ -39,6 +40,10 @@ def launches():
     batch = grid.Case(items=grid.DECODES).batch(half)
     batch.cache = batch.cache.to(torch.float8_e4m3fn)
     attn_triton.attention(*batch.arguments())
+    batch.fill_up(10, 2)
+    attn_triton.attention(*batch.arguments())
+    ints = batch.meta.rows
+    step_triton.put_(ints, ints, step_triton.take_in_(ints, ints, ints, ints, ints, ints))
     x, weight = torch.zeros(64, 1024, dtype=half), torch.zeros(512, 1024, dtype=half)
     linear_triton.split_linear(x, weight, None, Launch(64, 128, 2, 4, 5, prefetch=True), "silu")
     logits, settings = torch.zeros(2, 128256, dtype=half), torch.zeros(12, 2, dtype=torch.int32)

@@ -38,6 +38,35 @@ def test_attention_equals_the_float64_answer(case: grid.Case, dtype: torch.dtype
     grid.assert_close(attn_triton.attention(*batch.arguments()), batch.expected())
 
 
+@pytest.mark.parametrize("dtype", DTYPES[-1:], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_of_a_captured_step_finds_out_which_items_have_one_query(case: grid.Case, dtype: torch.dtype) -> None:
+    from octavo.kernels import attn_triton
+
+    batch = case.batch(dtype, DEVICE)
+    expected = batch.expected()
+    batch.fill_up(tokens=21, items=3)
+    grid.assert_close(attn_triton.attention(*batch.arguments())[: len(expected)], expected)
+
+
+def test_a_step_takes_in_what_changed_and_leaves_its_tokens() -> None:
+    from octavo.kernels import step_triton
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    last, table = ints(*range(100, 400)), torch.zeros(1000, dtype=torch.int32, device=DEVICE)
+    changes = torch.arange(600, dtype=torch.int32, device=DEVICE)
+    taken = step_triton.take_in_(ints(7, 8, 9), ints(-1, 299, 0), last, table, changes + 10, changes + 1)
+    assert taken.tolist() == [7, 399, 100]
+    assert table.tolist() == [0] * 10 + list(range(1, 601)) + [0] * 390
+    assert step_triton.take_in_(changes, changes % 300, last, table, ints(), ints()).tolist() == 2 * list(
+        range(100, 400)
+    )
+    step_triton.put_(last, ints(299, 3), ints(-5, 6))
+    assert (int(last[299]), int(last[3]), int(last[4])) == (-5, 6, 104)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [case for case in CASES if case.head_dim in (64, 80, 128)][:8], ids=str)
 def test_attention_over_a_cache_of_8_bits_equals_that_over_its_rounded_content(

@@ -8,7 +8,7 @@ grid.assert_close(got, case.batch(...).expected())
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -105,6 +105,23 @@ class Batch:
         """Of `octavo.kernels.reference.attention`."""
         case = self.case
         return self.query, self.cache, self.meta, self.scale, case.window, case.softcap, self.sinks
+
+    def fill_up(self, tokens: int, items: int) -> None:
+        """Makes it a captured step's batch: so many more tokens of nobody, and items without a query."""
+        device, meta = self.query.device, self.meta
+
+        def more(values: torch.Tensor, count: int, value: int) -> torch.Tensor:
+            return torch.cat((values, torch.full((count,), value, dtype=torch.int32, device=device)))
+
+        self.query = torch.cat((self.query, torch.full_like(self.query[:1], float("nan")).expand(tokens, -1, -1)))
+        self.meta = replace(
+            meta,
+            query_start=more(meta.query_start, items, int(meta.query_start[-1])),
+            seq_lens=more(meta.seq_lens, items, 1),
+            rows=more(meta.rows, items, self.rows[0]),
+            slots=more(meta.slots, tokens, self.num_pages * self.case.page_size - 1),
+            num_decodes=None,
+        )
 
     def round_to_float8(self) -> None:
         """Makes the cache one of 8-bit floats; what is `expected` is then computed from the rounded keys and values."""

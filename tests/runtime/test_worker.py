@@ -82,14 +82,20 @@ def test_greedy_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_captured_decode_steps_change_no_token(
-    folder: Path, oracle: Callable[[list[int]], list[int]], overlap: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("max_tokens", [13, 2048])
+def test_captured_steps_change_no_token(
+    folder: Path,
+    oracle: Callable[[list[int]], list[int]],
+    overlap: bool,
+    max_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(CpuPlatform, "captures", True)  # "replays" by running the work again on the same memory
     requests = prompts(7)
-    core = engine(folder, overlap=overlap, max_num_seqs=7)
-    assert serve(core, requests) == {id: oracle(tokens) for id, tokens in requests.items()}
+    core = engine(folder, overlap=overlap, max_num_seqs=7, max_num_batched_tokens=max_tokens)
     assert core._worker._runner._graphs is not None
+    monkeypatch.setattr("octavo.runtime.runner.send", None)  # an eager step fails
+    assert serve(core, requests) == {id: oracle(tokens) for id, tokens in requests.items()}
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -2,8 +2,9 @@
 
 All query heads of a KV head are rows of one product, so a tile of K and V is read once for the group. Scores and the
 running softmax are float32, in powers of two. Launches depend on the batch's shape alone, never on lengths, which are
-read on the device: a captured graph stays right as sequences grow. Numbers that change from step to step are not
-specialised on, so that no request waits for a compiler.
+read on the device: a captured graph stays right as sequences grow. Where only the device knows which items have one
+query, both kernels look at all and leave each other's alone. Numbers that change from step to step are not specialised
+on, so that no request waits for a compiler.
 """
 
 from __future__ import annotations
@@ -125,9 +126,10 @@ def _prefill_kernel(
     q_ptr, cache_ptr, out_ptr, query_start_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
     scale, softcap, window, first_item, num_items, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-    QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    QUERIES: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, PICK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
+    """A block of the queries of one item; with ``PICK`` those of one query are left to `_decode_kernel`."""
     release(CHAINED)
     wait(CHAINED)
     # The last blocks of an item have most keys: they go first.
@@ -145,7 +147,7 @@ def _prefill_kernel(
     start = tl.load(query_start_ptr + first_item + low)
     count = tl.load(query_start_ptr + first_item + low + 1) - start
     first = (block - ((start - origin) // QUERIES + low)) * QUERIES
-    if first >= count:
+    if (first >= count) | (PICK & (count == 1)):
         return
     computed = tl.load(seq_lens_ptr + first_item + low) - count
     table = table_ptr + tl.load(rows_ptr + first_item + low).to(tl.int64) * table_stride
@@ -183,18 +185,17 @@ def _prefill_kernel(
     tl.store(out_ptr + (at[:, None] * HEADS + head[:, None]) * DIM + d[None, :], out, mask_q)
 
 
-@triton.jit(
-    do_not_specialize=["window", "table_stride", "splits"], do_not_specialize_on_alignment=["seq_lens_ptr", "rows_ptr"]
-)
+@triton.jit(do_not_specialize=["window", "table_stride", "splits"], do_not_specialize_on_alignment=_VARYING_POINTERS)
 def _decode_kernel(
-    q_ptr, cache_ptr, out_ptr, lse_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
+    q_ptr, cache_ptr, out_ptr, lse_ptr, query_start_ptr, seq_lens_ptr, rows_ptr, table_ptr, sinks_ptr,
     scale, softcap, window, q_stride, q_head, table_stride, page_stride, kv_stride, head_stride, splits,
     GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr, PICK: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One of ``splits`` parts of an item's keys: float32 outputs [item, head, split] and their logsumexp (base 2) for
-    `_merge_kernel`; with one split the answer itself."""
+    `_merge_kernel`; with one split the answer itself. Item i has query i, or with ``PICK``, if it has one only, the
+    one that ``query_start_ptr`` says."""
     item, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + item)
     table = table_ptr + tl.load(rows_ptr + item).to(tl.int64) * table_stride
@@ -205,7 +206,12 @@ def _decode_kernel(
     mask_q = live_row[:, None] & (d < DIM)[None, :]
     release(CHAINED)
     wait(CHAINED)
-    q = tl.load(q_ptr + item.to(tl.int64) * q_stride + head[:, None] * q_head + d[None, :], mask_q, 0.0)
+    query = item
+    if PICK:
+        query = tl.load(query_start_ptr + item)
+        if tl.load(query_start_ptr + item + 1) - query != 1:
+            return
+    q = tl.load(q_ptr + query.to(tl.int64) * q_stride + head[:, None] * q_head + d[None, :], mask_q, 0.0)
     positions = tl.zeros([ROWS], tl.int32) + seq_len - 1
 
     begin = 0
@@ -225,24 +231,30 @@ def _decode_kernel(
         window, page_stride, kv_stride, DIM, DIM_PAD, PAGE, TILE, True, HAS_WINDOW, HAS_CAP,
     )  # fmt: skip
     empty = total == 0.0
-    place = (item * HEADS + head) * splits + split
+    place = query * HEADS + head
     if SPLIT:
+        place = (item * HEADS + head) * splits + split
         tl.store(lse_ptr + place, tl.where(empty, -1.0e30, top + tl.log2(tl.where(empty, 1.0, total))), live_row)
     out = acc / tl.where(empty, 1.0, total)[:, None]
     tl.store(out_ptr + place[:, None].to(tl.int64) * DIM + d[None, :], out.to(out_ptr.dtype.element_ty), mask_q)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["query_start_ptr"])
 def _merge_kernel(
-    acc_ptr, lse_ptr, out_ptr, sinks_ptr, splits, HEADS: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr,
-    MOST: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
+    acc_ptr, lse_ptr, out_ptr, query_start_ptr, sinks_ptr, splits, HEADS: tl.constexpr, DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr, MOST: tl.constexpr, PICK: tl.constexpr, HAS_SINKS: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """Joins the splits of one head: their outputs weighted by 2 to the lse."""
+    """Joins the splits of one head: their outputs weighted by 2 to the lse. For ``PICK`` see `_decode_kernel`."""
     item, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = (item * HEADS + head) * splits
     split, d = tl.arange(0, MOST), tl.arange(0, DIM_PAD)
     release(CHAINED)
     wait(CHAINED)
+    query = item
+    if PICK:
+        query = tl.load(query_start_ptr + item).to(tl.int64)
+        if tl.load(query_start_ptr + item + 1) - query != 1:
+            return
     lse = tl.load(lse_ptr + place + split, split < splits, -1.0e30)
     top = tl.max(lse)
     sink = 0.0
@@ -255,7 +267,7 @@ def _merge_kernel(
         acc_ptr + (place + split)[:, None] * DIM + d[None, :], (split < splits)[:, None] & (d < DIM)[None, :], 0.0
     )
     out = tl.sum(acc * weight[:, None], 0) / (tl.sum(weight) + sink)
-    tl.store(out_ptr + (item * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
+    tl.store(out_ptr + (query * HEADS + head) * DIM + d, out.to(out_ptr.dtype.element_ty), d < DIM)
 
 
 def attention(
@@ -270,15 +282,16 @@ def attention(
     """See `reference.attention`."""
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     numbers = (scale, softcap or 0.0, window or 0)
-    if meta.num_decodes:
+    if meta.num_decodes != 0:
         _decode(query, cache, meta, numbers, window is not None, softcap is not None, sinks, out)
-    if meta.num_decodes < len(meta.rows):
+    if meta.num_decodes != len(meta.rows):
         _prefill(query, cache, meta, numbers, window is not None, softcap is not None, sinks, out)
     return out
 
 
 def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
-    items, heads, dim = meta.num_decodes, query.shape[1], query.shape[2]
+    pick, heads, dim = meta.num_decodes is None, query.shape[1], query.shape[2]
+    items = len(meta.rows) if pick else meta.num_decodes
     kv_heads, page = cache.shape[2], cache.shape[3]
     splits = num_splits(items * kv_heads, _processors(query.device))
     acc = lse = out
@@ -288,31 +301,32 @@ def _decode(query, cache, meta, numbers, has_window, has_cap, sinks, out):
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     chain, launch = chained(query.device), WIDE if query.dtype == torch.float32 else DECODE[pad]
     _decode_kernel[(items, kv_heads, splits)](
-        query, cache, acc, lse, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
+        query, cache, acc, lse, meta.query_start, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
         query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3], splits,
         group, heads, dim, pad, page, max(_MIN_ROWS, triton.next_power_of_2(group)), launch.tile, splits > 1,
-        has_window, has_cap, sinks is not None, chain,
+        pick, has_window, has_cap, sinks is not None, chain,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, launch_pdl=chain,
     )  # fmt: skip
     if splits > 1:
         _merge_kernel[(items, heads)](
-            acc, lse, out, sinks, splits, heads, dim, pad, _MAX_SPLITS, sinks is not None, chain,
-            num_warps=1, launch_pdl=chain,
+            acc, lse, out, meta.query_start, sinks, splits, heads, dim, pad, _MAX_SPLITS, pick, sinks is not None,
+            chain, num_warps=1, launch_pdl=chain,
         )  # fmt: skip
 
 
 def _prefill(query, cache, meta, numbers, has_window, has_cap, sinks, out):
-    items, heads, dim = len(meta.rows) - meta.num_decodes, query.shape[1], query.shape[2]
+    first, heads, dim = meta.num_decodes or 0, query.shape[1], query.shape[2]
+    items, pick = len(meta.rows) - first, meta.num_decodes is None
     kv_heads, page = cache.shape[2], cache.shape[3]
     group, pad = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     chain, launch = chained(query.device), WIDE if query.dtype == torch.float32 else PREFILL[pad]
     rows = max(launch.rows, triton.next_power_of_2(group))
     queries = rows // group
-    blocks = (len(query) - meta.num_decodes) // queries + items
+    blocks = (len(query) - first) // queries + items
     _prefill_kernel[(blocks, kv_heads)](
         query, cache, out, meta.query_start, meta.seq_lens, meta.rows, meta.block_table, sinks, *numbers,
-        meta.num_decodes, items, query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
-        group, heads, dim, pad, page, queries, rows, launch.tile, has_window, has_cap, sinks is not None, chain,
+        first, items, query.stride(0), query.stride(1), meta.block_table.stride(0), *cache.stride()[:3],
+        group, heads, dim, pad, page, queries, rows, launch.tile, pick, has_window, has_cap, sinks is not None, chain,
         num_warps=launch.warps, num_stages=launch.stages, maxnreg=launch.registers, launch_pdl=chain,
     )  # fmt: skip
 

@@ -19,7 +19,8 @@ class AttentionMetadata:
     """Item b of the batch has queries ``query_start[b] : query_start[b+1]`` of the flat token axis and row ``rows[b]``
     of the block table; after this step it holds ``seq_lens[b]`` tokens, the queries being the last of them.
 
-    All tensors are int32 and on the model's device. The first ``num_decodes`` items have one query each.
+    All tensors are int32 and on the model's device. The first ``num_decodes`` items have one query each. None: only the
+    device knows which items have one query, and which have none, being there to fill a captured step.
     """
 
     query_start: torch.Tensor  # [B + 1]
@@ -27,7 +28,7 @@ class AttentionMetadata:
     rows: torch.Tensor  # [B]
     block_table: torch.Tensor  # [max rows, max pages]: the whole table; entry (rows[b], i) is the page of tokens i*ps …
     slots: torch.Tensor  # [T]: where each new token's K and V go
-    num_decodes: int
+    num_decodes: int | None
     max_query: int
     max_seq: int
 

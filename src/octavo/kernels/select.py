@@ -215,6 +215,8 @@ class Ops:
     """
 
     name: str
+    take_in_: TakeIn
+    put_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
     linear: Linear
     rms_norm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     add_rms_norm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
@@ -252,6 +254,8 @@ def _never_fuses_decoders(layers: Sequence[FusedLayer], norm: torch.Tensor, eps:
 
 REFERENCE = Ops(
     name="torch reference",
+    take_in_=reference.take_in_,
+    put_=reference.put_,
     linear=reference.linear,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
@@ -306,11 +310,21 @@ def int8_ops(device: torch.device, dtype: torch.dtype) -> Ops | None:
 def _triton() -> Ops | str:
     """The Triton kernels, or why not."""
     try:
-        from octavo.kernels import attn_triton, edit_triton, linear_triton, rehearsal, sampling_triton, triton_ops
+        from octavo.kernels import (
+            attn_triton,
+            edit_triton,
+            linear_triton,
+            rehearsal,
+            sampling_triton,
+            step_triton,
+            triton_ops,
+        )
     except ImportError as error:
         return f"no Triton ({error}): install the package triton for many times the speed"
     return Ops(
         name="triton",
+        take_in_=step_triton.take_in_,
+        put_=step_triton.put_,
         linear=linear_triton.linear,
         rms_norm=triton_ops.rms_norm,
         add_rms_norm=triton_ops.add_rms_norm,
@@ -348,6 +362,8 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         return f"no C++ extension ({error}): reinstall octavo with a C++17 compiler for several times the speed"
     return Ops(
         name=f"octavo._cpu, {cpu.describe()}",
+        take_in_=reference.take_in_,
+        put_=reference.put_,
         linear=reference.linear,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,

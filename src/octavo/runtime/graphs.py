@@ -1,12 +1,11 @@
-"""Decode steps captured once and replayed: a step of one token a row is one upload and one launch.
+"""Steps captured once and replayed: one upload and one launch, where the host would need longer than the card.
 
-A graph is captured for each of a few batch sizes; a smaller batch is padded with the dummy row, whose table holds the
-dummy page. Everything a replay reads lies in one int32 buffer of fixed address; nothing is patched between replays:
+A step of one token a row is captured whole, for each of a few batch sizes; it ends with the greedy choice, fed to the
+next one: what a batch without other wishes needs is in the graph. Of steps with prompts the forward is captured, for
+a few numbers of tokens; their logits differ in number and are few.
 
-    token_ids | fed | positions | slots | rows | seq_lens | table_at | table_values         each [size]
-
-A row gains at most one page in a decode step, so ``size`` table entries are enough; unused ones write the dummy row's.
-The step ends with the greedy choice, fed to the next one: what a batch without other wishes needs is in the graph.
+Smaller steps are padded: with items of the dummy row, whose table holds the dummy page, and which have one query in
+the first kind and none in the second. Everything a replay reads lies in one int32 buffer of fixed address.
 """
 
 from __future__ import annotations
@@ -18,15 +17,51 @@ import numpy as np
 import torch
 
 from octavo.kernels import select
-from octavo.kernels.metadata import AttentionMetadata
-from octavo.layers import context
 from octavo.models.base import Model
 from octavo.platforms.base import Platform
+from octavo.runtime.inputs import Arrays, StepInputs, inputs_of
+from octavo.runtime.memory import step_bytes
 from octavo.runtime.tables import Ints, Tables
 from octavo.types import StepPlan
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-_FIELDS = ("token_ids", "fed", "positions", "slots", "rows", "seq_lens", "table_at", "table_values")
+TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+MOST_WORK = 10**13  # operations of a step with prompts: with more, the card takes longer than the host to launch it
+TABLE_CHANGES = 1024  # entries of the block table that such a step may change
+
+Fields = dict[str, int]
+"""The parts of a buffer, int32, by their sizes."""
+
+
+class _Buffer:
+    """Memory of fixed address that a captured step reads."""
+
+    def __init__(self, fields: Fields, platform: Platform) -> None:
+        self._fields, self._platform = fields, platform
+        self._device = torch.zeros(sum(fields.values()), dtype=torch.int32, device=platform.device)
+        self.views = dict(zip(fields, torch.split(self._device, list(fields.values())), strict=True))
+
+    def fill(self, parts: Arrays, padding: dict[str, int]) -> None:
+        """Uploads ``parts``, each padded to its size with its number of ``padding`` (0 if that has none)."""
+        host, end = self._platform.host_buffer(len(self._device)), 0
+        array = host.numpy()
+        for name, size in self._fields.items():
+            part, start, end = parts[name], end, end + size
+            array[start : start + len(part)] = part
+            array[start + len(part) : end] = padding.get(name, 0)
+        self._device.copy_(host, non_blocking=True)
+
+
+def _padding(tables: Tables, page_size: int) -> dict[str, int]:
+    """Of tokens and items that nobody asked for."""
+    return {
+        "fed_rows": -1,
+        "slots": tables.dummy_page * page_size,
+        "rows": tables.dummy_row,
+        "seq_lens": 1,
+        "table_at": tables.dummy_entry,
+        "table_values": tables.dummy_page,
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,38 +74,29 @@ class Decoded:
 
 
 class DecodeStep:
-    """The decode step of up to ``size`` rows."""
+    """The decode step of up to ``size`` rows.
+
+    A row gains at most one page in it, so ``size`` entries of the block table are enough.
+    """
 
     def __init__(self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, size: int) -> None:
-        self._tables, self._platform, self._size = tables, platform, size
-        self._model, self._cache = model, cache
-        self._greedy = select.ops(platform.device, model.dtype).greedy
+        self._tables, self._platform, self._model, self._cache = tables, platform, model, cache
+        self._ops = select.ops(platform.device, model.dtype)
         self._page_size = cache.shape[4]
-        self._buffer = torch.zeros(len(_FIELDS) * size, dtype=torch.int32, device=platform.device)
-        self._views = dict(zip(_FIELDS, torch.split(self._buffer, size), strict=True))
-        self._meta = AttentionMetadata(
-            query_start=torch.arange(size + 1, dtype=torch.int32, device=platform.device),
-            seq_lens=self._views["seq_lens"],
-            rows=self._views["rows"],
-            block_table=tables.block_table,
-            slots=self._views["slots"],
-            num_decodes=size,
-            max_query=1,
-            max_seq=tables.max_len,
-        )
-        self._upload(_NO_ROWS, _NO_ROWS, (_NO_ROWS, _NO_ROWS))
+        names = ("token_ids", "fed_rows", "positions", "slots", "rows", "seq_lens", "table_at", "table_values")
+        self._buffer = _Buffer(dict.fromkeys(names, size), platform)
+        starts = torch.arange(size + 1, dtype=torch.int32, device=platform.device)
+        views = {**self._buffer.views, "query_start": starts, "logits_at": starts[1:] - 1}
+        views["sampled_rows"] = views["rows"]
+        self._inputs = inputs_of(views, tables, num_decodes=size, max_query=1, max_seq=tables.max_len)
+        self._upload(_NONE, _NONE, (_NONE, _NONE))
         self._work: Callable[[], tuple[torch.Tensor, torch.Tensor]] = self.forward
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits, best) of what the buffer holds, by plain launches."""
-        tables, views = self._tables, self._views
-        tables.block_table.view(-1)[views["table_at"]] = views["table_values"]
-        last = tables.last_token[views["rows"]]
-        token_ids = torch.where(views["fed"].bool(), last, views["token_ids"])
-        with context.use(context.ForwardContext(self._meta, self._cache)):
-            logits = self._model.own_logits(self._model(token_ids, views["positions"]))
-        best = self._greedy(logits, self._model.vocab_part)
-        tables.last_token[views["rows"]] = best[0]
+        logits = self._model.own_logits(self._inputs.forward(self._model, self._ops, self._tables, self._cache))
+        best = self._ops.greedy(logits, self._model.vocab_part)
+        self._ops.put_(self._tables.last_token, self._inputs.sampled_rows, best[0])
         return logits, best
 
     def capture(self) -> None:
@@ -83,28 +109,67 @@ class DecodeStep:
         self._upload(np.asarray(plan.rows, np.int32), np.asarray(plan.computed, np.int32), changes)
         logits, best = self._work()
         count = len(plan.rows)
-        return Decoded(logits[:count], best, self._views["rows"][:count])
+        return Decoded(logits[:count], best, self._inputs.sampled_rows[:count])
 
     def _upload(self, rows: Ints, computed: Ints, changes: tuple[Ints, Ints]) -> None:
-        tables, page_size, count = self._tables, self._page_size, len(rows)
-        host = self._platform.host_buffer(len(self._buffer))
-        fields = dict(zip(_FIELDS, host.numpy().reshape(len(_FIELDS), self._size), strict=True))
-        fields["token_ids"][:], fields["fed"][:], fields["positions"][:] = 0, 0, 0
-        fields["rows"][:], fields["seq_lens"][:] = tables.dummy_row, 1
-        fields["slots"][:] = tables.dummy_page * page_size
-        fields["table_at"][:], fields["table_values"][:] = tables.dummy_entry, tables.dummy_page
-        tables.feed(rows, computed, fields["token_ids"][:count], fields["fed"][:count])
-        fields["positions"][:count] = computed
-        fields["rows"][:count] = rows
-        fields["seq_lens"][:count] = computed + 1
-        page = tables.host_table[rows, computed // page_size]
-        fields["slots"][:count] = page * page_size + computed % page_size
-        for name, values in zip(("table_at", "table_values"), changes, strict=True):
-            fields[name][: len(values)] = values
-        self._buffer.copy_(host, non_blocking=True)
+        tables, page_size = self._tables, self._page_size
+        token_ids, fed_rows = np.zeros_like(rows), np.empty_like(rows)
+        tables.feed(rows, computed, token_ids, fed_rows)
+        slots = tables.host_table[rows, computed // page_size] * page_size + computed % page_size
+        parts = {
+            "token_ids": token_ids,
+            "fed_rows": fed_rows,
+            "positions": computed,
+            "slots": slots,
+            "rows": rows,
+            "seq_lens": computed + 1,
+            "table_at": changes[0],
+            "table_values": changes[1],
+        }
+        self._buffer.fill(parts, _padding(tables, page_size))
 
 
-_NO_ROWS: Ints = np.zeros(0, np.int32)
+class PromptForward:
+    """The forward of up to ``tokens`` tokens of up to ``rows`` items."""
+
+    def __init__(
+        self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, tokens: int, rows: int
+    ) -> None:
+        self._tables, self._platform, self._model, self._cache = tables, platform, model, cache
+        self._ops = select.ops(platform.device, model.dtype)
+        self._page_size = cache.shape[4]
+        of_tokens = ("token_ids", "fed_rows", "positions", "slots")
+        of_items = ("rows", "seq_lens", "logits_at", "sampled_rows")
+        changes = dict.fromkeys(("table_at", "table_values"), TABLE_CHANGES)
+        fields = {**dict.fromkeys(of_tokens, tokens), **dict.fromkeys(of_items, rows), "query_start": rows + 1}
+        self._buffer = _Buffer({**fields, **changes}, platform)
+        self._inputs = inputs_of(self._buffer.views, tables, num_decodes=None, max_query=tokens, max_seq=tables.max_len)
+        nothing = dict.fromkeys(self._buffer.views, _NONE)
+        self._buffer.fill(nothing, _padding(tables, self._page_size))
+        self._work: Callable[[], torch.Tensor] = self.forward
+
+    def forward(self) -> torch.Tensor:
+        """Hidden states of what the buffer holds, by plain launches."""
+        return self._inputs.forward(self._model, self._ops, self._tables, self._cache)
+
+    def capture(self) -> None:
+        """Makes `run` replay what `forward` launches."""
+        self._work = self._platform.capture(self.forward)
+
+    def run(self, parts: Arrays) -> tuple[torch.Tensor, StepInputs]:
+        """(hidden states, inputs) of a step; of the inputs what comes after the forward has its own sizes."""
+        padding = _padding(self._tables, self._page_size)
+        self._buffer.fill(parts, {**padding, "query_start": len(parts["token_ids"])})
+        samples, views = len(parts["logits_at"]), self._buffer.views
+        views = {**views, "logits_at": views["logits_at"][:samples], "sampled_rows": views["sampled_rows"][:samples]}
+        attention = self._inputs.attention
+        inputs = inputs_of(
+            views, self._tables, num_decodes=None, max_query=attention.max_query, max_seq=attention.max_seq
+        )
+        return self._work(), inputs
+
+
+_NONE: Ints = np.zeros(0, np.int32)
 
 
 class DecodeGraphs:
@@ -127,10 +192,39 @@ class DecodeGraphs:
         return self._steps[next(size for size in self._sizes if size >= count)]
 
 
+class PromptGraphs:
+    """Graphs for steps of up to ``max_tokens`` tokens that the card has done before the host could launch them."""
+
+    def __init__(
+        self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int, max_tokens: int
+    ) -> None:
+        most = min(max_tokens, MOST_WORK // max(1, step_bytes(model)))
+        self._tokens = [tokens for tokens in TOKENS if tokens <= most] or [min(most, TOKENS[0])]
+        self._max_rows = max_rows
+        self._forwards: dict[int, PromptForward] = {}
+        for tokens in reversed(self._tokens):
+            forward = PromptForward(model, cache, tables, platform, tokens, min(tokens, max_rows))
+            forward.capture()
+            self._forwards[tokens] = forward
+
+    def fitting(self, parts: Arrays) -> PromptForward | None:
+        """The smallest graph that runs a step, or None if it must run eagerly."""
+        count = len(parts["token_ids"])
+        if count > self._tokens[-1] or len(parts["table_at"]) > TABLE_CHANGES:
+            return None
+        return self._forwards[next(tokens for tokens in self._tokens if tokens >= count)]
+
+
 def warm_up(model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int) -> None:
     """Launches a step of each size, so that every kernel that a step may need is compiled: what capturing does too."""
     for size in _sizes(max_rows):
         DecodeStep(model, cache, tables, platform, size).forward()
+
+
+def warm_up_prompts(model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int) -> None:
+    """As `warm_up` for what `PromptGraphs` captures; with few items their keys are split."""
+    for rows in {min(TOKENS[0], max_rows), max_rows}:
+        PromptForward(model, cache, tables, platform, TOKENS[0], rows).forward()
 
 
 def _sizes(max_rows: int) -> list[int]:

@@ -1,33 +1,53 @@
-"""Packs a plan into one int32 buffer, copied to the device once; everything a step needs there is a view of it."""
+"""What a step's forward reads, as one int32 buffer copied to the device once; everything there is a view of it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from octavo.kernels.metadata import AttentionMetadata
+from octavo.kernels.select import Ops
+from octavo.layers import context
+from octavo.models.base import Model
 from octavo.platforms.base import Platform
 from octavo.runtime.tables import Ints, Tables
 from octavo.types import StepPlan
 
-Bools = npt.NDArray[np.bool_]
+Arrays = dict[str, Ints]
+"""The parts of the buffer on the host: fields of `StepInputs` and of its ``attention``."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Device tensors of one step; T tokens, S items that sample."""
+    """Device tensors of one step, int32; T tokens, S items that sample, P changed entries of the block table."""
 
     token_ids: torch.Tensor  # [T]
+    fed_rows: torch.Tensor  # [T]: the row whose last sampled token is meant instead, or -1
     positions: torch.Tensor  # [T]
     logits_at: torch.Tensor  # [S]: the last token of each item that samples
     sampled_rows: torch.Tensor  # [S]
+    table_at: torch.Tensor  # [P], of the flat table
+    table_values: torch.Tensor  # [P]
     attention: AttentionMetadata
 
+    def forward(self, model: Model, ops: Ops, tables: Tables, cache: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[T, C]``; the tables on the device take the changes before."""
+        token_ids = ops.take_in_(
+            self.token_ids,
+            self.fed_rows,
+            tables.last_token,
+            tables.block_table.view(-1),
+            self.table_at,
+            self.table_values,
+        )
+        with context.use(context.ForwardContext(self.attention, cache)):
+            hidden: torch.Tensor = model(token_ids, self.positions)
+        return hidden
 
-def pack(plan: StepPlan, tables: Tables, platform: Platform, page_size: int) -> StepInputs:
+
+def lay_out(plan: StepPlan, tables: Tables, page_size: int) -> Arrays:
     """Applies the plan's deltas to ``tables`` and lays out its tokens, item after item."""
     table_at, table_values = tables.apply(plan)
     rows, counts, computed = (np.asarray(x, np.int32) for x in (plan.rows, plan.counts, plan.computed))
@@ -35,10 +55,11 @@ def pack(plan: StepPlan, tables: Tables, platform: Platform, page_size: int) -> 
     np.cumsum(counts, out=starts[1:])
     positions = np.arange(starts[-1], dtype=np.int32) + np.repeat(computed - starts[:-1], counts)
     pages = tables.host_table[np.repeat(rows, counts), positions // page_size]
-    token_ids, fed = _token_ids(plan, tables, rows, computed, starts)
+    token_ids, fed_rows = _token_ids(plan, tables, rows, computed, starts)
     samples = np.asarray(plan.samples, bool)
-    parts = {
+    return {
         "token_ids": token_ids,
+        "fed_rows": fed_rows,
         "positions": positions,
         "slots": pages * page_size + positions % page_size,
         "rows": rows,
@@ -46,43 +67,51 @@ def pack(plan: StepPlan, tables: Tables, platform: Platform, page_size: int) -> 
         "seq_lens": computed + counts,
         "logits_at": starts[1:][samples] - 1,
         "sampled_rows": rows[samples],
-        "fed_at": starts[:-1][fed],
-        "fed_rows": rows[fed],
         "table_at": table_at,
         "table_values": table_values,
     }
-    views = _upload(parts, platform)
-    if len(table_at):
-        tables.block_table.view(-1)[views["table_at"]] = views["table_values"]
-    if fed.any():
-        views["token_ids"][views["fed_at"]] = tables.last_token[views["fed_rows"]]
+
+
+def send(parts: Arrays, plan: StepPlan, tables: Tables, platform: Platform) -> StepInputs:
+    """``parts`` on the device."""
+    buffer = platform.host_buffer(sum(len(part) for part in parts.values()))
+    np.concatenate(list(parts.values()), out=buffer.numpy())
+    device = buffer.to(platform.device, non_blocking=True)
+    views = dict(zip(parts, torch.split(device, [len(part) for part in parts.values()]), strict=True))
+    return inputs_of(
+        views,
+        tables,
+        num_decodes=plan.counts.count(1),
+        max_query=max(plan.counts),
+        max_seq=int(parts["seq_lens"].max()),
+    )
+
+
+def inputs_of(
+    views: dict[str, torch.Tensor], tables: Tables, *, num_decodes: int | None, max_query: int, max_seq: int
+) -> StepInputs:
+    """From the parts of a buffer on the device; for the numbers see `AttentionMetadata`."""
     attention = AttentionMetadata(
         query_start=views["query_start"],
         seq_lens=views["seq_lens"],
         rows=views["rows"],
         block_table=tables.block_table,
         slots=views["slots"],
-        num_decodes=int((counts == 1).sum()),
-        max_query=int(counts.max()),
-        max_seq=int((computed + counts).max()),
+        num_decodes=num_decodes,
+        max_query=max_query,
+        max_seq=max_seq,
     )
-    return StepInputs(views["token_ids"], views["positions"], views["logits_at"], views["sampled_rows"], attention)
+    own = ("token_ids", "fed_rows", "positions", "logits_at", "sampled_rows", "table_at", "table_values")
+    return StepInputs(**{name: views[name] for name in own}, attention=attention)
 
 
-def _token_ids(plan: StepPlan, tables: Tables, rows: Ints, computed: Ints, starts: Ints) -> tuple[Ints, Bools]:
-    """(ids[T] as far as the host knows them, fed[B]: items whose one token is the row's last sampled one)."""
+def _token_ids(plan: StepPlan, tables: Tables, rows: Ints, computed: Ints, starts: Ints) -> tuple[Ints, Ints]:
+    """(ids[T] as far as the host knows them, fed_rows[T]), see `StepInputs`."""
     token_ids = np.zeros(starts[-1], np.int32)
-    fed = np.zeros(len(rows), np.int32)
+    fed_rows = np.full(starts[-1], -1, np.int32)
     single = next((b for b, count in enumerate(plan.counts) if count > 1), len(rows))
-    tables.feed(rows[:single], computed[:single], token_ids[:single], fed[:single])
+    tables.feed(rows[:single], computed[:single], token_ids[:single], fed_rows[:single])
     for b in range(single, len(rows)):
         known = tables.known[plan.rows[b]]
         token_ids[starts[b] : starts[b + 1]] = known[plan.computed[b] : plan.computed[b] + plan.counts[b]]
-    return token_ids, fed.astype(bool)
-
-
-def _upload(parts: dict[str, Ints], platform: Platform) -> dict[str, torch.Tensor]:
-    buffer = platform.host_buffer(sum(len(part) for part in parts.values()))
-    np.concatenate(list(parts.values()), out=buffer.numpy())
-    device = buffer.to(platform.device, non_blocking=True)
-    return dict(zip(parts, torch.split(device, [len(part) for part in parts.values()]), strict=True))
+    return token_ids, fed_rows

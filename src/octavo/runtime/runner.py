@@ -15,8 +15,8 @@ from octavo.models.base import Model
 from octavo.parallel.group import SINGLE, Group
 from octavo.platforms.base import Platform
 from octavo.runtime.base import TokenMask
-from octavo.runtime.graphs import DecodeGraphs, warm_up
-from octavo.runtime.inputs import pack
+from octavo.runtime.graphs import DecodeGraphs, PromptGraphs, warm_up, warm_up_prompts
+from octavo.runtime.inputs import lay_out, send
 from octavo.runtime.memory import cache_dtype
 from octavo.runtime.sampled import Sampled
 from octavo.runtime.sampler import NoSampler, Sampler
@@ -53,9 +53,9 @@ class Launched:
 
 
 class Runner:
-    """``cache`` as in `kernels.metadata`; ``max_rows`` sequences of up to ``max_len`` tokens.
+    """``cache`` as in `kernels.metadata`; ``max_rows`` sequences of up to ``max_len`` tokens, ``max_tokens`` in a step.
 
-    With ``graphs``, decode steps are captured now where the platform can.
+    With ``graphs``, steps are captured now where the platform can.
 
     Of a ``group``, rank 0 samples. Tokens that other ranks do not find themselves are broadcast to them; they call
     `take_tokens` for it, which ``announce`` tells them.
@@ -68,6 +68,7 @@ class Runner:
         platform: Platform,
         *,
         max_rows: int,
+        max_tokens: int,
         max_len: int,
         graphs: bool = True,
         group: Group = SINGLE,
@@ -79,7 +80,7 @@ class Runner:
         self._page_size = cache.shape[4]
         dummy_page = cache.shape[1] - 1
         self._tables = Tables(max_rows, max_len, self._page_size, dummy_page, platform.device)
-        ops = select.ops(platform.device, model.dtype)
+        self._ops = ops = select.ops(platform.device, model.dtype)
         self._group, self._announce = group, announce
         leads = group.rank == 0
         self._sampler = Sampler(model.config.vocab_size, platform.device, ops) if leads else NoSampler()
@@ -87,10 +88,13 @@ class Runner:
         self._logits: torch.Tensor | None = None
         self._best: torch.Tensor | None = None  # of a replayed step
         self._graphs: DecodeGraphs | None = None
+        self._prompt_graphs: PromptGraphs | None = None
         if platform.captures:
             with torch.inference_mode():
                 if graphs and model.capturable:
                     self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
+                    if group.size == 1:  # what ranks send each other of many tokens is not captured
+                        self._prompt_graphs = PromptGraphs(model, cache, self._tables, platform, max_rows, max_tokens)
                 elif model.own_cache is None:
                     warm_up(model, cache, self._tables, platform, max_rows)
                 self._sampler.warm_up(model.dtype)
@@ -116,9 +120,13 @@ class Runner:
             self._forward(plan)
 
     def _forward(self, plan: StepPlan) -> None:
-        inputs = pack(plan, self._tables, self._platform, self._page_size)
-        with context.use(context.ForwardContext(inputs.attention, self._cache)):
-            hidden = self._model(inputs.token_ids, inputs.positions)
+        parts = lay_out(plan, self._tables, self._page_size)
+        graph = self._prompt_graphs.fitting(parts) if self._prompt_graphs is not None else None
+        if graph is not None:
+            hidden, inputs = graph.run(parts)
+        else:
+            inputs = send(parts, plan, self._tables, self._platform)
+            hidden = inputs.forward(self._model, self._ops, self._tables, self._cache)
         self._prompt_logprobs = self._score_prompts(plan, hidden)
         self._sampled_rows, self._best = inputs.sampled_rows, None
         self._logits = self._model.logits(hidden[inputs.logits_at]) if any(plan.samples) else None
@@ -140,7 +148,7 @@ class Runner:
             logits = self._logits if found else self._whole_logits(self._logits)
             sampled = self._sampler.sample(logits, where, self._best, mask)
             if not found:
-                self._tables.last_token[self._sampled_rows] = sampled.tokens
+                self._ops.put_(self._tables.last_token, self._sampled_rows, sampled.tokens)
                 if self._announce is not None:
                     self._group.broadcast_(sampled.tokens)
         self._logits = self._best = None
@@ -153,7 +161,7 @@ class Runner:
             self._whole_logits(self._logits)
         tokens = torch.empty(len(self._sampled_rows), dtype=torch.int32, device=self._platform.device)
         self._group.broadcast_(tokens)
-        self._tables.last_token[self._sampled_rows] = tokens
+        self._ops.put_(self._tables.last_token, self._sampled_rows, tokens)
 
     def _whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
         """A replayed step leaves each rank its own part of them, which is enough where all rows are greedy."""
@@ -192,7 +200,9 @@ def rehearse(model: Model, num_tokens: int, max_rows: int, page_size: int, platf
     def steps() -> None:
         largest_step(model, min(num_tokens, 256), max_rows, page_size, platform)
         cache = torch.zeros(model.config.cache_shape(2, page_size), dtype=cache_dtype(model.config), device=device)
-        warm_up(model, cache, Tables(max_rows, page_size, page_size, 1, device), platform, max_rows)
+        tables = Tables(max_rows, page_size, page_size, 1, device)
+        warm_up(model, cache, tables, platform, max_rows)
+        warm_up_prompts(model, cache, tables, platform, max_rows)
         Sampler(model.config.vocab_size, device, ops).warm_up(model.dtype)
 
     with torch.inference_mode():

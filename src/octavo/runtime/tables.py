@@ -48,11 +48,11 @@ class Tables:
         indices = np.concatenate(at).astype(np.int32)
         return indices, self.host_table.reshape(-1)[indices]
 
-    def feed(self, rows: Ints, computed: Ints, token_ids: Ints, fed: Ints) -> None:
-        """For single tokens at ``computed`` of ``rows``: sets ``fed`` where the input is the row's last sampled token,
-        whose value only the device knows, and ``token_ids`` elsewhere."""
-        fed[:] = computed >= self._known_len[rows]
-        for b in np.flatnonzero(fed == 0):
+    def feed(self, rows: Ints, computed: Ints, token_ids: Ints, fed_rows: Ints) -> None:
+        """For single tokens at ``computed`` of ``rows``: sets ``fed_rows`` to the row where the input is its last
+        sampled token, whose value only the device knows, to -1 and ``token_ids`` elsewhere."""
+        fed_rows[:] = np.where(computed >= self._known_len[rows], rows, -1)
+        for b in np.flatnonzero(fed_rows < 0):
             token_ids[b] = self.known[int(rows[b])][computed[b]]
 
 

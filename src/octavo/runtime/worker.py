@@ -162,6 +162,7 @@ class Worker:
             cache,
             self.platform,
             max_rows=plan.max_rows,
+            max_tokens=tokens,
             max_len=plan.max_len,
             graphs=not self._config.device.enforce_eager,
             group=self.group,
