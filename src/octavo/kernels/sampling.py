@@ -22,10 +22,12 @@ import numpy.typing as npt
 import torch
 
 _native_argmax: Callable[[torch.Tensor], torch.Tensor] | None
+_native_greedy: Callable[[torch.Tensor], torch.Tensor | None] | None
 try:
     from octavo.kernels.cpu import argmax as _native_argmax
+    from octavo.kernels.cpu import greedy as _native_greedy
 except ImportError:  # no C++ extension
-    _native_argmax = None
+    _native_argmax = _native_greedy = None
 
 LEAD = 256  # so many of the likeliest tokens are looked at before the whole vocabulary is, on CPU
 _BLOCK = 256  # of `argmax`
@@ -71,6 +73,10 @@ WHOLE = VocabPart(0, lambda x: x)
 def greedy(logits: torch.Tensor, part: VocabPart = WHOLE) -> torch.Tensor:
     """int32 ``[2, S]`` of ``logits[S, V]``: the token of the greatest logit (the lowest of equals), and 1 if that logit
     is finite; else 0 and 0. Of logits that are a ``part``, equally many in each: the choice among all parts."""
+    if part is WHOLE and _native_greedy is not None and not logits.is_cuda:
+        found = _native_greedy(logits)
+        if found is not None:
+            return found
     token, peak = argmax(logits)
     if part is not WHOLE:
         tokens = part.gather((token + part.first).unsqueeze(1))

@@ -10,6 +10,7 @@ are per layer, in its `LayerSpec`; biases and the norm of heads are in `Wiring`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +20,7 @@ from torch import nn
 from octavo.config import LayerSpec, ModelConfig
 from octavo.kernels.metadata import HeadChange
 from octavo.kernels.sampling import VocabPart
-from octavo.kernels.select import FusedLayer, LayerParts
+from octavo.kernels.select import FusedDecoder, FusedLayer, LayerParts
 from octavo.layers import context
 from octavo.layers.activation import GatedActivation
 from octavo.layers.attention import Attention
@@ -158,22 +159,47 @@ class LlamaDecoderLayer(nn.Module):
         return self.input_layernorm.ops.fuse_layer(parts)
 
 
-class LlamaModel(nn.Module):
-    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype) -> None:
+class Decoder(nn.Module):
+    """Embedding, decoder layers, norm."""
+
+    def __init__(self, embedding: nn.Module, layers: Sequence[LlamaDecoderLayer], norm: RMSNorm) -> None:
         super().__init__()
-        rotaries = shared_rotaries(config.layers, max_len)
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tied=config.tie_embeddings, dtype=dtype)
-        self.layers = nn.ModuleList(
-            LlamaDecoderLayer(config, layer, rotary, dtype) for layer, rotary in enumerate(rotaries)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """``token_ids[T]`` at ``positions[T]`` to ``[T, C]``."""
         x, residual = self.embed_tokens(token_ids), None
+        if self.fused is not None and len(self.layers):
+            step = context.current()
+            return self.fused(x, positions, step.kv_cache, step.attention, len(self.layers))
         for layer in self.layers:
             x, residual = layer(x, residual, positions)
         x, _ = self.norm.add(x, residual)
         return x
+
+    @cached_property
+    def fused(self) -> FusedDecoder | None:
+        """All layers and the norm in one call, where the operators have that; asked for once the weights are loaded."""
+        layers = [layer for layer in self.layers if isinstance(layer, LlamaDecoderLayer)]
+        fused = [layer.fused for layer in layers if layer.fused is not None]
+        in_order = all(layer.self_attn.attn.layer == place for place, layer in enumerate(layers))
+        if not in_order or not len(fused) == len(layers) == len(self.layers):
+            return None
+        return self.norm.ops.fuse_decoder(fused, self.norm.weight, self.norm.eps)
+
+
+class LlamaModel(Decoder):
+    embed_tokens: Embedding
+
+    def __init__(self, config: ModelConfig, max_len: int, dtype: torch.dtype) -> None:
+        rotaries = shared_rotaries(config.layers, max_len)
+        super().__init__(
+            Embedding(config.vocab_size, config.hidden_size, tied=config.tie_embeddings, dtype=dtype),
+            [LlamaDecoderLayer(config, layer, rotary, dtype) for layer, rotary in enumerate(rotaries)],
+            RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype),
+        )
 
 
 class LlamaForCausalLM(Model):
