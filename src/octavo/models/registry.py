@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import ModelConfig
@@ -37,10 +38,13 @@ NATIVE = {
 }
 
 
-def choose(config: ModelConfig, impl: str = "auto", code: RepoCode | None = None) -> tuple[Maker, str]:
+def choose(
+    config: ModelConfig, impl: str = "auto", code: RepoCode | None = None, weights: Path | None = None
+) -> tuple[Maker, str]:
     """What makes the model of ``config``, and the reason, one line for the log.
 
-    ``impl`` is an option's value (``--model-impl``), ``code`` the Python code of the model's repo. Raises
+    ``impl`` is an option's value (``--model-impl``), ``code`` the Python code of the model's repo, ``weights`` the
+    folder of its weights if they are plain floats that are loaded as they are. Raises
     `UnsupportedModel`: HF030 if nothing can run the architecture or the package that should is broken, HF050 for
     weights that are quantised in a way that is not read; `ModelError`: HF010 if only code of the repo could, which is
     not trusted, HF011 if that code cannot be imported.
@@ -53,6 +57,10 @@ def choose(config: ModelConfig, impl: str = "auto", code: RepoCode | None = None
         from octavo.models.hf.remote import maker
 
         return maker(config, code), reason
+    if address == TRANSFORMERS and config.architecture in NATIVE and weights is not None:
+        from octavo.models.hf import records
+
+        return records.maker(weights), reason
     try:
         model: type[Model] = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

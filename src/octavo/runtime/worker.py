@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,9 +76,17 @@ class Worker:
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
         log.info("max length: %d (%s)", self._max_len, reason)
         if isinstance(files, ModelFiles):
-            self._make, reason = registry.choose(self._model_config, options.model_impl, files.code())
+            weights = self._plain_weights(hf)
+            self._make, reason = registry.choose(self._model_config, options.model_impl, files.code(), weights)
             log.info("implementation: %s", reason)
         return self._model_config
+
+    def _plain_weights(self, hf: Mapping[str, Any]) -> Path | None:
+        """The folder of weights that are plain floats and will be used as such."""
+        options = self._config.model
+        if options.load_format == "dummy" or options.quantization or hf.get("quantization_config"):
+            return None
+        return None if self._source.kind == "gguf" else self._source.path
 
     def _find_files(self) -> ModelFiles:
         options = self._config.model

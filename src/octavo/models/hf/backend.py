@@ -30,20 +30,26 @@ from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
 from octavo.models.hf.build import build, freeze_rope, refuse_parts
 from octavo.models.hf.generic import Generic
 from octavo.models.hf.head import ClassHead
-from octavo.models.hf.native import NativeDecoder, NotNative, Slot, drop_layers, prove
+from octavo.models.hf.native import NativeDecoder, NotNative, Proven, Slot, drop_layers, prove
 from octavo.models.hf.probe import first_position
+from octavo.models.hf.records import Record, is_native
 from octavo.models.hf.shard import refuse_generic, shard
 from octavo.models.hf.swaps import swap, swap_decoder
+from octavo.models.llama import LlamaForCausalLM
 from octavo.parallel.group import current
 
 
 class TransformersModel(SelfLoading):
     """``config.layers`` become those that the model was seen to have; all have the K/V shape of the largest."""
 
-    def __init__(self, config: ModelConfig, max_len: int, model: nn.Module | None = None) -> None:
-        """``model``: one that is built already, for a class that the config does not lead to."""
+    def __init__(
+        self, config: ModelConfig, max_len: int, model: nn.Module | None = None, *, record: Record | None = None
+    ) -> None:
+        """``model``: one that is built already, for a class that the config does not lead to. ``record``: where to keep
+        that the native model of ``config`` was proven to be the same."""
         super().__init__(config, max_len)
         self._geometry = config
+        self._record = record
         self.model: Any = build(config, self.dtype) if model is None else model
         freeze_rope(self.model, max_len)
         self._cuts = shard(self.model, current())
@@ -92,13 +98,13 @@ class TransformersModel(SelfLoading):
             done += sum(tensors[name].nbytes for name, _ in group.sources)
             progress(done / total)
 
-        place = self._placing(device)
+        place = self._placing(device, groups)
         weights.fill(self.model, groups, lambda name, part: as_tensor(checkpoint.read(name, part)), place, loaded)
         self._finish_loading(device)
         return Loaded(len(names), total, tuple(ignored))
 
     def dummy_weights(self, seed: int, device: torch.device) -> Loaded:
-        generator, nbytes, count, place = torch.Generator(device), 0, 0, self._placing(device)
+        generator, nbytes, count, place = torch.Generator(device), 0, 0, self._placing(device, [])
         for name, parameter in self.model.named_parameters():
             own = self._cuts.get(name)
             shape = tuple(parameter.shape) if own is None else own.whole(tuple(parameter.shape))
@@ -113,8 +119,11 @@ class TransformersModel(SelfLoading):
         self._finish_loading(device)
         return Loaded(count, nbytes)
 
-    def _placing(self, device: torch.device) -> weights.Place:
-        """Where parameters go: into a native decoder, if one can be proven to compute the same, or into the model."""
+    def _placing(self, device: torch.device, groups: list[weights.Group]) -> weights.Place:
+        """Where parameters go: into a native decoder, if one can be proven to compute the same, or into the model.
+
+        ``groups`` are what fills the model.
+        """
         slots: Mapping[str, Slot] = {}
         if self._body is not None and self._generic is None:
             try:
@@ -123,6 +132,7 @@ class TransformersModel(SelfLoading):
                 self._kept = f"; its decoder stays: {reason}"
             else:
                 self._native, slots = proven.decoder, proven.slots
+                self._forget_record_unless(proven, groups)
                 filling = proven.filling(device, select.ops(device, self.dtype))
 
         def place(name: str, tensor: torch.Tensor) -> None:
@@ -134,11 +144,19 @@ class TransformersModel(SelfLoading):
 
         return place
 
+    def _forget_record_unless(self, proven: Proven, groups: list[weights.Group]) -> None:
+        """Nothing is kept of a decoder that is not that of the native model."""
+        if self._record is not None:
+            native = LlamaForCausalLM(self._geometry, self.max_len)
+            self._record = self._record if is_native(self.model, proven, groups, native) else None
+
     def _finish_loading(self, device: torch.device) -> None:
         if self._native is not None and self._body is not None:
             drop_layers(self._body)
         weights.tie(self.model)
         self._finish(device)
+        if self._record is not None and self._native is not None and self._plain_head is not None:
+            self._record.keep()
 
     @property
     def own_cache(self) -> OwnCache | None:
