@@ -26,7 +26,7 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-from octavo.kernels import attn_triton, edit_triton, linear_triton, peers_triton
+from octavo.kernels import attn_triton, edit_triton, experts_triton, linear_triton, peers_triton
 from octavo.kernels import rehearsal, sampling_triton, step_triton, triton_ops
 from octavo.kernels.linear_triton import Launch
 from tests.kernels import grid
@@ -51,6 +51,10 @@ def launches():
     edit_triton.copy_masked(logits, settings, None)
     sampling_triton.logprobs(logits, settings[0], 3)
     triton_ops.greedy(logits)
+    pairs = experts_triton.group(torch.zeros(2, 2, dtype=torch.int64), 4)
+    experts_triton.grouped_linear(x, weight.view(4, 128, 1024), None, pairs, by_token=True)
+    experts_triton.grouped_linear(x.float(), weight.view(4, 128, 1024).mT, x, pairs, by_token=False)
+    experts_triton.combine(x, x, pairs)
     peers = peers_triton.PeerMemory(0, torch.zeros(2, dtype=torch.int64), None)
     peers.sum(x)
     peers.add_rms_norm(x, x, x[0], 1e-5)

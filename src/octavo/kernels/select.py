@@ -313,6 +313,7 @@ def _triton() -> Ops | str:
         from octavo.kernels import (
             attn_triton,
             edit_triton,
+            experts_triton,
             linear_triton,
             rehearsal,
             sampling_triton,
@@ -340,6 +341,11 @@ def _triton() -> Ops | str:
         pack_linear=_never_packs,
         fuse_layer=_never_fuses,
         fuse_decoder=_never_fuses_decoders,
+        experts=ExpertOps(
+            group=experts_triton.group,
+            linear=experts_triton.grouped_linear,
+            combine=experts_triton.combine,
+        ),
         row_sampling=RowSampling(
             draw=sampling_triton.draw,
             copy_masked=edit_triton.copy_masked,
