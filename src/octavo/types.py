@@ -30,13 +30,13 @@ SEED_LIMIT = 2**63
 # Least and greatest value of numbers in `SamplingParams`; top_p lies above its least one.
 BOUNDS: dict[str, tuple[float, float]] = {
     "n": (1, MAX_N),
-    "temperature": (0.0, 100.0),
-    "top_p": (0.0, 1.0),
+    "temperature": (0, 100),
+    "top_p": (0, 1),
     "top_k": (-1, 2**31 - 1),
-    "min_p": (0.0, 1.0),
-    "presence_penalty": (-2.0, 2.0),
-    "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.01, 100.0),  # products with logits stay finite
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0.01, 100),  # products with logits stay finite
     "seed": (-SEED_LIMIT, SEED_LIMIT - 1),
     "max_tokens": (1, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1),
@@ -117,7 +117,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if self.stops() and not self.detokenize:
             raise RequestError("stop strings need text, but detokenize is false.", "Set detokenize=True.", param="stop")
         for token, bias in (self.logit_bias or {}).items():
-            _within(f"logit_bias[{token}]", bias, -100.0, 100.0)
+            _within(f"logit_bias[{token}]", bias, -100, 100)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty.", "Name at least one token.", param="allowed_token_ids")
         if self.structured_outputs is not None:
@@ -138,10 +138,10 @@ def _within(name: str, value: float | None, low: float, high: float, *, above: b
     if value is None:
         return
     if isinstance(value, float) and not math.isfinite(value):
-        raise RequestError(f"{name} is {value!r}, not a finite number.", f"Give a number up to {high:g}.", param=name)
+        raise RequestError(f"{name} is {value!r}, not a finite number.", f"Give a number up to {high}.", param=name)
     if value > high or value < low or (above and value == low):
         raise RequestError(
-            f"{name} is {value!r}, outside {'(' if above else '['}{low:g}, {high:g}].",
+            f"{name} is {value!r}, outside {'(' if above else '['}{low}, {high}].",
             "Give a value in that range.",
             param=name,
         )

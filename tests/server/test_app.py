@@ -225,7 +225,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("/v1/completions", TEXT | {"prompt": ["a"] * 9, "n": 128}, "n"),
     ("/v1/completions", TEXT | {"prompt": "a" * 100_000}, "prompt"),
     ("/v1/completions", TEXT | {"repetition_penalty": 1e-300}, "repetition_penalty"),
-    ("/v1/completions", {"model": "m"}, None),
+    ("/v1/completions", {"model": "m"}, "prompt"),
     ("/v1/completions", TEXT | {"suffix": "end"}, "suffix"),
     ("/v1/completions", TEXT | {"best_of": 3}, "best_of"),
     ("/v1/completions", TEXT | {"stream_options": {"include_usage": True}}, "stream_options"),
@@ -321,6 +321,33 @@ def test_unknown_paths_and_methods_get_json_errors() -> None:
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
         wrong = await server.http.get("/v1/completions")
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (405, "method_not_allowed")
+        assert wrong.headers["allow"] == "POST"
+        assert (await server.http.put("/v1/files")).headers["allow"] == "GET, HEAD, POST"
+        assert "allow" not in missing.headers
+        assert (await server.http.head("/v1/models")).status_code == 200
+
+    run(work)
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "text"),
+    [
+        ({"max_tokens": 3}, "prompt", "prompt is missing. Send it."),
+        (TEXT | {"logit_bias": {"x": 1}}, "logit_bias", "logit_bias: Expected `int`, got `str`."),
+        (TEXT | {"response_format": {}}, "response_format.type", "response_format.type is missing."),
+        (TEXT | {"max_tokens": 0}, "max_tokens", "max_tokens is 0, outside [1, 2147483647]."),
+        (TEXT | {"seed": 2**63}, "seed", f"outside [{-(2**63)}, {2**63 - 1}]."),
+        (TEXT | {"temperature": -0.5}, "temperature", "temperature is -0.5, outside [0, 100]."),
+        (TEXT | {"priority": 2**31}, "priority", "outside [-2147483647, 2147483647]."),
+        ({"prompt": []}, "prompt", "prompt holds 0 prompts, outside [1, 1024]. Send at least one"),
+    ],
+)
+def test_an_error_names_the_field_and_its_bounds_as_they_are(body: dict[str, Any], param: str, text: str) -> None:
+    async def work() -> None:
+        answer = await Server().post("/v1/completions", body)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == param
+        assert text in answer.json()["error"]["message"]
 
     run(work)
 

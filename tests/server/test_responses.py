@@ -286,7 +286,7 @@ def test_a_forced_call_and_the_effort_reach_the_model() -> None:
         ({"tools": [{"type": "web_search"}]}, "tools"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, r"input\[0\].content"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, r"input\[0\]"),
-        ({"input": []}, "messages is empty"),
+        ({"input": []}, "input is empty"),
         ({"include": ["file_search_call.results"]}, "include"),
         ({"truncation": "auto"}, "truncation"),
         ({"conversation": "c"}, "not a field"),

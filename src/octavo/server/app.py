@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated
 
 from msgspec import Meta
+from starlette.requests import Request
 from starlette.routing import Route as HttpRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp
@@ -24,7 +26,7 @@ from octavo.server.responses import answer
 from octavo.server.responses import body as response
 from octavo.server.responses import events as response_events
 from octavo.server.responses import routes as responses
-from octavo.server.route import Parameter, Route
+from octavo.server.route import Handler, Parameter, Route
 from octavo.server.service import Service
 
 PROMETHEUS = "text/plain"
@@ -130,6 +132,16 @@ def build_app(
 ) -> ASGIApp:
     """The whole server as one ASGI application."""
     service.routes = ROUTES
-    routes = [HttpRoute(route.path, partial(route.handler, service), methods=[route.method]) for route in ROUTES]
+    paths: dict[str, dict[str, Handler]] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method] = route.handler
+    routes = [
+        HttpRoute(path, partial(_handle, service, handlers), methods=[*handlers]) for path, handlers in paths.items()
+    ]
     router = Router(routes, redirect_slashes=False)
     return Guard(router, keys=keys, max_body=max_body, log_requests=log_requests)
+
+
+async def _handle(service: Service, handlers: Mapping[str, Handler], request: Request) -> ASGIApp:
+    """By method; HEAD is GET without the body, which the HTTP server leaves out."""
+    return await handlers["GET" if request.method == "HEAD" else request.method](service, request)

@@ -57,9 +57,13 @@ _ANTHROPIC_TYPES = {
 class ApiError(RequestError):
     """An error that only the HTTP layer knows. ``code`` is OpenAI's word for it where there is one."""
 
-    def __init__(self, status: int, code: str, cause: str, remedy: str = "", *, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, code: str, cause: str, remedy: str = "", *, param: str | None = None, allow: str = ""
+    ) -> None:
+        """``allow``: the methods of the path, for the header of this name."""
         super().__init__(cause, remedy, param=param, id=code)
         self.status = status
+        self.allow = allow
 
 
 class ClientGone(Exception):
@@ -97,10 +101,10 @@ def too_slow(seconds: float) -> ApiError:
     )
 
 
-def no_route(status: int, method: str, path: str) -> ApiError:
-    """404 or 405 for a path that is not served, or not with this method."""
-    if status == 405:
-        return ApiError(405, "method_not_allowed", f"{path} does not take {method}.", "Use its other method.")
+def no_route(method: str, path: str, allow: str) -> ApiError:
+    """405 for a path that is served with other methods, which ``allow`` lists; 404 for one that is not."""
+    if allow:
+        return ApiError(405, "method_not_allowed", f"{path} does not take {method}.", f"Use {allow}.", allow=allow)
     return ApiError(404, "not_found", f"there is nothing at {path[:200]}.", "The API is under /v1.")
 
 
@@ -136,6 +140,8 @@ def response_of(error: OctavoError, path: str, request_id: str) -> Response:
         headers["connection"] = "close"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
+    if isinstance(error, ApiError) and error.allow:
+        headers["allow"] = error.allow
     anthropic = path.startswith(ANTHROPIC_PATHS)
     body = anthropic_body(error, request_id) if anthropic else body_of(error)
     return Response(msgspec.json.encode(body), error.status, headers, "application/json")

@@ -47,7 +47,8 @@ class Guard:
         except (errors.ClientGone, ClientDisconnect):
             exchange.status = 499
         except HTTPException as error:  # the router's: 404 or 405
-            await exchange.fail(errors.no_route(error.status_code, scope["method"], scope["path"]))
+            allow = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+            await exchange.fail(errors.no_route(scope["method"], scope["path"], allow))
         except OctavoError as error:
             await exchange.fail(error)
         except asyncio.CancelledError:  # uvicorn's, when the time for last answers is over

@@ -90,7 +90,9 @@ class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
     def check(self) -> None:
         """Checks what `SamplingParams.validate` does not know."""
         if abs(self.priority or 0) >= PRIORITY_LIMIT:
-            raise RequestError(f"priority is {self.priority}.", "Give a smaller number.", param="priority")
+            most = PRIORITY_LIMIT - 1
+            cause = f"priority is {self.priority}, outside [{-most}, {most}]."
+            raise RequestError(cause, "Give a value in that range.", param="priority")
         if len(self.cache_salt or "") > MAX_SALT:
             raise RequestError(f"cache_salt is longer than {MAX_SALT}.", "Shorten it.", param="cache_salt")
 
@@ -178,7 +180,7 @@ class CompletionRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
         if not 0 < len(prompts) <= MAX_PROMPTS:
             raise RequestError(
                 f"prompt holds {len(prompts)} prompts, outside [1, {MAX_PROMPTS}].",
-                "Split the request.",
+                "Send at least one, or split the request.",
                 param="prompt",
             )
         if len(prompts) * (self.n or 1) > MAX_PROMPTS:
@@ -274,7 +276,8 @@ class DetokenizeRequest(_Ignored, kw_only=True, forbid_unknown_fields=True):
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 _UNKNOWN = re.compile(r"unknown field `([^`]{0,100})")
-_WHERE = re.compile(r" - at `\$\.?([^`]*)`$")
+_MISSING = re.compile(r"Object missing required field `([^`]{0,100})`")
+_WHERE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 
 
 def decode(body: bytes, kind: type[Body]) -> Body:
@@ -296,12 +299,13 @@ def convert(value: object, kind: Any, where: str) -> Any:
 
 
 def _explain(message: str) -> RequestError:
-    unknown = _UNKNOWN.search(message)
-    where = _WHERE.search(message)
+    unknown, missing, where = _UNKNOWN.search(message), _MISSING.search(message), _WHERE.search(message)
     place = where[1] if where else ""
-    if unknown:
-        name = f"{place}.{unknown[1]}" if place else unknown[1]
-        return RequestError(f"{name!r} is not a field of this request.", "Leave it out.", param=name)
+    if named := unknown or missing:
+        name = f"{place}.{named[1]}" if place else named[1]
+        if unknown:
+            return RequestError(f"{name!r} is not a field of this request.", "Leave it out.", param=name)
+        return RequestError(f"{name} is missing.", "Send it.", param=name)
     text = message[: where.start()] if where else message
     field = place.split(".")[0].split("[")[0] or None
     return RequestError(f"{place or 'the body'}: {text[:200]}.", "See the API's reference for its form.", param=field)

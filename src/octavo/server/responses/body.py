@@ -183,6 +183,8 @@ class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         super().check()
+        if self.input == []:
+            raise RequestError("input is empty.", "Send a text or at least one item.", param="input")
         check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
         unknown = [name for name in self.include or () if name not in (LOGPROBS, ENCRYPTED)]
         if unknown:
