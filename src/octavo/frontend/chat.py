@@ -174,7 +174,9 @@ def wants_arguments_as_text(template: str) -> bool:
         tree = sandbox.parse_template(template)
     except jinja2.TemplateSyntaxError:
         return False
-    if any(_is_arguments(one.node) for one in tree.find_all(nodes.Filter) if one.name == "tojson"):
+    meant = [one.node for one in tree.find_all(nodes.Filter) if one.name == "tojson"]
+    meant += [one.node for one in tree.find_all(nodes.Test) if one.name == "mapping"]
+    if any(map(_is_arguments, meant)):
         return False
     shown = [part for one in tree.find_all(nodes.Add) for part in (one.left, one.right)]
     shown += [part for one in tree.find_all(nodes.Concat) for part in one.nodes]

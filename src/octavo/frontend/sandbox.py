@@ -128,7 +128,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for value in (*args, *kwargs.values()):
             if isinstance(value, int) and abs(value) > MAX_CHARS:
                 raise LimitReached(f"a call with the number {value}")
-        _no_wide_format(getattr(getattr(obj, "__wrapped__", obj), "__self__", None))  # the string of "…".format
+        method = getattr(obj, "__wrapped__", obj)  # Jinja wraps those that format
+        if getattr(method, "__name__", "") in ("format", "format_map"):
+            _no_wide_format(getattr(method, "__self__", None))
         return _sized(super().call(context, obj, *args, **kwargs))
 
 

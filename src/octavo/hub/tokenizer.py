@@ -355,4 +355,10 @@ def _from_transformers(source: Source, factory: Any, options: Mapping[str, Any])
         raise ModelError(
             f"Transformers cannot load the tokenizer of {source.name}: {first}", _NAME_IT, id="HF060"
         ) from error
+    if not inner.encode("a", add_special_tokens=False):  # some classes look for other files and find none
+        raise ModelError(
+            f"Transformers' {type(inner).__name__} finds no vocabulary among the files of {source.name}.",
+            _NAME_IT,
+            id="HF060",
+        )
     return AutoTokenizerAdapter(inner)
