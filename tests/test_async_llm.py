@@ -12,7 +12,8 @@ import pytest
 from octavo.async_llm import AsyncLLM
 from octavo.errors import EngineDead, Overloaded, RequestError
 from octavo.frontend.loading import TextModel
-from octavo.types import Request, SamplingParams, TokenOutput
+from octavo.sampling_params import SamplingParams
+from octavo.types import Request, TokenOutput
 from tests.frontend.fakes import FakeClient, byte_level, info
 
 TOKENIZER = byte_level(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")

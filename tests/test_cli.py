@@ -18,7 +18,7 @@ import octavo
 from octavo import cli, options
 from octavo.config import LOAD_PACKAGES, EngineConfig, ServerConfig, option_fields
 from octavo.errors import ConfigError, ModelError, OutOfMemory
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
 from octavo.frontend.loading import TextModel
 from octavo.llm import LLM, engine_config
 from octavo.runtime.stub import StubWorker
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 from tests.frontend.fakes import byte_level
 from tools import tiny
 

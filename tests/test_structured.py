@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from octavo.errors import RequestError
+from octavo.sampling_params import SamplingParams
 from octavo.structured import MAX_GBNF_BYTES, MAX_GRAMMAR_BYTES, StructuredOutputsParams, is_lark
-from octavo.types import SamplingParams
 
 
 @pytest.mark.parametrize(

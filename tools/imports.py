@@ -17,7 +17,8 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 
-LEAVES = {"errors", "types", "structured", "config", "log", "parent"}  # importable by all; import only each other
+# Importable by all; they import only each other.
+LEAVES = {"errors", "types", "sampling_params", "structured", "config", "log", "parent"}
 # These see both sides.
 JOINS = {"", "__main__", "llm", "async_llm", "cli", "options", "plan_command", "terminal", "bench", "verify"}
 BELOW: dict[str, set[str]] = {

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.llm import LLM
+    from octavo.sampling_params import SamplingParams
     from octavo.structured import StructuredOutputsParams
-    from octavo.types import CompletionOutput, RequestOutput, SamplingParams
+    from octavo.types import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
 
@@ -21,7 +22,7 @@ _HOMES = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.async_llm",
     "EngineConfig": "octavo.config",
-    "SamplingParams": "octavo.types",
+    "SamplingParams": "octavo.sampling_params",
     "RequestOutput": "octavo.types",
     "CompletionOutput": "octavo.types",
     "StructuredOutputsParams": "octavo.structured",

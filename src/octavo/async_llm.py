@@ -23,7 +23,8 @@ from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
 from octavo.frontend.loading import TextModel, load_text_model
 from octavo.frontend.outputs import Delta, RequestState
 from octavo.hub.tokenizer import Tokenizer
-from octavo.types import EngineInfo, Request, RequestOutput, SamplingParams, Stats, TokenOutput
+from octavo.sampling_params import SamplingParams
+from octavo.types import EngineInfo, Request, RequestOutput, Stats, TokenOutput
 
 if TYPE_CHECKING:
     from octavo.frontend.fleet import Source

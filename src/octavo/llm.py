@@ -25,7 +25,8 @@ from octavo.frontend.outputs import OutputProcessor, RequestState, error_of
 from octavo.hub.configs import overrides_by
 from octavo.hub.files import find_files
 from octavo.hub.live import LiveModel, device_of, is_loaded
-from octavo.types import Request, RequestOutput, SamplingParams
+from octavo.sampling_params import SamplingParams
+from octavo.types import Request, RequestOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,7 +16,7 @@ import msgspec
 
 from octavo.config import EngineConfig, ServerConfig, check_choice, default_model, option_fields, parse_option
 from octavo.errors import ConfigError
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 
 MAX_CHOICES = 60  # characters of the choices that are shown instead of a name
 SAMPLING_HELP = {

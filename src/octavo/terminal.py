@@ -24,7 +24,8 @@ from octavo.frontend.inputs import Prepared
 from octavo.frontend.parse.events import Content, Event, Reasoning
 from octavo.frontend.parse.message import MessageParser
 from octavo.frontend.parse.registry import Formats, special_ids
-from octavo.types import RequestOutput, SamplingParams
+from octavo.sampling_params import SamplingParams
+from octavo.types import RequestOutput
 
 DEFAULT_MAX_TOKENS = 512  # of an answer when --max-tokens is not given; at most half of the context
 MAX_LINES = 1000  # kept for the arrow keys

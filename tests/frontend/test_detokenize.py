@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models
 
 from octavo.frontend.detokenize import Detokenizer, IncrementalText, StopMatcher, TextDecoder
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 from tests.frontend.fakes import FakeTokenizer, byte_level, sentencepiece
 
 TOKENIZERS = {"byte_level": byte_level(), "sentencepiece": sentencepiece()}

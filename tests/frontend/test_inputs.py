@@ -11,7 +11,7 @@ import pytest
 from octavo.cache.prefix import page_hashes
 from octavo.errors import RequestError
 from octavo.frontend.inputs import InputProcessor, Prepared
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 from tests.frontend.fakes import byte_level, info, prompt_of, sentencepiece
 
 TOKENIZER = byte_level()

@@ -14,7 +14,8 @@ from octavo.errors import EngineDead, ModelError
 from octavo.frontend.core_process import CoreProcess
 from octavo.frontend.loading import TextModel
 from octavo.frontend.offline import SeveralCores
-from octavo.types import Request, Sampling, SamplingParams
+from octavo.sampling_params import SamplingParams
+from octavo.types import Request, Sampling
 from tests.core.stub_engine import collect, expected
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"

@@ -10,7 +10,8 @@ from octavo.errors import EngineDead, Overloaded, RequestError
 from octavo.frontend.detokenize import TextDecoder
 from octavo.frontend.inputs import InputProcessor
 from octavo.frontend.outputs import OutputProcessor, RequestState
-from octavo.types import SamplingParams, TokenLogprobs, TokenOutput
+from octavo.sampling_params import SamplingParams
+from octavo.types import TokenLogprobs, TokenOutput
 from tests.frontend.fakes import byte_level, info
 
 TOKENIZER = byte_level()

@@ -25,7 +25,7 @@ from octavo.hub.mistral_weights import hf_name
 from octavo.hub.source import Source, missing_files, wanted_files
 from octavo.hub.tokenizer import HfTokenizer, load_tokenizer
 from octavo.llm import LLM
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 from tests.mistral_files import RESERVED, mistral_repo, write_params, write_tekken
 from tools import tiny
 

@@ -14,7 +14,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelError
 from octavo.kernels import select
 from octavo.llm import LLM
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 from tests.models.harness import Paged, native
 from tests.quantised_files import LAYOUTS, Tensors, mxfp4
 from tools import tiny

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from octavo.hub.tokenizer import Tokenizer

@@ -20,8 +20,9 @@ import msgspec
 
 from octavo.cache.prefix import page_hashes
 from octavo.errors import RequestError
+from octavo.sampling_params import SEED_LIMIT, SamplingParams
 from octavo.structured import Guide
-from octavo.types import SEED_LIMIT, EngineInfo, Request, Sampling, SamplingParams
+from octavo.types import EngineInfo, Request, Sampling
 
 if TYPE_CHECKING:
     from octavo.hub.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
 from octavo.hub.quantised import settings
 from octavo.hub.source import CONFIGS, Source
 from octavo.log import get_logger
-from octavo.types import SamplingParams
+from octavo.sampling_params import SamplingParams
 
 # Keys that are read here; an override of one of them is no typing error, even where the file lacks it.
 _KNOWN_KEYS: Final = frozenset(

@@ -11,10 +11,10 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from octavo.frontend.inputs import Prepared, Prompt
+from octavo.sampling_params import SamplingParams
 from octavo.server.message import ChoiceReader
 from octavo.server.service import Service
 from octavo.server.tools import ToolUse
-from octavo.types import SamplingParams
 
 
 @dataclass(frozen=True)

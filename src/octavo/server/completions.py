@@ -12,6 +12,7 @@ import msgspec
 from octavo.errors import OctavoError
 from octavo.frontend.inputs import Prompt
 from octavo.frontend.outputs import Delta
+from octavo.sampling_params import SamplingParams
 from octavo.server.answers import (
     Completion,
     CompletionChoice,
@@ -27,7 +28,7 @@ from octavo.server.endpoint import Endpoint, Job
 from octavo.server.protocol import CompletionRequest
 from octavo.server.service import Service
 from octavo.server.sse import DONE, broken_openai, event
-from octavo.types import CompletionOutput, RequestOutput, SamplingParams
+from octavo.types import CompletionOutput, RequestOutput
 
 
 def read(service: Service, body: CompletionRequest, origin: Origin) -> Ask:

@@ -16,7 +16,8 @@ from prometheus_client.registry import Collector
 
 from octavo.frontend.client import EngineState
 from octavo.frontend.floor import bytes_read, floor_share
-from octavo.types import EngineInfo, RequestOutput, SamplingParams, Stats
+from octavo.sampling_params import SamplingParams
+from octavo.types import EngineInfo, RequestOutput, Stats
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
 _LONG = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)

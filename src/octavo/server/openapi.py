@@ -13,11 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import octavo
+from octavo.sampling_params import BOUNDS, LENGTHS
 from octavo.server.answers import json_response
 from octavo.server.errors import ANTHROPIC_PATHS, AnthropicErrorBody, ErrorBody
 from octavo.server.route import Route
 from octavo.server.service import Service
-from octavo.types import BOUNDS, LENGTHS
 
 JSON = "application/json"
 _PLACE = "#/components/schemas/{name}"

@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from octavo.errors import RequestError
+from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
 from octavo.server.errors import ApiError
 from octavo.server.formats import GUIDED, JsonSchema, ResponseFormat, structured
 from octavo.structured import StructuredOutputsParams
-from octavo.types import MAX_LOGPROBS, SamplingParams
 
 MAX_PROMPTS = 1024  # prompts in one completion request, and answers to them
 MAX_STOP_LENGTH = 1024  # characters of a stop string

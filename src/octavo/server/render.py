@@ -7,11 +7,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import RequestError
+from octavo.sampling_params import SamplingParams
 from octavo.server.answers import json_response
 from octavo.server.ask import Origin
 from octavo.server.protocol import decode
 from octavo.server.service import Service
-from octavo.types import SamplingParams
 
 
 class RenderRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

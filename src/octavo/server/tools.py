@@ -14,8 +14,8 @@ from octavo.errors import RequestError
 from octavo.frontend.inputs import Prepared
 from octavo.frontend.parse import forced
 from octavo.frontend.parse.registry import Formats
+from octavo.sampling_params import SamplingParams
 from octavo.structured import StructuredOutputsParams
-from octavo.types import SamplingParams
 
 MAX_TOOLS = 512
 _NAME = re.compile(r"[\w./:-]{1,128}", re.ASCII)

@@ -6,7 +6,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from octavo.errors import ConfigError
-from octavo.types import RequestOutput, SamplingParams
+from octavo.sampling_params import SamplingParams
+from octavo.types import RequestOutput
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter

@@ -7,11 +7,11 @@ from typing import Any, Literal
 import msgspec
 
 from octavo.errors import RequestError
+from octavo.sampling_params import MAX_LOGPROBS
 from octavo.server.answers import TokenLogprob
 from octavo.server.formats import JsonSchema, JsonSchemaFormat, ResponseFormat
 from octavo.server.protocol import Sampled, check_metadata, check_stops
 from octavo.structured import StructuredOutputsParams
-from octavo.types import MAX_LOGPROBS
 
 LOGPROBS = "message.output_text.logprobs"
 ENCRYPTED = "reasoning.encrypted_content"  # nothing to do: reasoning is sent as it is, and read when it comes back
