@@ -323,3 +323,11 @@ def logprobs(
     rank = (values > own).sum(-1) + 1
     top = values.topk(min(count, values.shape[1]))
     return own.squeeze(1), rank, top.indices, top.values
+
+
+def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """`logprobs` in one int32 ``[S, 2 + 2 count]``, which is one copy to the host: own (its bits), rank, ids, values
+    (their bits)."""
+    own, rank, ids, values = logprobs(logits, tokens, count)
+    bits = own.unsqueeze(1).view(torch.int32), values.view(torch.int32)
+    return torch.cat((bits[0], rank.int().unsqueeze(1), ids.int(), bits[1]), dim=1)

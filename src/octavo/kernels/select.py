@@ -155,11 +155,9 @@ class RowSampling:
     """Sampling in which each row of a batch has its own settings: functions of `kernels.sampling_triton` and
     `kernels.edit_triton`."""
 
-    draw: Callable[[torch.Tensor, torch.Tensor, bool, bool], torch.Tensor]
-    copy_masked: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
-    penalise_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], None]
-    record_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-    logprobs: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, ...]]
+    draw: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool, bool], torch.Tensor]
+    record_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+    logprobs: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
     send: Callable[[npt.NDArray[np.int32], torch.device], torch.Tensor]
 
 
@@ -348,8 +346,6 @@ def _triton() -> Ops | str:
         ),
         row_sampling=RowSampling(
             draw=sampling_triton.draw,
-            copy_masked=edit_triton.copy_masked,
-            penalise_=edit_triton.penalise_,
             record_=edit_triton.record_,
             logprobs=sampling_triton.logprobs,
             send=edit_triton.send,

@@ -16,15 +16,14 @@ from octavo.runtime.sampling_rows import SampleItem, SamplingRows
 
 
 class _Batch(NamedTuple):
-    """Some rows, and what does not change from step to step: ``packed`` as `kernels.sampling_triton` takes settings."""
+    """Some rows, and what does not change from step to step: ``packed`` as `kernels.race_triton` describes settings."""
 
     rows: list[int]
     packed: npt.NDArray[np.int32]
     seeds: npt.NDArray[np.uint64]
-    slots: list[int]  # of `Penalties`
+    penalised: bool
     listed: bool  # some have a top_k
     raced: bool  # some have a top_p or min_p, and no top_k
-    edited: bool
     by_hand: bool  # edited by more than penalties
 
 
@@ -50,19 +49,14 @@ class BatchSampler:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(outcome as of `kernels.sampling.greedy`, the settings of the rows on the device)."""
         batch = self._batch_of([row for row, _ in items])
-        packed = self._settings(batch, items, mask)
-        settings = upload(packed, self._rows.device)
+        settings = upload(self._settings(batch, items, mask), self._rows.device)
+        bits = settings if mask is None else self._operators.send(mask.all_bits(), self._rows.device)
         x = logits
-        if edited := batch.edited or mask is not None:
-            bits = None if mask is None else self._operators.send(mask.all_bits(), self._rows.device)
-            x = self._operators.copy_masked(logits, settings, bits)
-            if batch.by_hand:
-                self._rows.edit_(x, items)
-            longest = int(packed[8].max())
-            if longest > 0:
-                self._rows.penalties.apply_rows_(self._operators, x, settings, longest)
-        outcome = self._operators.draw(x, settings, batch.listed, batch.raced)
-        if edited:  # what is not finite may have been edited away
+        if batch.by_hand:
+            x = logits.to(torch.float32, copy=True)
+            self._rows.edit_(x, items)
+        outcome = self._operators.draw(x, settings, bits, self._rows.penalties.seen, batch.listed, batch.raced)
+        if batch.by_hand:  # what is not finite may have been edited away
             raw = self._ops.greedy(logits) if best is None else best
             outcome *= raw[1:, : len(items)]
         return outcome, settings
@@ -71,36 +65,33 @@ class BatchSampler:
         """What is the same in each step over ``rows``; found once, since steps are often over the same."""
         if self._batch is None or self._batch.rows != rows:
             of = self._rows.parameters[rows]
-            packed = np.full((12, len(rows)), -1, np.int32)
+            packed = np.full((11, len(rows)), -1, np.int32)
             packed[2], packed[7] = of["top_k"], of["slot"]
-            floats = {3: "temperature", 4: "top_p", 5: "min_p", 9: "repetition", 10: "presence", 11: "frequency"}
+            floats = {3: "temperature", 4: "top_p", 5: "min_p", 8: "repetition", 9: "presence", 10: "frequency"}
             for at, name in floats.items():
                 packed[at] = of[name].view(np.int32)
             listed = of["top_k"] > 0
             raced = ~listed & ((of["top_p"] < 1) | (of["min_p"] > 0))
             states = [self._rows[row] for row in rows]
             by_hand = any(state.is_edited_by_hand() for state in states)
-            slots = [state.slot for state in states if state.slot is not None]
             self._batch = _Batch(
                 rows,
                 packed,
                 of["seed"].copy(),
-                slots,
+                any(state.slot is not None for state in states),
                 bool(listed.any()),
                 bool(raced.any()),
-                by_hand or bool(slots),
                 by_hand,
             )
         return self._batch
 
     def _settings(self, batch: _Batch, items: list[SampleItem], mask: TokenMask | None) -> npt.NDArray[np.int32]:
-        """As `kernels.sampling_triton` takes them."""
+        """As `kernels.race_triton` describes them."""
         packed = batch.packed.copy()
         positions = np.array([position for _, position in items], np.uint64)
         packed[:2] = kernels.noise_keys(batch.seeds, positions).T
         if mask is not None:
             packed[6, mask.items] = np.arange(len(mask.items))
-        packed[8] = self._rows.penalties.lengths(packed[7]) if batch.slots else 0
         return packed
 
     def record(self, tokens: torch.Tensor, items: list[SampleItem], settings: torch.Tensor) -> None:
@@ -108,5 +99,5 @@ class BatchSampler:
         batch = self._batch or self._batch_of([row for row, _ in items])
         if batch.by_hand:
             self._rows.shift_tails(tokens, items)
-        if batch.slots:
-            self._rows.penalties.append_rows(self._operators, batch.slots, tokens, settings)
+        if batch.penalised:
+            self._rows.penalties.append_rows(self._operators, tokens, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from octavo.types import TokenLogprobs
@@ -14,7 +15,7 @@ class LogprobGroup(NamedTuple):
 
     items: list[int]
     counts: list[int]
-    tensors: tuple[torch.Tensor, ...]  # as `kernels.sampling.logprobs` returns them
+    packed: torch.Tensor  # see `kernels.sampling.packed_logprobs`
 
 
 class Sampled:
@@ -28,7 +29,7 @@ class Sampled:
         self._count = count
         # Copies are queued now: queued in `finish`, they would wait for a step that was launched in between.
         self._host = _to_host(outcome)
-        self._logprobs = [g._replace(tensors=tuple(_to_host(t) for t in g.tensors)) for g in logprobs]
+        self._logprobs = [group._replace(packed=_to_host(group.packed)) for group in logprobs]
         self._copied: torch.cuda.Event | None = None
         if outcome.is_cuda:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -52,7 +53,7 @@ class Sampled:
         found: dict[int, TokenLogprobs] = {}
         for group in self._logprobs:
             chosen = [tokens[item] for item in group.items]
-            entries = token_logprobs(chosen, group.counts, group.tensors)
+            entries = token_logprobs(chosen, group.counts, group.packed)
             found.update((item, entry) for item, entry in zip(group.items, entries, strict=True) if finite[item])
         return tokens, found, bad
 
@@ -61,13 +62,13 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor
 
 
-def token_logprobs(
-    tokens: list[int],
-    counts: list[int],
-    tensors: tuple[torch.Tensor, ...],
-) -> list[TokenLogprobs]:
-    """One `TokenLogprobs` for each of ``tokens`` from what `kernels.sampling.logprobs` returned."""
-    own, ranks, ids, values = (tensor.tolist() for tensor in tensors)
+def token_logprobs(tokens: list[int], counts: list[int], packed: torch.Tensor) -> list[TokenLogprobs]:
+    """One `TokenLogprobs` for each of ``tokens`` from what `kernels.sampling.packed_logprobs` returned."""
+    numbers = packed.cpu().numpy()
+    most = numbers.shape[1] // 2 - 1
+    ids, floats = numbers[:, 2 : 2 + most].tolist(), numbers.view(np.float32)
+    own, values = floats[:, 0].tolist(), floats[:, 2 + most :].tolist()
+    ranks = numbers[:, 1].tolist()
     return [
         TokenLogprobs(token, own[i], ranks[i], ids[i][:count], values[i][:count])
         for i, (token, count) in enumerate(zip(tokens, counts, strict=True))

@@ -31,7 +31,7 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device, ops: Ops = REFERENCE) -> None:
         self._ops = ops
         self._most = max(1, _MAX_ELEMENTS // vocab_size)  # rows worked on at once
-        self._rows = SamplingRows(vocab_size, device)
+        self._rows = SamplingRows(vocab_size, device, by_rows=ops.row_sampling is not None)
         self._groups = GroupSampler(self._rows, self._most)
         self._batch = None if ops.row_sampling is None else BatchSampler(self._rows, ops, ops.row_sampling)
 
@@ -52,12 +52,11 @@ class Sampler:
             return
         logits = torch.zeros(2, self._rows.vocab, dtype=dtype, device=self._rows.device)
         items = [SampleItem(0, 1), SampleItem(1, 1)]
-        self.start(0, [0], 1, Sampling(max_tokens=1, top_k=2, presence_penalty=0.1, logprobs=2))
-        self.start(1, [0], 1, Sampling(max_tokens=1, top_p=0.5))
         bits = np.full((2, -(-self._rows.vocab // 32)), -1, np.int32)
-        self.sample(logits, items, None, TokenMask.of([0, 1], bits)).finish()
-        self.start(0, [0], 1, Sampling(max_tokens=1, top_k=2))
-        self.sample(logits, items).finish()
+        self.start(1, [0], 1, Sampling(max_tokens=1, top_p=0.5))
+        for bias in ({}, {0: 1.0}):  # with it, logits are copied in float32
+            self.start(0, [0], 1, Sampling(max_tokens=1, top_k=2, presence_penalty=0.1, logprobs=2, logit_bias=bias))
+            self.sample(logits, items, None, TokenMask.of([0, 1], bits)).finish()
         for row in (0, 1):
             self.end(row)
 
@@ -100,8 +99,8 @@ class Sampler:
         found: list[TokenLogprobs] = []
         for first in range(0, len(targets), self._most):
             part = targets[first : first + self._most]
-            tensors = self._logprobs_of(logits[first : first + self._most], self._rows.ids(part).int(), count)
-            found += token_logprobs(part, [count] * len(part), tensors)
+            packed = self._logprobs_of(logits[first : first + self._most], self._rows.ids(part).int(), count)
+            found += token_logprobs(part, [count] * len(part), packed)
         return found
 
     def _record(self, tokens: torch.Tensor, items: list[SampleItem], settings: torch.Tensor | None) -> None:
@@ -122,9 +121,9 @@ class Sampler:
             groups.append(LogprobGroup(part, counts, self._logprobs_of(x, own, max(counts))))
         return groups
 
-    def _logprobs_of(self, logits: torch.Tensor, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    def _logprobs_of(self, logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
         rows = self._ops.row_sampling
-        return (kernels.logprobs if rows is None else rows.logprobs)(logits, tokens, count)
+        return (kernels.packed_logprobs if rows is None else rows.logprobs)(logits, tokens, count)
 
 
 class NoSampler(Sampler):

@@ -80,13 +80,16 @@ _PARAMETERS = np.dtype(
 
 
 class SamplingRows:
-    """Who is in which row. ``parameters[row]`` are its settings as arrays want them."""
+    """Who is in which row. ``parameters[row]`` are its settings as arrays want them.
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
+    ``by_rows``: operators take rows with settings of their own, see `kernels.select.RowSampling`.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device, *, by_rows: bool) -> None:
         self.vocab = vocab_size
         self.device = device
         self.parameters = np.zeros(0, _PARAMETERS)
-        self.penalties = Penalties(vocab_size, device)
+        self.penalties = Penalties(vocab_size, device, listed=not by_rows)
         self.with_logprobs: set[int] = set()
         self.with_history: set[int] = set()  # rows whose state takes in the sampled token
         self._rows: dict[int, Row] = {}
