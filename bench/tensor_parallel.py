@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from array import array
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,23 +105,22 @@ def run(core: Any, work: Work, tag: str) -> tuple[float, list[list[int]]]:
 
 
 def traced(core: Any, work: Work) -> dict[str, float]:
-    """Microseconds of a decode step of rank 0, by what its kernels are for."""
+    """Microseconds of a decode step of rank 0, by kernel, the longest first."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
     short, long = ([(prompt, count) for prompt, _ in work] for count in (32, 96))
-    totals: list[dict[str, float]] = []
+    totals: list[Counter[str]] = []
     for name, part in (("short", short), ("long", long)):
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             run(core, part, name)
             torch.cuda.synchronize()
-        total = {"sums": 0.0, "gathers": 0.0, "other kernels": 0.0}
+        total: Counter[str] = Counter()
         for row in trace.key_averages():
-            lowered = row.key.lower()
-            kind = "sums" if "all_reduce" in lowered or "allreduce" in lowered else "other kernels"
-            total["gathers" if "allgather" in lowered else kind] += row.self_device_time_total
+            total[row.key[:60]] += row.self_device_time_total
         totals.append(total)
-    return {kind: (totals[1][kind] - totals[0][kind]) / 64 for kind in totals[0]}
+    totals[1].subtract(totals[0])
+    return {name: round(us / 64, 1) for name, us in totals[1].most_common() if us >= 64}
 
 
 def measure(model: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def measure(model: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     core = engine(model, ranks, args.device)
     result: dict[str, Any] = {"model": model, "ranks": ranks, "ready_s": time.perf_counter() - begin, "workloads": {}}
-    print(model, ranks, "ready", {name: round(seconds, 2) for name, seconds in core.phases.items()}, flush=True)
+    print(model, ranks, "ready", {name: round(seconds, 2) for name, seconds in core.info.phases.items()}, flush=True)
     run(core, [([5 + i] * (16 + i), 16) for i in range(32)], "warm")
     card = Card(args.bandwidth * ranks, args.flops * ranks)
     for name in args.workloads.split(","):

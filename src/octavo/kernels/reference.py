@@ -37,8 +37,13 @@ def add_rms_norm(
     return rms_norm(total, weight, eps), total
 
 
-def embed(ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
-    """``weight[ids - first]`` for ``ids[T]``, and zeros where ``weight[V, C]`` has no such row: ``[T, C]``."""
+def embed(ids: torch.Tensor, weight: torch.Tensor, first: int | None = None) -> torch.Tensor:
+    """``weight[ids]`` for ``ids[T]`` and ``weight[V, C]``: ``[T, C]``.
+
+    If the weight is the part of a vocabulary from ``first`` on, zeros stand for the ids that are not in it.
+    """
+    if first is None:
+        return F.embedding(ids, weight)
     local = ids - first
     own = (local >= 0) & (local < len(weight))
     return F.embedding(local.clamp(0, len(weight) - 1), weight).masked_fill_(~own.unsqueeze(-1), 0)

@@ -225,7 +225,7 @@ class Ops:
     store_kv_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
     place_heads_: PlaceHeads
     attention: Attention
-    embed: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+    embed: Callable[[torch.Tensor, torch.Tensor, int | None], torch.Tensor]
     greedy: Greedy
     pack_linear: Callable[[torch.Tensor, torch.Tensor | None], PackedLinear | None]
     fuse_layer: Callable[[LayerParts], FusedLayer | None]

@@ -356,13 +356,13 @@ def greedy(logits: torch.Tensor, part: VocabPart = WHOLE) -> torch.Tensor:
     return out
 
 
-def embed(ids: torch.Tensor, weight: torch.Tensor, first: int) -> torch.Tensor:
+def embed(ids: torch.Tensor, weight: torch.Tensor, first: int | None = None) -> torch.Tensor:
     """See `reference.embed`."""
     size = weight.shape[1]
     out = torch.empty((len(ids), size), dtype=weight.dtype, device=weight.device)
     if len(ids):
         chain, block = chained(weight.device), triton.next_power_of_2(size)
-        _embed_kernel[(len(ids),)](ids, weight, out, first, len(weight), size, block, chain, launch_pdl=chain)
+        _embed_kernel[(len(ids),)](ids, weight, out, first or 0, len(weight), size, block, chain, launch_pdl=chain)
     return out
 
 

@@ -33,7 +33,7 @@ class Embedding(Layer):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if self.cut is None:
-            return F.embedding(ids, self.weight) if self.packed is None else self.packed.rows(ids)
+            return self.ops.embed(ids, self.weight, None) if self.packed is None else self.packed.rows(ids)
         if self.packed is None:
             return self.group.all_reduce(self.ops.embed(ids, self.weight, self.cut.first))
         local = ids - self.cut.first

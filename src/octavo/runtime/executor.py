@@ -276,10 +276,10 @@ class Executor:
         get_logger().error("%s", error)
         for follower in self._followers.values():  # one that is stopped would not see that this process ends
             follower.process.kill()
-        if self.on_failure is not None:
-            self.on_failure()
-        if self._on_death is not None:
+        if self._on_death is not None:  # which may end this process; what follows can wait for the device
             self._on_death(error)
+        if self.on_failure is not None:
+            threading.Thread(target=self.on_failure, name="octavo-ranks-abort", daemon=True).start()
         return error
 
 
