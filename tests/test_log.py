@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -10,11 +11,12 @@ from octavo import log
 
 @pytest.fixture
 def logger() -> Iterator[None]:
-    one = log.get_logger()
-    before = (one.handlers[:], one.propagate, one.level)
+    all = [logging.getLogger(name) for name in ("octavo", *log.OTHERS)]
+    before = [(one.handlers[:], one.propagate, one.level) for one in all]
     yield
-    one.handlers[:], one.propagate = before[0], before[1]
-    one.setLevel(before[2])
+    for one, (handlers, propagate, level) in zip(all, before, strict=True):
+        one.handlers[:], one.propagate = handlers, propagate
+        one.setLevel(level)
 
 
 @pytest.mark.usefixtures("logger")
@@ -40,7 +42,7 @@ def test_json_is_one_object_a_line_with_the_traceback_inside(
     try:
         raise ZeroDivisionError("why it failed")
     except ZeroDivisionError:
-        log.get_logger().exception("request 1 failed")
+        logging.getLogger("asyncio").exception("request 1 failed")
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["level"], first["message"]) == ("info", "first line\nwith a break")
     assert first["time"] > 1e9

@@ -15,6 +15,9 @@ FORMAT = "OCTAVO_LOG_FORMAT"
 PROCESS = "OCTAVO_LOG_PROCESS"
 """The environment variable with the name of this process, where there are several of its kind: "engine 1"."""
 
+OTHERS = ("asyncio", "uvicorn.error")
+"""Loggers of libraries whose errors come in the same format."""
+
 _START = time.perf_counter()
 # Bearer tokens, keys of well-known services, credentials in URLs, and whatever is assigned to a name that says secret.
 _SECRET = re.compile(
@@ -66,7 +69,8 @@ def configure(level: str = "info") -> None:
     """Logs to standard error, in the format of the environment variable `FORMAT`. Called by the command line only."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if os.environ.get(FORMAT) == "json" else _Format())
-    logger = get_logger()
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    logger.setLevel(level.upper())
+    get_logger().setLevel(level.upper())
+    for name in ("octavo", *OTHERS):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False

@@ -105,3 +105,18 @@ async def _aborted(server: Server) -> bool:
             return True
         await asyncio.sleep(0.02)
     return False
+
+
+UPGRADE = b"GET /ping HTTP/1.1\r\nhost: x\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"\0\1\r\n\r\n", UPGRADE])
+def test_what_a_client_sends_wrong_is_no_line_of_the_log(sent: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(address: tuple[str, int]) -> None:
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(sent)
+        assert await reader.readline()
+        writer.close()
+
+    talk(Server(), work)
+    assert not caplog.records

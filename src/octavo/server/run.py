@@ -246,7 +246,7 @@ def _http_config(app: Any) -> uvicorn.Config:
         lifespan="off",
         ws="none",
         log_config=None,
-        log_level="warning",
+        log_level="error",  # what clients do wrong is no line of the log
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=1,
