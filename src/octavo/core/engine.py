@@ -60,26 +60,10 @@ class EngineCore:
         # Launched steps that may stay unread.
         self._depth = int(worker.overlaps if overlap is None else overlap)
         self._timed("weights", lambda: worker.load(progress))
-        num_pages, max_len = self._timed("warm-up", worker.plan_memory)
-        limits = SchedulerLimits(
-            max_rows=worker.max_rows,
-            max_tokens=config.limits.max_num_batched_tokens,
-            max_len=max_len,
-            page_size=int(config.memory.block_size),
-            num_pages=num_pages,
-            prefix_caching=config.memory.enable_prefix_caching and worker.shares_prefixes,
-        )
-        if config.memory.enable_prefix_caching and not worker.shares_prefixes:
-            get_logger().info("prefix cache: off, since this model keeps more of a sequence than pages")
-        if num_pages * limits.page_size < max_len:
-            raise OutOfMemory(
-                f"The KV cache holds {num_pages} pages of {limits.page_size} tokens, "
-                f"less than one sequence of max_model_len, which is {max_len}.",
-                "Lower --max-model-len or raise --kv-cache-memory-bytes.",
-            )
+        limits = _limits(config, worker, *self._timed("warm-up", worker.plan_memory))
         self.info = EngineInfo(
-            max_model_len=max_len,
-            num_pages=num_pages,
+            max_model_len=limits.max_len,
+            num_pages=limits.num_pages,
             page_size=limits.page_size,
             vocab_size=model.vocab_size,
             hash_key=hash_key or secrets.token_bytes(32),
@@ -283,6 +267,27 @@ class EngineCore:
         value = call()
         self._phases[name] = time.perf_counter() - start
         return value
+
+
+def _limits(config: EngineConfig, worker: WorkerBase, num_pages: int, max_len: int) -> SchedulerLimits:
+    """Raises `OutOfMemory` if the pages do not hold the longest sequence."""
+    page_size = int(config.memory.block_size)
+    if num_pages * page_size < max_len:
+        raise OutOfMemory(
+            f"The KV cache holds {num_pages} pages of {page_size} tokens, "
+            f"less than one sequence of max_model_len, which is {max_len}.",
+            "Lower --max-model-len or raise --kv-cache-memory-bytes.",
+        )
+    if config.memory.enable_prefix_caching and not worker.shares_prefixes:
+        get_logger().info("prefix cache: off, since this model keeps more of a sequence than pages")
+    return SchedulerLimits(
+        max_rows=worker.max_rows,
+        max_tokens=config.limits.max_num_batched_tokens,
+        max_len=max_len,
+        page_size=page_size,
+        num_pages=num_pages,
+        prefix_caching=config.memory.enable_prefix_caching and worker.shares_prefixes,
+    )
 
 
 def _refusal(request: Request, error: str, status: int) -> TokenOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ class Service:
         self.batches: dict[str, asyncio.Task[None]] = {}
         self.closing = False
         self.max_waiting = max_waiting
-        self.routes: tuple[Route, ...] = ()
+        self.routes: tuple[Route, ...] = ()  # set once, by `app.build_app` or `run_batch`
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -65,7 +66,7 @@ class Service:
         """Requests that are being answered."""
         return self._active
 
-    @property
+    @cached_property
     def endpoints(self) -> dict[str, Endpoint[Any]]:
         """Those that generate text, by path."""
         return {route.path: route.endpoint for route in self.routes if route.endpoint is not None}
