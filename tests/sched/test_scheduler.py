@@ -253,4 +253,4 @@ def test_random_traffic_keeps_the_invariants_and_the_answers(data: st.DataObject
 def assert_idle(core: EngineCore) -> None:
     assert core.stats().pages_used == 0
     assert core.stats().running == core.stats().waiting == 0
-    assert not core.scheduler._claims
+    assert not core.scheduler._prefixes._claims

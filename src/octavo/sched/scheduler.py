@@ -11,13 +11,11 @@ one longest sequence (the engine sees to that), and everybody else can be preemp
 from __future__ import annotations
 
 import heapq
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from octavo.cache.pages import Page, PagePool
-from octavo.cache.prefix import page_key
-from octavo.sched.claims import Claims
+from octavo.sched.prefixes import Prefixes
 from octavo.sched.sequence import SequenceState, Status
 from octavo.types import (
     FinishReason,
@@ -75,15 +73,14 @@ class Scheduler:
         self.limits = limits
         self.pool = PagePool(limits.num_pages)
         self.counters = Counters()
-        self._hash_key = hash_key
         self._sequences: dict[str, SequenceState] = {}
-        # A heap; entries that are not WAITING are stale. Those that wait for a page of another are in `_claims`.
+        # A heap; entries that are not WAITING are stale. Those that wait for a page of another are in `_prefixes`.
         self._waiting: list[tuple[tuple[int, int], SequenceState]] = []
         self._num_waiting = 0  # in both
         self._running: list[SequenceState] = []  # in the order of admission
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._ended: list[int] = []
-        self._claims = Claims()
+        self._prefixes = Prefixes(self.pool, limits.page_size, hash_key, enabled=limits.prefix_caching)
         self._launched: list[list[_Item]] = []  # plans not committed yet, oldest first
         self._arrivals = 0
         self._step = 0
@@ -120,8 +117,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Nothing computed so far will be found again; running requests keep their pages but share no more of them."""
-        self.pool.forget()
-        self._requeue(self._claims.clear())
+        self._requeue(self._prefixes.forget())
         for seq in self._running:
             seq.published = self.limits.max_len  # above any page count: offers none of its pages any more
 
@@ -170,7 +166,7 @@ class Scheduler:
             if seq.epoch == item.epoch:
                 seq.committed += item.count
                 if seq.committed >= (seq.published + 1) * self.limits.page_size:
-                    self._publish(seq)
+                    self._requeue(self._prefixes.publish(seq))
             scores = result.prompt_logprobs
             prompt_logprobs = self._fresh_scores(item, scores[index]) if index in scores else []
             if index in result.bad:
@@ -249,7 +245,7 @@ class Scheduler:
         assert sorted(rows + self._free_rows) == list(range(self.limits.max_rows)), "a row is lost or used twice"
         waiting = sum(seq.status is Status.WAITING for seq in self._sequences.values())
         assert waiting == self._num_waiting, f"{waiting} waiting, {self._num_waiting} counted"
-        queued = [*(entry[1] for entry in self._waiting), *self._claims.waiting()]
+        queued = [*(entry[1] for entry in self._waiting), *self._prefixes.waiting()]
         assert waiting == sum(seq.status is Status.WAITING for seq in queued), "a request waits nowhere, or twice"
         assert len(self._sequences) == waiting + len(rows), "a sequence is neither waiting nor running"
 
@@ -290,9 +286,9 @@ class Scheduler:
             if not seq.ready:
                 passed.append(seq)
                 continue
-            hit, awaited = self._find(seq)
+            hit, awaited = self._prefixes.find(seq)
             if awaited is not None:
-                self._claims.wait(seq, awaited)
+                self._prefixes.wait(seq, awaited)
                 continue
             if self._pages_for(seq, hit) > self.pool.num_free:
                 passed.append(seq)
@@ -314,7 +310,7 @@ class Scheduler:
         first = self._waiting[0][1]
         if not first.ready:
             return
-        hit, awaited = self._find(first)
+        hit, awaited = self._prefixes.find(first)
         if awaited is None and (not self._free_rows or self._pages_for(first, hit) > self.pool.num_free):
             self._preempt(victim)
 
@@ -326,16 +322,6 @@ class Scheduler:
         needed = -(-(seq.known + 1) // self.limits.page_size) - len(hit)
         return needed + sum(page.refs == 0 for page in hit)
 
-    def _find(self, seq: SequenceState) -> tuple[list[Page], bytes | None]:
-        """The pages that ``seq`` can reuse, and the key of one that it should wait for as another computes it."""
-        if not self.limits.prefix_caching or seq.sampling.prompt_logprobs is not None:
-            return [], None
-        self._extend_keys(seq, seq.known)
-        usable = (seq.known - 1) // self.limits.page_size  # at least one token is computed: its logits are needed
-        keys = seq.keys[:usable]
-        hit = self.pool.match(keys)
-        return hit, self._claims.awaited(keys, len(hit))
-
     def _start(self, seq: SequenceState, hit: list[Page], budget: int, starts: list[RowStart]) -> _Item:
         first = seq.preemptions == 0
         self.pool.reuse(hit)
@@ -343,8 +329,7 @@ class Scheduler:
         count = min(seq.todo, budget)
         self._take(seq, -(-(seq.computed + count) // self.limits.page_size) - len(hit))
         self._running.append(seq)
-        if self.limits.prefix_caching:
-            self._claims.add(seq, seq.keys[len(hit) :])
+        self._prefixes.claim(seq, len(hit))
         if first:
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.cached_tokens += seq.cached
@@ -403,25 +388,6 @@ class Scheduler:
 
     # --- bookkeeping ----------------------------------------------------------------------------------------
 
-    def _publish(self, seq: SequenceState) -> None:
-        if not self.limits.prefix_caching:
-            return
-        full = min(seq.committed, len(seq.tokens)) // self.limits.page_size
-        if full <= seq.published:
-            return
-        self._extend_keys(seq, full * self.limits.page_size)
-        for index in range(seq.published, full):
-            self.pool.publish(seq.pages[index], seq.keys[index])
-        self._requeue(self._claims.release(seq, seq.keys[seq.published : full]))
-        seq.published = full
-
-    def _extend_keys(self, seq: SequenceState, length: int) -> None:
-        size = self.limits.page_size
-        while (len(seq.keys) + 1) * size <= min(length, len(seq.tokens)):
-            start = len(seq.keys) * size
-            parent = seq.keys[-1] if seq.keys else seq.salt
-            seq.keys.append(page_key(self._hash_key, parent, array("i", seq.tokens[start : start + size]).tobytes()))
-
     def _preempt(self, seq: SequenceState) -> None:
         self._vacate(seq)
         self.pool.release(seq.preempt())
@@ -440,7 +406,7 @@ class Scheduler:
         self._running.remove(seq)
         self._free_rows.append(seq.row)
         self._ended.append(seq.row)
-        self._requeue(self._claims.release(seq, seq.keys[seq.published :]))
+        self._requeue(self._prefixes.release(seq))
 
     def _wait(self, seq: SequenceState) -> None:
         self._num_waiting += 1
