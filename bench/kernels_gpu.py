@@ -42,7 +42,7 @@ LINEAR_ROWS = (4, 16, 32, 64)
 LINEAR_LAUNCHES = [
     linear_triton.Launch(outputs, tile, 1, warps, stages, prefetch)
     for (outputs, warps), tile, stages, prefetch in itertools.product(
-        ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)), (64, 128), (3, 5, 7), (False, True)
+        ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8)), (64, 128), (3, 5, 7), (0, linear_triton.ALL)
     )
 ]
 SPLITS = (1, 2, 3, 4, 6, 8, 16)

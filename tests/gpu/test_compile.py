@@ -45,7 +45,10 @@ def launches():
     ints = batch.meta.rows
     step_triton.put_(ints, ints, step_triton.take_in_(ints, ints, ints, ints, ints, ints))
     x, weight = torch.zeros(64, 1024, dtype=half), torch.zeros(512, 1024, dtype=half)
-    linear_triton.split_linear(x, weight, None, Launch(64, 128, 2, 4, 5, prefetch=True), "silu")
+    linear_triton.split_linear(x, weight, None, Launch(64, 128, 2, 4, 5, prefetch=256), "silu")
+    for kind in ("Q4_1", "Q8_0"):
+        blocks = torch.zeros(64, 32 * blocks_triton.SIZES[kind], dtype=torch.uint8)
+        blocks_triton.pack_blocks([(kind, blocks)], None, half)(x)
     logits, settings = torch.zeros(2, 128256, dtype=half), torch.zeros(11, 2, dtype=torch.int32)
     seen = torch.zeros(1, 128256, dtype=torch.int16)
     sampling_triton.draw(logits, settings, settings, seen, True, True)

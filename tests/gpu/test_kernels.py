@@ -190,7 +190,7 @@ def test_a_product_of_tens_of_rows_equals_the_float64_answer(
         pytest.skip("takes the interpreter too long")
     x, weight = normal(rows, shape[1], dtype=dtype), normal(*shape, dtype=dtype)
     added = normal(shape[0], dtype=dtype) if bias else None
-    launch = linear_triton.choose(x, weight) or linear_triton.Launch(64, 128, 2, 4, 3, prefetch=True)
+    launch = linear_triton.choose(x, weight) or linear_triton.Launch(64, 128, 2, 4, 3, linear_triton.ALL)
     want = reference.linear(x.double(), weight.double(), None if added is None else added.double())
     for _ in range(3):  # each leaves the counters as the next needs them
         got = linear_triton.split_linear(x, weight, added, launch).double()

@@ -29,19 +29,23 @@ _TILE = 16384  # elements of the weight that a program reads
 _OUTPUTS, _COLUMNS = 64, 128  # of the weight: the tile of the tensor-core product
 _MOST_BLOCKS = 512  # more than that, and torch's product is as fast
 _LEAST_PROGRAMS = 64
+ALL = 1 << 16  # columns: as many as there are
 _WHOLE_WAVE = range(96, 129)  # programs that occupy the card once
 
 
 @dataclass(frozen=True)
 class Launch:
-    """``outputs`` rows of the weight a program, ``tile`` of their elements at once, ``splits`` programs a row."""
+    """``outputs`` rows of the weight a program, ``tile`` of their elements at once, ``splits`` programs a row.
+
+    ``prefetch``: so many columns of its part a program asks for before it waits for the kernel that makes ``x``.
+    """
 
     outputs: int
     tile: int
     splits: int
     warps: int
     stages: int
-    prefetch: bool = False
+    prefetch: int = 0
 
 
 @triton.jit
@@ -118,7 +122,7 @@ def _split_kernel(
     end = tl.minimum(begin + share, size)
     weight_row = weight_ptr + tl.where(live, n, 0).to(tl.int64) * size
     if PREFETCH:
-        _prefetch((weight_row + begin).to(tl.int64), (tl.zeros_like(n) + (end - begin) * 2))
+        _prefetch((weight_row + begin).to(tl.int64), tl.zeros_like(n) + tl.minimum(end - begin, PREFETCH) * 2)
     bias = tl.load(bias_ptr + n, live, 0.0).to(tl.float32) if HAS_BIAS else tl.zeros([OUTPUTS], tl.float32)
     release(CHAINED)
     wait(CHAINED)
@@ -185,7 +189,7 @@ def split_linear(
     partial, arrived = _scratch(x.device, blocks * splits * launch.outputs * pad, blocks) if splits > 1 else (out, out)
     _split_kernel[(blocks, splits)](
         x, weight, bias, out, partial, arrived, rows, out_size, size, share, splits,
-        pad, launch.outputs, launch.tile, splits > 1, gate, bias is not None, launch.prefetch and chain, chain,
+        pad, launch.outputs, launch.tile, splits > 1, gate, bias is not None, launch.prefetch if chain else 0, chain,
         num_warps=launch.warps, num_stages=launch.stages, launch_pdl=chain,
     )  # fmt: skip
     return out
@@ -218,7 +222,8 @@ def choose(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Lau
         splits *= 2
     while blocks * splits < _WHOLE_WAVE.start and size >= 2048 * splits:
         splits *= 2
-    return Launch(_OUTPUTS, _COLUMNS, splits, warps=4, stages=5, prefetch=blocks * splits <= _LEAST_PROGRAMS)
+    prefetch = ALL if blocks * splits <= _LEAST_PROGRAMS else 0
+    return Launch(_OUTPUTS, _COLUMNS, splits, warps=4, stages=5, prefetch=prefetch)
 
 
 def _takes_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
