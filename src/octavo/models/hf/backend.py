@@ -30,8 +30,9 @@ from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
 from octavo.models.hf.build import build, freeze_rope, refuse_parts
 from octavo.models.hf.generic import Generic
 from octavo.models.hf.head import ClassHead
-from octavo.models.hf.native import NativeDecoder, NotNative, Proven, Slot, drop_layers, prove
+from octavo.models.hf.native import NotNative, Slot
 from octavo.models.hf.probe import first_position
+from octavo.models.hf.proof import NativeDecoder, Proven, drop_layers, prove
 from octavo.models.hf.records import Record, is_native
 from octavo.models.hf.shard import refuse_generic, shard
 from octavo.models.hf.swaps import swap, swap_decoder

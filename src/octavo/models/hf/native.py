@@ -1,15 +1,11 @@
-"""Native Llama layers in place of a decoder of Transformers, where both compute the same.
+"""Native Llama layers like the decoder layers of a Transformers model, and where their weights come from.
 
-A layer with the parts of Llama's is a candidate. The proof is by example and needs no weights of the model: a copy of
-the decoder in float32 with random weights, strong enough for sharp attention, runs over a few tokens at positions far
-apart. Each native layer has to add to the hidden states what its counterpart added, and nothing else may happen to them
-on their way from the embedding through all layers and the last norm. What that shows is a matter of the code and the
-config, since weights steer no control flow, so the checkpoint is read into the native layers at once.
+A layer with the parts of Llama's is a candidate: projections packed or not, with biases or without, norms of heads or
+none. Whether a native layer computes the same is for `models.hf.proof` to find out.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
@@ -24,12 +20,10 @@ from octavo.errors import OctavoError
 from octavo.kernels.select import REFERENCE, Ops
 from octavo.layers.base import Layer
 from octavo.layers.linear import Linear
-from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import Rotary, shared_rotaries
 from octavo.models.hf.attention import PagedAttention
 from octavo.models.hf.norms import Formulas, NormFormula, formula_of_kind
-from octavo.models.hf.probe import Call, same, small_context, spread, watch
-from octavo.models.llama import Decoder, LlamaDecoderLayer
+from octavo.models.llama import LlamaDecoderLayer
 from octavo.parallel.group import current
 from octavo.parallel.shards import heads_of_rank
 
@@ -38,10 +32,6 @@ Key = TypeVar("Key", bound=Hashable)
 
 class NotNative(Exception):
     """Why a decoder keeps its own layers, as a clause."""
-
-
-class NativeDecoder(Decoder):
-    """The model's own embedding, native layers that were proven, and a native norm."""
 
 
 @dataclass(frozen=True)
@@ -79,167 +69,6 @@ class Filling(Generic[Key]):
             slot.layer.finish(self._ops)
 
 
-@dataclass(frozen=True)
-class Proven:
-    """A decoder that computes what the model's own does, without memory yet; ``slots`` by the model's parameters."""
-
-    decoder: NativeDecoder
-    slots: Mapping[str, Slot]
-
-    def filling(self, device: torch.device, ops: Ops) -> Filling[str]:
-        """What gives the layers memory and content."""
-        for layer in self.decoder.modules():
-            if isinstance(layer, Layer) and next(layer.parameters(), None) is None:
-                layer.finish(ops)
-        return Filling(self.slots, device, ops)
-
-
-@torch.inference_mode()
-def prove(
-    model: nn.Module, body_name: str, config: ModelConfig, geometry: ModelConfig, max_len: int, device: torch.device
-) -> Proven:
-    """The native decoder that computes what the decoder ``body_name`` of ``model`` does; raises `NotNative`.
-
-    ``model`` has no memory for its parameters yet. ``config`` has the layers as traced, ``geometry`` those read from
-    config.json, with their rotary settings. Takes memory for one decoder layer in float32, twice.
-    """
-    body = model.get_submodule(body_name)
-    layers, last = _layers(body), _last_norm(body)
-    builder = _Builder(config, geometry, max_len)
-    parts = [builder.parts(layer) for layer in layers]
-    for rotary in builder.tables:
-        rotary.materialise(device)
-    wirings = _tried(body, builder, spread(max_len, device))
-
-    names = {module: f"{body_name}.{name}" if body_name else name for name, module in body.named_modules()}
-    made = [builder.build(own, wiring, builder.dtype) for own, wiring in zip(parts, wirings, strict=True)]
-    slots: dict[str, Slot] = {}
-    for one in made:
-        slots |= {f"{names[module]}.{kind}": slot for (module, kind), slot in one.slots.items()}
-    formula = builder.formula(last)
-    norm = RMSNorm(last.get_parameter("weight").shape[0], formula.eps, dtype=builder.dtype)
-    slots[f"{names[last]}.weight"] = Slot(norm, "weight", 0, norm.weight.shape, formula.add)
-    embedding: nn.Module = body.get_input_embeddings()  # type: ignore[operator]
-    return Proven(NativeDecoder(embedding, [one.layer for one in made], norm), slots)
-
-
-def _layers(body: nn.Module) -> nn.ModuleList:
-    lists = [module for module in body.children() if isinstance(module, nn.ModuleList) and len(module)]
-    if len(lists) != 1:
-        raise NotNative(f"{type(body).__name__} has {len(lists)} lists of layers")
-    return lists[0]
-
-
-def _last_norm(body: nn.Module) -> nn.Module:
-    """The one module beside the layers that can be a norm."""
-    found = [
-        module
-        for module in body.children()
-        if not list(module.children()) and [weight.dim() for weight in module.parameters()] == [1]
-    ]
-    if len(found) != 1:
-        raise NotNative(f"{type(body).__name__} has {len(found)} norms with one weight beside its layers")
-    return found[0]
-
-
-def drop_layers(body: nn.Module) -> None:
-    """The layers and the norm of ``body`` that a native decoder stands for."""
-    names = {module: name for name, module in body.named_children()}
-    setattr(body, names[_layers(body)], nn.ModuleList())
-    setattr(body, names[_last_norm(body)], nn.Identity())
-
-
-# --- the trial ------------------------------------------------------------------------------------------------------
-
-
-def _tried(body: nn.Module, builder: _Builder, positions: torch.Tensor) -> list[_Wiring]:
-    """How each native layer of the decoder ``body`` has to be wired; raises `NotNative`."""
-    trial = _with_random_weights(body, positions.device)
-    try:
-        seen = watch(trial, builder.config, torch.float32, positions)
-    except Exception as error:  # code that is not ours
-        raise NotNative(f"it could not be tried in float32 ({type(error).__name__}: {error})") from error
-    candidates: dict[Hashable, list[tuple[_Wiring, LlamaDecoderLayer]]] = {}
-    wirings = []
-    for index, layer in enumerate(_layers(trial)):
-        parts = builder.parts(layer)
-        if layer not in seen:
-            raise NotNative(f"layer {index} ({type(layer).__name__}) was not called")
-        if parts.kind not in candidates:  # layers of one kind have the same random weights, too
-            candidates[parts.kind] = list(builder.candidates(parts, positions.device))
-        for wiring, made in candidates[parts.kind]:
-            if _adds_the_same(made, seen[layer], builder.config, positions):
-                wirings.append(wiring)
-                break
-        else:
-            raise NotNative(f"layer {index} ({type(layer).__name__}) computes something else than a native layer")
-    _check_links(trial, seen, builder)
-    return wirings
-
-
-def _check_links(trial: nn.Module, seen: Mapping[nn.Module, Call], builder: _Builder) -> None:
-    """Nothing happens to hidden states between the embedding, the layers, the last norm and the result."""
-    embedding, norm = trial.get_input_embeddings(), _last_norm(trial)  # type: ignore[operator]
-    layers = list(_layers(trial))
-    if embedding not in seen or norm not in seen:
-        raise NotNative("its embedding or its last norm is not called")
-    ends = [seen[embedding].output, *(seen[layer].result for layer in layers), seen[norm].result]
-    begins = [*(seen[layer].hidden for layer in layers), seen[norm].hidden, seen[trial].result]
-    for number, (end, begin) in enumerate(zip(ends, begins, strict=True)):
-        if not torch.equal(end, begin):
-            raise NotNative(f"hidden states change after its {'embedding' if number == 0 else f'layer {number - 1}'}")
-    formula = builder.formula(norm)
-    ours = REFERENCE.rms_norm(seen[norm].hidden, norm.get_parameter("weight") + formula.add, formula.eps)
-    if not same(ours, seen[norm].result):
-        raise NotNative(f"its last norm ({type(norm).__name__}) computes something else than an RMS norm")
-
-
-def _with_random_weights(body: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of ``body`` in float32 on ``device``; weights of one name and shape are the same in all layers."""
-    trial, generator = copy.deepcopy(body), torch.Generator(device).manual_seed(0)
-    embedding = trial.get_input_embeddings()  # type: ignore[operator]
-    known: dict[Hashable, nn.Parameter] = {}
-    for root in (*_layers(trial), trial):
-        for name, module in root.named_modules():
-            for kind, old in list(module.named_parameters(recurse=False)):
-                if root is trial and not old.is_meta:
-                    continue  # a layer's
-                key = (root is trial, name, kind, old.shape)
-                if key not in known:
-                    rows = _overlapping if module is embedding and kind == "weight" else _random
-                    known[key] = nn.Parameter(rows(old.shape, generator), requires_grad=False)
-                setattr(module, kind, known[key])
-    for module in trial.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, (buffer.float() if buffer.is_floating_point() else buffer).to(device))
-        if isinstance(module, Layer):
-            module.finish(REFERENCE)  # it is the formula that is proven; kernels would have to be compiled, too
-    return trial
-
-
-def _random(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Matrices that make attention sharp, weights of norms and biases about 0.7."""
-    made = torch.empty(shape, device=generator.device).normal_(generator=generator)
-    return made.mul_(0.3).add_(0.7) if len(shape) == 1 else made.mul_(2 * shape[-1] ** -0.5)
-
-
-def _overlapping(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """Rows of an embedding, each one number further in the same memory: ids need different rows, not gigabytes."""
-    numbers = torch.empty(shape[0] + shape[1], device=generator.device).normal_(generator=generator)
-    return numbers.as_strided(shape, (1, 1))
-
-
-def _adds_the_same(made: LlamaDecoderLayer, call: Call, config: ModelConfig, positions: torch.Tensor) -> bool:
-    """Compares what the layers add to the hidden states; in the sum a difference would drown."""
-    hidden, wanted = call.hidden[0], call.result[0]
-    with small_context(config, torch.float32, positions.device):
-        x, residual = made(hidden.clone(), None, positions)
-        x = made.mlp.down_proj.group.all_reduce(x)
-    return same((residual - hidden) + x, wanted - hidden, rounded_at=wanted)
-
-
-# --- native layers --------------------------------------------------------------------------------------------------
-
 _ALTERNATIVES: dict[str, tuple[tuple[str, ...], ...]] = {
     "self_attn.qkv_proj": (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -256,7 +85,7 @@ _ALTERNATIVES: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 @dataclass(frozen=True)
-class _Wiring:
+class Wiring:
     """What the parts of a layer do not tell."""
 
     rotates: bool
@@ -264,7 +93,7 @@ class _Wiring:
 
 
 @dataclass(frozen=True)
-class _Parts:
+class Parts:
     """A layer by the native names of its parts; ``kind``: layers of one kind differ in their weights alone, or show
     a difference when they run."""
 
@@ -277,12 +106,12 @@ class _Parts:
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     layer: LlamaDecoderLayer
     slots: dict[tuple[nn.Module, str], Slot]  # by the module and the name of its parameter
 
 
-class _Builder:
+class Builder:
     """Makes native layers like those of one model."""
 
     def __init__(self, config: ModelConfig, geometry: ModelConfig, max_len: int) -> None:
@@ -304,7 +133,7 @@ class _Builder:
             raise NotNative(f"{type(norm).__name__} is no RMS norm")
         return found
 
-    def parts(self, layer: nn.Module) -> _Parts:
+    def parts(self, layer: nn.Module) -> Parts:
         """Raises `NotNative` for a layer with other parts than Llama's."""
         what = type(layer).__name__
         attention = next((m for m in layer.modules() if isinstance(m, PagedAttention)), None)
@@ -322,22 +151,22 @@ class _Builder:
         if heads_of_rank(self._whole.layers[index], self._ranks) != spec:
             raise NotNative(f"each rank has all heads of {what}")
         sizes = tuple((name, p.shape) for name, p in layer.named_parameters())
-        parts = _Parts(attention, modules, (type(layer), shape, spec, id(self._rotaries[index]), sizes))
+        parts = Parts(attention, modules, (type(layer), shape, spec, id(self._rotaries[index]), sizes))
         if len({self.formula(norm) for norm in parts.norms()}) != 1:
             raise NotNative(f"{what} has norms of several kinds")
         return parts
 
-    def candidates(self, parts: _Parts, device: torch.device) -> Iterator[tuple[_Wiring, LlamaDecoderLayer]]:
+    def candidates(self, parts: Parts, device: torch.device) -> Iterator[tuple[Wiring, LlamaDecoderLayer]]:
         """Layers in float32 with the weights of ``parts``, as they may be wired."""
         formula = self.formula(parts.norms()[0])
         for rotates in (True, False):
-            made = self.build(parts, _Wiring(rotates, formula), torch.float32)
+            made = self.build(parts, Wiring(rotates, formula), torch.float32)
             filling = Filling(made.slots, device, REFERENCE)
             for module, kind in made.slots:
                 filling.place((module, kind), module.get_parameter(kind))
-            yield _Wiring(rotates, formula), made.layer
+            yield Wiring(rotates, formula), made.layer
 
-    def build(self, parts: _Parts, wiring: _Wiring, dtype: torch.dtype) -> _Made:
+    def build(self, parts: Parts, wiring: Wiring, dtype: torch.dtype) -> Made:
         """A native layer without memory, and where the parameters of ``parts`` go; raises `NotNative`."""
         index, shape = parts.attention.index, parts.attention.shape
         config = _wired(self._whole, self._geometry, parts.modules, wiring.norm.eps, self._ranks)
@@ -351,7 +180,7 @@ class _Builder:
         for name, modules in parts.modules.items():
             if modules:
                 slots |= _slots_of(made.get_submodule(name), modules, wiring.norm.add)
-        return _Made(made, slots)
+        return Made(made, slots)
 
 
 def _slots_of(target: nn.Module, modules: list[nn.Module], add: float) -> dict[tuple[nn.Module, str], Slot]:

@@ -51,17 +51,6 @@ def same(found: torch.Tensor, wanted: torch.Tensor, *, rounded_at: torch.Tensor 
     return bool((found.float() - wanted.float()).norm() <= allowed)
 
 
-def same_after(layers: int, found: torch.Tensor, wanted: torch.Tensor) -> bool:
-    """As `same` after so many layers, whose roundings add up as independent ones do: they turn the result, but do not
-    stretch it."""
-    a, b = found.float(), wanted.float()
-    if a.shape != b.shape or not bool(b.isfinite().all()):
-        return False
-    allowed, size = SAME[wanted.dtype], b.norm()
-    stretch = (a * b).sum() / size**2
-    return bool((a - b).norm() <= allowed * layers**0.5 * size) and abs(float(stretch) - 1) <= allowed
-
-
 def spread(max_len: int, device: torch.device) -> torch.Tensor:
     """`TOKENS` positions far apart, so that a rotation that is missing or of another kind shows."""
     return torch.linspace(0, max_len - 1, TOKENS, device=device).round().to(torch.int32)

@@ -32,7 +32,7 @@ from octavo.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from octavo.parallel.group import current
 
 if TYPE_CHECKING:
-    from octavo.models.hf.native import Proven
+    from octavo.models.hf.proof import Proven
     from octavo.models.hf.weights import Group
 
 FOLDER = "OCTAVO_CACHE"

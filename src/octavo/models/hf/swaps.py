@@ -1,6 +1,6 @@
 """The engine's own layers inside a loaded Transformers model, wherever they compute the same.
 
-Nothing is recognised by its source or its class. Where the decoder is not native as a whole (`models.hf.native`), it
+Nothing is recognised by its source or its class. Where the decoder is not native as a whole (`models.hf.proof`), it
 runs once over a few tokens (`models.hf.probe`), and norms and products that give the same are replaced.
 """
 
@@ -17,9 +17,9 @@ from octavo.config import ModelConfig
 from octavo.kernels.select import PackedLinear, ops
 from octavo.layers.base import Layer
 from octavo.layers.embedding import Embedding
-from octavo.models.hf.native import NativeDecoder
 from octavo.models.hf.norms import Formulas, native_norm
 from octavo.models.hf.probe import Call, same, spread, watch
+from octavo.models.hf.proof import NativeDecoder
 
 
 class Product(Layer):
