@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from octavo.errors import ConfigError, ModelError, RequestError
-from octavo.frontend.chat import ChatRenderer, content_format, load_template
+from octavo.frontend.chat import ChatRenderer, load_template
+from octavo.frontend.template_shape import content_format
 from tests.frontend.fakes import byte_level
 
 # As in the GGUF file of SmolLM2-135M-Instruct.

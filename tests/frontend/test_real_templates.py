@@ -16,7 +16,8 @@ import pytest
 
 from octavo.config import default_model
 from octavo.errors import RequestError
-from octavo.frontend.chat import ChatRenderer, takes_tools
+from octavo.frontend.chat import ChatRenderer
+from octavo.frontend.template_shape import takes_tools
 from octavo.hub.gguf import GgufReader
 from tests.frontend.fakes import byte_level
 from tests.real_texts import Chat, chats, installed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,16 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import jinja2
-from jinja2 import nodes
 
 from octavo.errors import ConfigError, ModelError, RequestError
 from octavo.frontend import sandbox, tool_prompt
+from octavo.frontend.template_shape import ContentFormat, content_format, takes_tools, wants_arguments_as_text
 
 if TYPE_CHECKING:
     from octavo.hub.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]  # as OpenAI's: {"role": …, "content": …, …}
-ContentFormat: TypeAlias = Literal["string", "openai"]
 WantedFormat: TypeAlias = Literal["auto", "string", "openai"]
 
 _TEXT_PARTS = {"text", "input_text", "output_text"}
@@ -33,7 +31,7 @@ class ChatRenderer:
     """Renders conversations with one model's template. ``special_tokens`` are what templates call ``bos_token`` etc.
 
     ``named`` are further templates of the model; the one called ``tool_use`` is taken when there are tools.
-    ``content_format`` overrides what is found out of a template (see the function of this name).
+    ``content_format`` overrides `template_shape.content_format`.
     """
 
     def __init__(
@@ -136,68 +134,6 @@ def load_template(source: str) -> str:
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"the chat template {source} is broken: {error.message}, line {error.lineno}.") from None
     return text
-
-
-@functools.lru_cache(maxsize=32)
-def content_format(template: str) -> tuple[ContentFormat, bool]:
-    """How a template reads a message's content: (format, whether it also asks for its type).
-
-    "openai" when it loops over the parts of the content, "string" when it prints it.
-    """
-    try:
-        tree = sandbox.parse_template(template)
-    except jinja2.TemplateSyntaxError:
-        return "string", False
-    names = {"content"}  # and what is set from a content
-    for assign in tree.find_all(nodes.Assign):
-        if isinstance(assign.target, nodes.Name) and _is_content(assign.node, names):
-            names.add(assign.target.name)
-    loops = any(_is_content(loop.iter, names) for loop in tree.find_all(nodes.For))
-    asks = any(test.name == "string" for test in tree.find_all(nodes.Test))
-    return ("openai" if loops else "string"), asks
-
-
-@functools.lru_cache(maxsize=32)
-def takes_tools(template: str) -> bool:
-    """Whether a template shows the model tools."""
-    try:
-        tree = sandbox.parse_template(template)
-    except jinja2.TemplateSyntaxError:
-        return False
-    return any(name.name == "tools" for name in tree.find_all(nodes.Name))
-
-
-@functools.lru_cache(maxsize=32)
-def wants_arguments_as_text(template: str) -> bool:
-    """Whether a template puts the arguments of calls into the prompt as they are; most make JSON of what they mean."""
-    try:
-        tree = sandbox.parse_template(template)
-    except jinja2.TemplateSyntaxError:
-        return False
-    meant = [one.node for one in tree.find_all(nodes.Filter) if one.name == "tojson"]
-    meant += [one.node for one in tree.find_all(nodes.Test) if one.name == "mapping"]
-    if any(map(_is_arguments, meant)):
-        return False
-    shown = [part for one in tree.find_all(nodes.Add) for part in (one.left, one.right)]
-    shown += [part for one in tree.find_all(nodes.Concat) for part in one.nodes]
-    shown += [part for one in tree.find_all(nodes.Output) for part in one.nodes]
-    return any(map(_is_arguments, shown))
-
-
-def _is_arguments(node: nodes.Node | None) -> bool:
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "arguments"
-    return isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const) and node.arg.value == "arguments"
-
-
-def _is_content(node: nodes.Node, names: set[str]) -> bool:
-    while isinstance(node, nodes.Filter) and node.node is not None:
-        node = node.node
-    if isinstance(node, nodes.Getattr):
-        return node.attr == "content"
-    if isinstance(node, nodes.Getitem):
-        return isinstance(node.arg, nodes.Const) and node.arg.value == "content"
-    return isinstance(node, nodes.Name) and node.name in names
 
 
 def _conversation(messages: Sequence[Message], template: str, wanted: WantedFormat) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from octavo.errors import ConfigError
-from octavo.frontend.chat import takes_tools
 from octavo.frontend.parse import (
     deepseek_v3,
     forced,
@@ -27,6 +26,7 @@ from octavo.frontend.parse.openings import Opening, openers
 from octavo.frontend.parse.reader import Parse, Reader, Steps, new_call_id
 from octavo.frontend.parse.think import between
 from octavo.frontend.parse.values import Tools
+from octavo.frontend.template_shape import takes_tools
 from octavo.structured import GrammarSpec, Guide
 
 if TYPE_CHECKING:
