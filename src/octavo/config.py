@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import types as pytypes
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -80,7 +79,7 @@ class ModelOptions:
     )
     quantization: str | None = option(
         None,
-        "round weights on loading (CPU): int8 with a scale for every 32 of a row; or what the checkpoint is",
+        "round weights on loading: int8 with a scale for every 16 (CPU: 32) of a row; or what the checkpoint is",
         choices=("int8", *QUANTISED),
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
@@ -290,62 +289,6 @@ def _numbers(version: str) -> list[int]:
 def _range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not low <= value <= high:
         raise ConfigError(f"{name} is {value}, outside [{low}, {high}].", "Give a value in that range.")
-
-
-_SUFFIX = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """``25.6k`` -> 25600, ``1K`` -> 1024, ``-1`` and ``auto`` -> -1 (vLLM's human-readable integers).
-
-    Raises `ConfigError` for anything else, and for a fraction before a binary suffix.
-    """
-    if text in ("-1", "auto"):
-        return -1
-    match = re.fullmatch(r"(\d+)(\.\d+)?([kKmMgGtT]?)(i?B)?", text.strip())
-    if not match or (match[2] and (not match[3] or match[3].isupper())):
-        raise ConfigError(f"{text!r} is not a number.", "Write for example 4096, 25.6k (25600) or 4K (4096).")
-    whole, fraction, suffix = int(match[1]), match[2], _SUFFIX.get(match[3], 1)
-    return round((whole + float(fraction)) * suffix) if fraction else whole * suffix
-
-
-def parse_option(f: dataclasses.Field[Any], text: str) -> Any:
-    """The value of option ``f`` from the command line; raises `ConfigError`."""
-    import json
-
-    hint = _hint(f)
-    optional = isinstance(hint, pytypes.UnionType)
-    kind = next(t for t in typing.get_args(hint) if t is not pytypes.NoneType) if optional else hint
-    try:
-        if kind is int:
-            return parse_size(text)
-        if kind is float:
-            return float(text)
-        if typing.get_origin(kind) is dict:
-            value = json.loads(text)
-            if not isinstance(value, dict):
-                raise ValueError("not an object")
-            return value
-    except ValueError as error:
-        raise ConfigError(f"--{f.name.replace('_', '-')} is {text!r}: {error}.", "See --help for its form.") from None
-    except ConfigError as error:
-        raise ConfigError(f"--{f.name.replace('_', '-')}: {error.cause}", error.remedy) from None
-    return text
-
-
-_HINTS: dict[str, Any] = {  # annotations are strings here: their evaluation is postponed
-    "str": str,
-    "int": int,
-    "float": float,
-    "bool": bool,
-    "str | None": str | None,
-    "int | None": int | None,
-    "dict[str, Any]": dict[str, Any],
-}
-
-
-def _hint(f: dataclasses.Field[Any]) -> Any:
-    return _HINTS[f.type] if isinstance(f.type, str) else f.type
 
 
 def default_model() -> str | None:

@@ -133,7 +133,7 @@ def test_gguf_counts_values_not_stored_bytes(tmp_path: Path) -> None:
     assert made.quantisation == "GGUF F32 dequantised on loading"
 
 
-def test_a_cpu_keeps_blocks_of_few_bits_unless_a_dtype_is_named(tmp_path: Path) -> None:
+def test_blocks_of_few_bits_are_kept_unless_a_dtype_is_named(tmp_path: Path) -> None:
     kind = gguf.GGMLQuantizationType.Q4_1
     metadata = {**tiny_metadata(), "tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.tokens": ["a", "b", "c", "d"]}
     tensors = tiny_tensors()
@@ -148,7 +148,8 @@ def test_a_cpu_keeps_blocks_of_few_bits_unless_a_dtype_is_named(tmp_path: Path) 
     assert not named.weights.small
     assert kept.weights.layers + kept.weights.head == kept.weights.parameters  # its head is tied
     assert named.weights.loaded == plan(path, GPU, dtype="float32").weights.loaded == 4 * (matrices + norms)
-    assert plan(path, GPU).quantisation == "GGUF Q4_1 dequantised on loading"
+    assert plan(path, GPU).quantisation == "GGUF Q4_1 as stored"
+    assert plan(path, GPU, dtype="bfloat16").quantisation == "GGUF Q4_1 dequantised on loading"
 
 
 def test_int8_takes_eight_bits_and_a_scale_for_32(folder: Path) -> None:

@@ -120,10 +120,11 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         implementation, implementation_reason, model = models.choose(model, options.model_impl, max_len)
     except OctavoError as error:
         implementation_reason, code = str(error), error.exit_code
-    keeps = machine.device == "cpu" and options.dtype == "auto" and ".hf." not in (implementation or "")
-    bits = _BLOCK_BITS if keeps else {}
+    keeps = options.dtype == "auto" and ".hf." not in (implementation or "")
+    bits = _BLOCK_BITS.get(machine.device, {}) if keeps else {}
     load_format = "auto" if options.load_format == "dummy" else options.load_format
-    weights = _weights(source, model, load_format, bits, options.rounding)
+    rounded = None if options.rounding is None else _BLOCK_BITS[machine.device]["Q8_0"]
+    weights = _weights(source, model, load_format, bits, rounded)
     cache = _cache(config, model, machine, weights, max_len)
     advice = _advice(config, model, machine, weights, cache, max_len)
     fixed = options.max_model_len not in (None, -1)
@@ -174,16 +175,17 @@ def size(count: float) -> str:
 
 _EXPERT: Final = re.compile(r"\.experts\.")
 
-# Bits of a value in GGUF's types that the CPU's kernels multiply as they are, the scales included.
-_BLOCK_BITS: Final = {
-    "Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 5, "Q5_K": 6, "Q6_K": 7,
-}  # fmt: skip
+# Bits of a value in GGUF's types that the kernels of a device multiply as they are, the scales included.
+_BLOCK_BITS: Final[Mapping[str, Mapping[str, float]]] = {
+    "cpu": {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q5_1": 6, "Q8_0": 8.5, "Q4_K": 5, "Q5_K": 6, "Q6_K": 7},
+    "cuda": {"Q4_0": 5, "Q4_1": 5, "Q8_0": 9, "Q4_K": 5, "Q6_K": 9},
+}
 
 
 def _weights(
-    source: Source, model: ModelConfig, load_format: str, bits: Mapping[str, float], quantization: str | None
+    source: Source, model: ModelConfig, load_format: str, bits: Mapping[str, float], rounded: float | None
 ) -> Weights:
-    """``bits``: of a value in the types of blocks that stay as they are."""
+    """``bits``: of a value in the types of blocks that stay as they are; ``rounded``: of one that is rounded."""
     wide = 4 if model.dtype == "float32" else 2
     try:
         checkpoint = unquantised(open_checkpoint(source, load_format), model.hf)
@@ -199,9 +201,9 @@ def _weights(
     tied = {"lm_head.weight"} if model.tie_embeddings else set()
     counts = {name: math.prod(info.shape) for name, info in tensors.items() if name not in tied}
     bytes_of = {name: _loaded_bytes(tensors[name], counts[name], wide) for name in counts}
-    if quantization is not None:
-        rounded = [name for name in counts if len(tensors[name].shape) == 2 and (tied or "embed_tokens" not in name)]
-        bytes_of |= {name: int(counts[name] * _BLOCK_BITS["Q8_0"] / 8) for name in rounded}
+    if rounded is not None:
+        names = [name for name in counts if len(tensors[name].shape) == 2 and (tied or "embed_tokens" not in name)]
+        bytes_of |= {name: int(counts[name] * rounded / 8) for name in names}
     if isinstance(checkpoint, BlockCheckpoint):
         stored = checkpoint.stored
         kinds = checkpoint.block_types()
@@ -213,7 +215,7 @@ def _weights(
     head = model.vocab_size * model.hidden_size
     used = sum(counts.values()) - int((1 - share) * sum(n for name, n in counts.items() if _EXPERT.search(name)))
     layers = used - (head if model.tie_embeddings else 2 * head)
-    small = quantization is not None or loaded < 2 * sum(counts.values())
+    small = rounded is not None or loaded < 2 * sum(counts.values())
     return Weights(sum(counts.values()), stored, loaded, loaded - idle, layers=layers, head=head, small=small)
 
 

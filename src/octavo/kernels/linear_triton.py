@@ -186,7 +186,7 @@ def split_linear(
     share = triton.cdiv(size // launch.tile, launch.splits) * launch.tile
     splits, chain = triton.cdiv(size, share), chained(x.device)
     out = torch.empty((rows, out_size), dtype=x.dtype, device=x.device)
-    partial, arrived = _scratch(x.device, blocks * splits * launch.outputs * pad, blocks) if splits > 1 else (out, out)
+    partial, arrived = scratch(x.device, blocks * splits * launch.outputs * pad, blocks) if splits > 1 else (out, out)
     _split_kernel[(blocks, splits)](
         x, weight, bias, out, partial, arrived, rows, out_size, size, share, splits,
         pad, launch.outputs, launch.tile, splits > 1, gate, bias is not None, launch.prefetch if chain else 0, chain,
@@ -195,7 +195,7 @@ def split_linear(
     return out
 
 
-def _scratch(device: torch.device, count: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def scratch(device: torch.device, count: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Memory for sums, and zeroed counters: each product uses them from the start, and leaves the counters at zero."""
     return torch.empty(count, dtype=torch.float32, device=device), _counters(device)[:blocks]
 

@@ -51,7 +51,7 @@ class TakeIn(Protocol):
         table: torch.Tensor,
         table_at: torch.Tensor,
         table_values: torch.Tensor,
-    ) -> torch.Tensor: ...
+    ) -> None: ...
 
 
 class Greedy(Protocol):
@@ -310,6 +310,7 @@ def _triton() -> Ops | str:
     try:
         from octavo.kernels import (
             attn_triton,
+            blocks_triton,
             edit_triton,
             experts_triton,
             linear_triton,
@@ -351,6 +352,9 @@ def _triton() -> Ops | str:
             send=edit_triton.send,
         ),
         rehearse=rehearsal.rehearse,
+        block_types=frozenset(blocks_triton.TYPES),
+        pack_blocks=blocks_triton.pack_blocks,
+        pack_int8=blocks_triton.pack_int8,
     )
 
 
