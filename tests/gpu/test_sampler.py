@@ -131,6 +131,7 @@ def test_tokens_of_a_large_vocabulary_are_those_of_the_cpu(sampling: Sampling, t
 
 
 @needs_card
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("mask", [None, random_mask([0, 2])])
 @pytest.mark.parametrize("samplings", [PLAIN, EDITED])
 def test_sampling_does_not_wait_for_the_device(samplings: list[Sampling], mask: TokenMask | None) -> None:

@@ -56,12 +56,12 @@ def take_in_(
     table: torch.Tensor,
     table_at: torch.Tensor,
     table_values: torch.Tensor,
-) -> torch.Tensor:
-    """What a step takes in before its model: ``table[table_at[P]] = table_values[P]``; returns its tokens, which are
-    ``last_token[fed_rows[T]]``, or where that row is -1 ``token_ids[T]``. All are int32."""
+) -> None:
+    """What a step takes in before its model: ``table[table_at[P]] = table_values[P]``, and ``token_ids[T]`` becomes
+    ``last_token[fed_rows[T]]`` where that row is not -1. All are int32."""
     if len(table_at):
         table[table_at] = table_values
-    return torch.where(fed_rows < 0, token_ids, last_token[fed_rows])
+    torch.where(fed_rows < 0, token_ids, last_token[fed_rows], out=token_ids)
 
 
 def put_(target: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:

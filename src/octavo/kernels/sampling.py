@@ -152,10 +152,16 @@ def noise_keys(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64])
     mix is a bijection: positions of one seed never share a key. (Steele, Lea, Flood: Fast splittable pseudorandom
     number generators, OOPSLA 2014.)
     """
-    return _mix64(_mix64(seeds) + positions).view(np.int32).reshape(-1, 2)
+    return noise_keys_of(mix64(seeds), positions)
 
 
-def _mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def noise_keys_of(mixed_seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.uint64]) -> npt.NDArray[np.int32]:
+    """`noise_keys` of seeds that went through `mix64` already."""
+    return mix64(mixed_seeds + positions).view(np.int32).reshape(-1, 2)
+
+
+def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of splitmix64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

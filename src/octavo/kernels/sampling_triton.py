@@ -17,7 +17,7 @@ summed in float32 within a block and in float64 over blocks. Nothing depends on 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -331,10 +331,11 @@ def _next(x_ptr, SIZE, last, last_id, BLOCK: tl.constexpr):
 
 
 class _Scratch:
-    """Memory of the launches over one batch, and the numbers of their grids."""
+    """Memory of the launches over one batch, and the numbers of their grids. The next batch of the same shape may have
+    it: its launches come later in the same stream."""
 
-    def __init__(self, x: torch.Tensor) -> None:
-        device, (self.count, self.size) = x.device, x.shape
+    def __init__(self, device: torch.device, count: int, size: int) -> None:
+        self.count, self.size = count, size
         self.blocks = triton.cdiv(self.size, _BLOCK)
         self.pad = triton.next_power_of_2(self.blocks)
         self.grid, self.groups = (self.count, self.blocks), self.blocks * (_BLOCK // _GROUP)
@@ -343,7 +344,9 @@ class _Scratch:
         self.group = torch.empty((self.count, self.groups), dtype=torch.float32, device=device)
         self.rows = torch.empty((5, self.count), dtype=torch.int32, device=device)
         self.arrived = _counters(device)
-        self.card, self.chain = x.is_cuda, chained(device)
+        self.values = torch.empty((count, _LISTED), dtype=torch.float32, device=device)
+        self.ids = torch.empty((count, _LISTED), dtype=torch.int32, device=device)
+        self.card, self.chain = device.type == "cuda", chained(device)
 
     def survey(
         self,
@@ -361,11 +364,10 @@ class _Scratch:
             num_warps=8, launch_pdl=self.chain,
         )  # fmt: skip
 
-    def list(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for values and tokens."""
-        device = self.rows.device
-        values = torch.empty((self.count, _LISTED), dtype=torch.float32, device=device)
-        return values, torch.empty((self.count, _LISTED), dtype=torch.int32, device=device)
+
+@lru_cache(maxsize=4)
+def _scratch(device: torch.device, count: int, size: int) -> _Scratch:
+    return _Scratch(device, count, size)
 
 
 @cache
@@ -383,13 +385,13 @@ def draw(
     some row has a top_k; ``raced``: some row has a top_p or min_p and no top_k. A temperature of 0 is greedy: the
     lowest of the greatest logits.
     """
-    scratch = _Scratch(x)
+    scratch = _scratch(x.device, *x.shape)
     out = torch.empty((2, scratch.count), dtype=torch.int32, device=x.device)
     scratch.survey(x, (settings, bits, seen), out)
     words, card, chain = bits.shape[1], scratch.card, scratch.chain
     if listed:
         _select_kernel[scratch.grid](
-            x, settings, bits, seen, scratch.group, scratch.rows, *scratch.list(), out, scratch.arrived,
+            x, settings, bits, seen, scratch.group, scratch.rows, scratch.values, scratch.ids, out, scratch.arrived,
             x.stride(0), scratch.count, words, scratch.size, scratch.blocks, _BLOCK, _GROUP, _LISTED, card, chain,
             num_warps=8, launch_pdl=chain,
         )  # fmt: skip
@@ -404,12 +406,12 @@ def draw(
 
 def logprobs(x: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
     """See `sampling.packed_logprobs`; of equal tokens the lowest come first."""
-    scratch = _Scratch(x)
+    scratch = _scratch(x.device, *x.shape)
     count = min(count, scratch.size)
     out = torch.empty((scratch.count, 2 + 2 * count), dtype=torch.int32, device=x.device)
     scratch.survey(x, None, out, count if count <= scratch.groups else 0)
     _likeliest_kernel[scratch.grid](
-        x, tokens, scratch.floats, scratch.group, scratch.rows, *scratch.list(), out, scratch.arrived,
+        x, tokens, scratch.floats, scratch.group, scratch.rows, scratch.values, scratch.ids, out, scratch.arrived,
         x.stride(0), scratch.count, scratch.size, count, scratch.blocks, scratch.pad, _BLOCK, _GROUP, _LISTED,
         scratch.chain, num_warps=8, launch_pdl=scratch.chain,
     )  # fmt: skip

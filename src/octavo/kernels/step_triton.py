@@ -16,7 +16,7 @@ _BLOCK = 256
     do_not_specialize_on_alignment=["token_ptr", "fed_ptr", "at_ptr", "value_ptr"],
 )
 def _take_in_kernel(
-    token_ptr, fed_ptr, last_ptr, table_ptr, at_ptr, value_ptr, out_ptr, tokens, changes,
+    token_ptr, fed_ptr, last_ptr, table_ptr, at_ptr, value_ptr, tokens, changes,
     BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -24,10 +24,8 @@ def _take_in_kernel(
     wait(CHAINED)
     changed = i < changes
     tl.store(table_ptr + tl.load(at_ptr + i, changed, 0), tl.load(value_ptr + i, changed, 0), changed)
-    live = i < tokens
-    fed = tl.load(fed_ptr + i, live, -1)
-    last = tl.load(last_ptr + fed, fed >= 0, 0)
-    tl.store(out_ptr + i, tl.where(fed < 0, tl.load(token_ptr + i, live, 0), last), live)
+    fed = tl.load(fed_ptr + i, i < tokens, -1)
+    tl.store(token_ptr + i, tl.load(last_ptr + fed, fed >= 0, 0), fed >= 0)
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["at_ptr", "value_ptr"])
@@ -46,15 +44,13 @@ def take_in_(
     table: torch.Tensor,
     table_at: torch.Tensor,
     table_values: torch.Tensor,
-) -> torch.Tensor:
+) -> None:
     """See `reference.take_in_`."""
-    out, tokens, changes = torch.empty_like(token_ids), len(token_ids), len(table_at)
-    chain = chained(out.device)
+    tokens, changes, chain = len(token_ids), len(table_at), chained(token_ids.device)
     _take_in_kernel[(triton.cdiv(max(tokens, changes), _BLOCK),)](
-        token_ids, fed_rows, last_token, table, table_at, table_values, out, tokens, changes, _BLOCK, chain,
+        token_ids, fed_rows, last_token, table, table_at, table_values, tokens, changes, _BLOCK, chain,
         num_warps=4, launch_pdl=chain,
     )  # fmt: skip
-    return out
 
 
 def put_(target: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:

@@ -34,34 +34,33 @@ Fields = dict[str, int]
 
 
 class _Buffer:
-    """Memory of fixed address that a captured step reads."""
+    """Memory of fixed address that a captured step reads; what nobody asked for is the dummy row's."""
 
-    def __init__(self, fields: Fields, platform: Platform) -> None:
-        self._fields, self._platform = fields, platform
-        self._device = torch.zeros(sum(fields.values()), dtype=torch.int32, device=platform.device)
+    def __init__(self, fields: Fields, tables: Tables, platform: Platform, page_size: int) -> None:
+        self._platform = platform
+        padding = {
+            "fed_rows": -1,
+            "slots": tables.dummy_page * page_size,
+            "rows": tables.dummy_row,
+            "seq_lens": 1,
+            "table_at": tables.dummy_entry,
+            "table_values": tables.dummy_page,
+        }
+        self._empty = np.concatenate([np.full(size, padding.get(name, 0), np.int32) for name, size in fields.items()])
+        self._starts = dict(zip(fields, np.cumsum([0, *fields.values()]).tolist(), strict=False))
+        self._device = torch.zeros(len(self._empty), dtype=torch.int32, device=platform.device)
         self.views = dict(zip(fields, torch.split(self._device, list(fields.values())), strict=True))
+        self.fill({})
 
-    def fill(self, parts: Arrays, padding: dict[str, int]) -> None:
-        """Uploads ``parts``, each padded to its size with its number of ``padding`` (0 if that has none)."""
-        host, end = self._platform.host_buffer(len(self._device)), 0
+    def fill(self, parts: Arrays) -> None:
+        """Uploads ``parts``, each padded to its size."""
+        host = self._platform.host_buffer(len(self._empty))
         array = host.numpy()
-        for name, size in self._fields.items():
-            part, start, end = parts[name], end, end + size
+        array[:] = self._empty
+        for name, part in parts.items():
+            start = self._starts[name]
             array[start : start + len(part)] = part
-            array[start + len(part) : end] = padding.get(name, 0)
         self._device.copy_(host, non_blocking=True)
-
-
-def _padding(tables: Tables, page_size: int) -> dict[str, int]:
-    """Of tokens and items that nobody asked for."""
-    return {
-        "fed_rows": -1,
-        "slots": tables.dummy_page * page_size,
-        "rows": tables.dummy_row,
-        "seq_lens": 1,
-        "table_at": tables.dummy_entry,
-        "table_values": tables.dummy_page,
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +83,11 @@ class DecodeStep:
         self._ops = select.ops(platform.device, model.dtype)
         self._page_size = cache.shape[4]
         names = ("token_ids", "fed_rows", "positions", "slots", "rows", "seq_lens", "table_at", "table_values")
-        self._buffer = _Buffer(dict.fromkeys(names, size), platform)
+        self._buffer = _Buffer(dict.fromkeys(names, size), tables, platform, self._page_size)
         starts = torch.arange(size + 1, dtype=torch.int32, device=platform.device)
         views = {**self._buffer.views, "query_start": starts, "logits_at": starts[1:] - 1}
         views["sampled_rows"] = views["rows"]
         self._inputs = inputs_of(views, tables, num_decodes=size, max_query=1, max_seq=tables.max_len)
-        self._upload(_NONE, _NONE, (_NONE, _NONE))
         self._work: Callable[[], tuple[torch.Tensor, torch.Tensor]] = self.forward
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +124,7 @@ class DecodeStep:
             "table_at": changes[0],
             "table_values": changes[1],
         }
-        self._buffer.fill(parts, _padding(tables, page_size))
+        self._buffer.fill(parts)
 
 
 class PromptForward:
@@ -136,16 +134,13 @@ class PromptForward:
         self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, tokens: int, rows: int
     ) -> None:
         self._tables, self._platform, self._model, self._cache = tables, platform, model, cache
-        self._ops = select.ops(platform.device, model.dtype)
-        self._page_size = cache.shape[4]
+        self._ops, self._rows = select.ops(platform.device, model.dtype), rows
         of_tokens = ("token_ids", "fed_rows", "positions", "slots")
         of_items = ("rows", "seq_lens", "logits_at", "sampled_rows")
         changes = dict.fromkeys(("table_at", "table_values"), TABLE_CHANGES)
         fields = {**dict.fromkeys(of_tokens, tokens), **dict.fromkeys(of_items, rows), "query_start": rows + 1}
-        self._buffer = _Buffer({**fields, **changes}, platform)
+        self._buffer = _Buffer({**fields, **changes}, tables, platform, cache.shape[4])
         self._inputs = inputs_of(self._buffer.views, tables, num_decodes=None, max_query=tokens, max_seq=tables.max_len)
-        nothing = dict.fromkeys(self._buffer.views, _NONE)
-        self._buffer.fill(nothing, _padding(tables, self._page_size))
         self._work: Callable[[], torch.Tensor] = self.forward
 
     def forward(self) -> torch.Tensor:
@@ -158,8 +153,9 @@ class PromptForward:
 
     def run(self, parts: Arrays) -> tuple[torch.Tensor, StepInputs]:
         """(hidden states, inputs) of a step; of the inputs what comes after the forward has its own sizes."""
-        padding = _padding(self._tables, self._page_size)
-        self._buffer.fill(parts, {**padding, "query_start": len(parts["token_ids"])})
+        starts = np.full(self._rows + 1, len(parts["token_ids"]), np.int32)  # items without a query are at the end
+        starts[: len(parts["query_start"])] = parts["query_start"]
+        self._buffer.fill({**parts, "query_start": starts})
         samples, views = len(parts["logits_at"]), self._buffer.views
         views = {**views, "logits_at": views["logits_at"][:samples], "sampled_rows": views["sampled_rows"][:samples]}
         attention = self._inputs.attention
@@ -167,9 +163,6 @@ class PromptForward:
             views, self._tables, num_decodes=None, max_query=attention.max_query, max_seq=attention.max_seq
         )
         return self._work(), inputs
-
-
-_NONE: Ints = np.zeros(0, np.int32)
 
 
 class DecodeGraphs:

@@ -34,7 +34,7 @@ class StepInputs:
 
     def forward(self, model: Model, ops: Ops, tables: Tables, cache: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[T, C]``; the tables on the device take the changes before."""
-        token_ids = ops.take_in_(
+        ops.take_in_(
             self.token_ids,
             self.fed_rows,
             tables.last_token,
@@ -43,7 +43,7 @@ class StepInputs:
             self.table_values,
         )
         with context.use(context.ForwardContext(self.attention, cache)):
-            hidden: torch.Tensor = model(token_ids, self.positions)
+            hidden: torch.Tensor = model(self.token_ids, self.positions)
         return hidden
 
 

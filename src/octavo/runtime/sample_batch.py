@@ -20,7 +20,7 @@ class _Batch(NamedTuple):
 
     rows: list[int]
     packed: npt.NDArray[np.int32]
-    seeds: npt.NDArray[np.uint64]
+    seeds: npt.NDArray[np.uint64]  # mixed
     penalised: bool
     listed: bool  # some have a top_k
     raced: bool  # some have a top_p or min_p, and no top_k
@@ -77,7 +77,7 @@ class BatchSampler:
             self._batch = _Batch(
                 rows,
                 packed,
-                of["seed"].copy(),
+                kernels.mix64(of["seed"]),
                 any(state.slot is not None for state in states),
                 bool(listed.any()),
                 bool(raced.any()),
@@ -89,7 +89,7 @@ class BatchSampler:
         """As `kernels.race_triton` describes them."""
         packed = batch.packed.copy()
         positions = np.array([position for _, position in items], np.uint64)
-        packed[:2] = kernels.noise_keys(batch.seeds, positions).T
+        packed[:2] = kernels.noise_keys_of(batch.seeds, positions).T
         if mask is not None:
             packed[6, mask.items] = np.arange(len(mask.items))
         return packed
