@@ -105,6 +105,7 @@ def test_path_like_names_never_reach_the_hub(name: str) -> None:
         ("hf://owner/name", "Did you mean owner/name?"),
         ("s3://bucket/a/b/c", "download it"),
         ("owner/name@v1", "Did you mean owner/name --revision v1?"),
+        ("owner/name/", "such as owner/name."),
         ("owner/name:Q9_9", "owner/name:Q4_K_M"),
         (":Q4_K_M", "owner/name"),
     ],
@@ -264,6 +265,45 @@ def test_bin_files_are_taken_where_there_are_no_safetensors() -> None:
     assert wanted_files([*names, "consolidated.safetensors"]) == ["config.json", "pytorch_model.bin"]
 
 
+def test_of_two_formats_only_one_comes_with_its_index() -> None:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    pickled = ["pytorch_model-00001-of-00001.bin", "pytorch_model.bin.index.json"]
+    for few, load_format in ((shards, "auto"), (shards, "safetensors"), (pickled, "pt"), (pickled, "auto")):
+        names = [*shards, *pickled] if (few, load_format) != (pickled, "auto") else pickled
+        assert sorted(wanted_files([*names, "trainer_state.json"], load_format=load_format)) == sorted(few)
+    assert wanted_files([*shards, *pickled, "config.json"], load_format="dummy") == ["config.json"]
+
+
+def test_weights_that_the_index_does_not_name_are_not_fetched(hub: Hub, client: Client) -> None:
+    extra = {"model.fp16.safetensors": b"extra", "consolidated.safetensors": b"extra"}
+    hub.push("owner/name", {**FILES, **extra})
+    assert set(client()["files"]) == NEEDED
+    assert not any("fp16" in request for request in hub.requests)
+    hub.requests.clear()
+    assert set(client()["files"]) == NEEDED
+    assert hub.requests == []
+
+
+def test_snapshot_of_another_program_with_an_index_of_other_weights_is_complete(
+    hub: Hub, client: Client, tmp_path: Path
+) -> None:
+    single = {name: FILES[name] for name in ("config.json", "tokenizer.json")}
+    index = json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}).encode()
+    hub.push("owner/name", {**single, "model.safetensors": b"x", "pytorch_model.bin.index.json": index})
+    got = client()
+    shutil.rmtree(tmp_path / "cache" / "models--owner--name" / "trees")
+    (Path(got["path"]) / "pytorch_model.bin.index.json").write_bytes(index)
+    assert client(env={"HF_HUB_OFFLINE": "1"})["path"] == got["path"]
+
+
+@pytest.mark.parametrize("name", ["spiece.model", "tiktoken.model", "sentencepiece.bpe.model", "qwen.tiktoken"])
+def test_tokenizers_of_any_age_are_fetched(name: str, hub: Hub, client: Client) -> None:
+    hub.push("owner/name", {"config.json": CONFIG, name: b"x", "model.safetensors": b"y"})
+    assert name in client()["files"]
+    hub.requests.clear()
+    assert name in client(env={"HF_HUB_OFFLINE": "1"})["files"]
+
+
 # --- errors of the Hub ------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +327,16 @@ def test_private_repo_with_a_token_from_the_environment(hub: Hub, client: Client
     assert hidden["id"] == "HF004"
     assert "private" in hidden["cause"]
     assert client(env={"HF_TOKEN": "good"})["kind"] == "snapshot"
+
+
+@pytest.mark.parametrize("token", ["hf_sec ret", "hf_sec\tret", "hf_señor"])
+def test_a_token_that_cannot_be_sent_is_not_shown(token: str, hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    for got in (client(token=token), client(env={"HF_TOKEN": token})):
+        assert got["id"] == "HF003"
+        assert "sec" not in got["cause"] + got["remedy"]
+        assert "señor" not in got["cause"] + got["remedy"]
+    assert hub.requests == []
 
 
 def test_missing_repo_and_revision(hub: Hub, client: Client) -> None:

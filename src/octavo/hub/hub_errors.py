@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -174,7 +175,23 @@ def offline(repo: Repo, missing: list[str]) -> ModelError:
     )
 
 
+def check_token(repo: Repo) -> None:
+    """Raises `ModelError` HF003 for a token that cannot be sent; the HTTP library's own error would show it."""
+    token = _token(repo)
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise ModelError(
+            f"the token for {repo.label} has spaces or other characters that no token has.",
+            "Copy it again into HF_TOKEN or --hf-token.",
+            id="HF003",
+        )
+
+
 def _has_token(repo: Repo) -> bool:
+    return bool(_token(repo))
+
+
+def _token(repo: Repo) -> str | None:
     import huggingface_hub as hub
 
-    return bool(repo.token or hub.get_token())
+    token: str | None = repo.token or hub.get_token()
+    return token

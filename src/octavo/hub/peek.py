@@ -19,7 +19,7 @@ from octavo.errors import ModelError
 from octavo.hub import gguf, safetensors_file
 from octavo.hub.repo import Repo
 from octavo.hub.resolve import locate
-from octavo.hub.source import CONFIGS, Source
+from octavo.hub.source import CONFIGS, Source, named_by_index
 
 READERS: Final = 8  # files that are looked at together
 SAFETENSORS_START: Final = 1 << 17  # bytes; the headers of nearly all files are shorter
@@ -61,7 +61,8 @@ def peek(
         wanted = [file for file in sizes if _is_weights(file) or file in _CONFIGS or file.endswith(".index.json")]
         with ThreadPoolExecutor(READERS, "octavo-peek") as pool:
             list(pool.map(lambda file: _fetch(repo, commit, file, sizes[file], snapshot, folder), wanted))
-        yield Peeked(_source(repo, commit, sizes, folder), _downloads(sizes, snapshot))
+        needed = {file: sizes[file] for file in named_by_index(sizes, folder)}
+        yield Peeked(_source(repo, commit, needed, folder), _downloads(needed, snapshot))
 
 
 def _is_weights(file: str) -> bool:

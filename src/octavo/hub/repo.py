@@ -14,7 +14,15 @@ from octavo.errors import ModelError
 from octavo.hub import hub_errors
 from octavo.hub import listing as listings
 from octavo.hub.gguf_pick import GgufPick, models
-from octavo.hub.source import CONFIGS, Source, has_tokenizer, missing_files, wanted_files
+from octavo.hub.source import (
+    CONFIGS,
+    Source,
+    has_tokenizer,
+    is_ambiguous,
+    missing_files,
+    named_by_index,
+    wanted_files,
+)
 from octavo.log import get_logger
 
 if TYPE_CHECKING:
@@ -78,7 +86,7 @@ class Repo:
             if self.gguf is None and not models(here):
                 return missing_files(snapshot, self.weights, self.load_format)
             names = self.wanted(here) or [str(self.gguf or GgufPick())]
-        return [name for name in names if not (snapshot / name).is_file()]
+        return [name for name in named_by_index(names, snapshot) if not (snapshot / name).is_file()]
 
     def _cached_listing(self, commit: str) -> list[str] | None:
         import huggingface_hub as hub
@@ -170,7 +178,13 @@ class Repo:
         return commit, names
 
     def _fetch(self, commit: str, names: list[str]) -> Path:
-        """Fetches what the cache lacks of ``names``, in parallel."""
+        """Fetches what the cache lacks of ``names``, in parallel; an index first, if it may leave some out."""
+        if is_ambiguous(names):
+            indices = [name for name in names if name.endswith(".index.json")]
+            names = named_by_index(names, self._fetch_all(commit, indices))
+        return self._fetch_all(commit, names)
+
+    def _fetch_all(self, commit: str, names: list[str]) -> Path:
         import huggingface_hub as hub
 
         def fetch() -> str:
@@ -258,6 +272,7 @@ class Repo:
 
     def call(self, request: Callable[[], Any]) -> Any:
         """Runs ``request``, again if the Hub did not answer; raises a `ModelError` for what huggingface_hub raises."""
+        hub_errors.check_token(self)
         for delay in (*RETRY_DELAYS, None):
             try:
                 return request()

@@ -143,6 +143,7 @@ def _no_address(name: str) -> ModelError:
 
 
 def _no_such_path(name: str, path: Path) -> ModelError:
+    is_repo = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+/+", name) is not None
     absolute = path.absolute()
     parent = next(p for p in absolute.parents if p.is_dir())
     try:
@@ -152,6 +153,6 @@ def _no_such_path(name: str, path: Path) -> ModelError:
     shown = ", ".join(entries[:10]) + (f" and {len(entries) - 10} more" if len(entries) > 10 else "")
     return ModelError(
         f"{name} does not exist. The nearest folder that does is {parent}; it has: {shown or 'nothing to see'}.",
-        "Correct the path, or give a repo id such as owner/name.",
+        f"Correct the path, or give a repo id such as {name.rstrip('/') if is_repo else 'owner/name'}.",
         id="HF001",
     )

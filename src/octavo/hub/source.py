@@ -21,18 +21,20 @@ _SMALL_FILES: Final = (
     "*.json",
     "*.jinja",
     "additional_chat_templates/*.jinja",
-    "tokenizer.model*",
+    "tokenizer.model.*",
+    "*.model",
     "*.spm",
-    "sentencepiece.*.model",
     "merges.txt",
     "vocab.txt",
     "*.tiktoken",
 )
 _NOT_WEIGHTS: Final = ("consolidated*", "training_args.bin", "optimizer*", "scheduler*", "scaler*", "adapter_model*")
+_OF_TRAINING: Final = frozenset({"trainer_state.json", "all_results.json", "train_results.json", "eval_results.json"})
 _TOKENIZERS: Final = (
     "tokenizer.json",
-    "tokenizer.model",
     "tokenizer.model.v*",
+    "*.model",
+    "*.tiktoken",
     "vocab.json",
     "vocab.txt",
     "tekken.json",
@@ -46,12 +48,11 @@ _WEIGHTS: Final = {
     "pt": ("*.bin", "*.pt"),
     "mistral": ("consolidated*.safetensors",),
 }
-_INDICES: Final = {
-    "auto": ("model*.safetensors.index.json", "*.bin.index.json", "consolidated*.safetensors.index.json"),
-    "hf": ("model*.safetensors.index.json", "*.bin.index.json"),
-    **dict.fromkeys(("safetensors", *LOAD_PACKAGES), ("model*.safetensors.index.json",)),
-    "pt": ("*.bin.index.json",),
-    "mistral": ("consolidated*.safetensors.index.json",),
+_INDEX: Final = {
+    "*.safetensors": "model*.safetensors.index.json",
+    "consolidated*.safetensors": "consolidated*.safetensors.index.json",
+    "*.bin": "*.bin.index.json",
+    "*.pt": "*.pt.index.json",
 }
 
 
@@ -85,19 +86,49 @@ def wanted_files(
     """
     names = sorted(names)
     out = [name for name in names if any(_matches(name, pattern) for pattern in _SMALL_FILES)]
+    out = [name for name in out if not name.endswith(".index.json") and name not in _OF_TRAINING]
     if code:
         out += [name for name in names if name.endswith(".py")]
     if not weights:
-        return [name for name in out if not name.endswith(".index.json")]
+        return out
     for pattern in _WEIGHTS.get(load_format, ()):
-        found = [n for n in names if _matches(n, pattern)]
-        if not pattern.startswith("consolidated"):
-            found = [n for n in found if not any(fnmatch.fnmatchcase(n, other) for other in _NOT_WEIGHTS)]
-        elif "params.json" not in names:
-            continue
-        if found:
-            return out + found
+        if found := _weights(names, pattern):
+            return [*out, *(n for n in names if _matches(n, _INDEX[pattern])), *found]
     return out
+
+
+def _weights(names: list[str], pattern: str) -> list[str]:
+    found = [n for n in names if _matches(n, pattern)]
+    if pattern.startswith("consolidated"):
+        return found if "params.json" in names else []
+    return [n for n in found if not any(fnmatch.fnmatchcase(n, other) for other in _NOT_WEIGHTS)]
+
+
+def named_by_index(names: Iterable[str], folder: Path) -> list[str]:
+    """``names`` without the weight files that an index among them, which is in ``folder``, leaves out."""
+    names = list(names)
+    for index in names:
+        shards = shards_of(folder / index) if index.endswith(".index.json") else None
+        if shards is not None:
+            suffixes = tuple({Path(shard).suffix for shard in shards})
+            return [name for name in names if name in shards or not name.endswith(suffixes)]
+    return names
+
+
+def is_ambiguous(names: Iterable[str]) -> bool:
+    """Whether there are weight files that an index, which is among ``names``, may leave out."""
+    names = list(names)
+    weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
+    numbered = (re.fullmatch(r".+-\d{5}-of-\d{5}\.\w+", name) for name in weights)
+    return any(name.endswith(".index.json") for name in names) and not all(numbered)
+
+
+def shards_of(index: Path) -> set[str] | None:
+    """The files that an index of shards names; None if it cannot be read."""
+    try:
+        return {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -117,15 +148,13 @@ def missing_files(folder: Path, weights: bool, load_format: str = "auto") -> lis
 
 
 def _missing_weights(folder: Path, present: list[str], load_format: str) -> list[str]:
-    indices = [p for kind in _INDICES.get(load_format, ()) for p in sorted(folder.glob(kind))]
-    for index in indices[:1]:
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return [index.name]
-        return sorted(str(shard) for shard in shards if not (folder / str(shard)).is_file())
-    found = set(wanted_files(present, load_format=load_format)) - set(wanted_files(present, weights=False))
-    return [] if any(not name.endswith(".json") for name in found) else ["model.safetensors"]
+    for pattern in _WEIGHTS.get(load_format, ()):
+        for index in sorted(folder.glob(_INDEX[pattern]))[:1]:
+            shards = shards_of(index)
+            return [index.name] if shards is None else sorted(s for s in shards if not (folder / s).is_file())
+        if _weights(present, pattern):
+            return []
+    return ["model.safetensors"]
 
 
 def mistral_file(folder: Path, *, bare: bool) -> Path | None:

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 SPECIAL_NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+_FILES: Final = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model"),
+    *("sentencepiece.bpe.model", "tiktoken.model"),
+)
+MAX_SAID: Final = 300  # characters of an error of Transformers
 LONG: Final = 4096  # characters or ids from which on the library's batch calls are used: only those release the GIL
 _NAME_IT: Final = "Name another one with --tokenizer, or pass --skip-tokenizer-init to work with token ids alone."
 
@@ -351,9 +355,9 @@ def _from_transformers(source: Source, factory: Any, options: Mapping[str, Any])
     try:
         inner = factory.from_pretrained(str(source.path), local_files_only=True, **options)
     except Exception as error:  # code of the repo may raise anything
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(
-            f"Transformers cannot load the tokenizer of {source.name}: {first}", _NAME_IT, id="HF060"
+            f"Transformers cannot load the tokenizer of {source.name}: {said[:MAX_SAID]}", _NAME_IT, id="HF060"
         ) from error
     if not inner.encode("a", add_special_tokens=False):  # some classes look for other files and find none
         raise ModelError(
