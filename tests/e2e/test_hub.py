@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,31 @@ def test_a_server_starts_from_a_repo_id_and_starts_again_offline(hub: Hub, shell
             assert server.wait(20) == 0
         asked, hub.requests = [request for request in hub.requests if "/api/" in request], []
         assert asked == ([] if env else ["GET /api/models/owner/name"])
+
+
+def test_transformers_is_asked_for_by_a_command_and_in_python(hub: Hub, shell: Shell, model: Path) -> None:
+    hub.push("owner/name", model)
+    expected = shell.generate("owner/name").out.strip()
+    wish = ("--task", "generate", "--model-impl", "transformers")
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in shell.env().items():
+            patch.setenv(key, value)
+        server = Server(["-m", "octavo", "serve", "owner/name", "--port", "0", *wish, *SMALL], shell.home / "log")
+    try:
+        body = {"model": "owner/name", "prompt": "hello", "max_tokens": 2, "temperature": 0, "ignore_eos": True}
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).json()
+    finally:
+        server.process.terminate()
+        server.wait(20)
+    assert answer["choices"][0]["text"].strip() == expected
+    program = (
+        "from octavo import LLM, SamplingParams\n"
+        "with LLM(model='owner/name', model_impl='transformers', device='cpu', kv_cache_memory_bytes=4 << 20) as llm:\n"
+        "    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True)\n"
+        "    print(llm.generate(['hello'], params, use_tqdm=False)[0].outputs[0].text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=shell.env(), capture_output=True, text=True, timeout=90)
+    assert done.stdout.strip() == expected, done.stderr
 
 
 def test_two_starts_at_once_share_one_download(hub: Hub, shell: Shell, model: Path) -> None:

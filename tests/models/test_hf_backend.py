@@ -211,6 +211,53 @@ def test_a_class_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in error.value.cause
 
 
+def test_a_model_newer_than_transformers_is_told_both_versions(tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    edit_config(tmp_path, model_type="llama9", architectures=["Llama9ForCausalLM"], transformers_version="99.1.0")
+    with pytest.raises(UnsupportedModel) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF030"
+    assert "'llama9'; config.json was written by Transformers 99.1.0" in error.value.cause
+    assert "Install a newer Transformers" in error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "silly"}, "GPTNeoXForCausalLM cannot be built from this config: KeyError"),
+        ({"num_attention_heads": 5}, "GPTNeoX"),
+    ],
+)
+def test_a_config_that_the_class_cannot_be_made_of_is_told_with_what_it_said(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    saved(tmp_path, "gpt_neox")
+    edit_config(tmp_path, **change)
+    with pytest.raises(ModelError) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF002"
+    assert said in error.value.cause
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mixtral", "its decoder stays: MixtralForCausalLM does not run without memory"),
+        ("gemma2", "its decoder stays: Gemma2DecoderLayer has other parts than a native layer"),
+        ("cohere", "its decoder stays: CohereDecoderLayer has other parts than a native layer"),
+        ("gpt_neox", "its decoder stays: GPTNeoXModel has 0 norms with one weight beside its layers"),
+    ],
+)
+def test_the_log_says_what_was_replaced_and_why_the_decoder_was_not(
+    model_type: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved(tmp_path, model_type)
+    with caplog.at_level("INFO", logger="octavo"):
+        sweep.adopted(tmp_path)
+    (line,) = [record.getMessage() for record in caplog.records if "replaced by our own" in record.getMessage()]
+    assert line.endswith(reason)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "phi3", "gemma", "granite", "qwen2", "qwen3", "smollm3"])
 def test_a_decoder_that_is_as_llamas_is_replaced_as_a_whole(model_type: str, tmp_path: Path) -> None:
     saved(tmp_path, model_type)

@@ -255,6 +255,15 @@ def test_code_that_breaks_on_import_is_named_with_what_it_said(tmp_path: Path) -
     assert raised.value.id == "HF011"
 
 
+def test_a_setting_that_the_code_reads_and_the_config_lacks_is_named(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "lacks", {**RIGHT, "SUPPORTS": "True\n\n    def post_init(self):\n        self.config.plumage"}
+    )
+    with pytest.raises(ModelError, match=r"AttributeError: .*plumage") as raised:
+        core(folder)
+    assert raised.value.id == "HF002"
+
+
 def test_a_class_of_another_kind_is_refused(tmp_path: Path) -> None:
     folder = write(
         tmp_path / "kind", RIGHT, auto_map={**AUTO_MAP, "AutoModelForCausalLM": "modeling_parrot.ParrotAttention"}

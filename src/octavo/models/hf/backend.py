@@ -235,6 +235,7 @@ class TransformersModel(SelfLoading):
 
     def _adopt_late(self, device: torch.device) -> None:
         """Traces the loaded model itself."""
+        self._kept = f"; its decoder stays: {type(self.model).__name__} does not run without memory"
         try:
             self._adopt(self.model, device)
         except (OctavoError, trace.NotPaged):

@@ -41,8 +41,11 @@ def installed_classes(wanted: ModelConfig) -> Classes:
     model_type = wanted.model_type
     name = causal_lm_class(model_type) or _class_of_part(wanted)
     if model_type not in transformers.CONFIG_MAPPING or name is None:
+        wrote = wanted.hf.get("transformers_version")
+        written = f"; config.json was written by Transformers {wrote}" if isinstance(wrote, str) else ""
         raise UnsupportedModel(
-            f"Transformers {transformers.__version__} has no causal language model of model_type {model_type!r}.",
+            f"Transformers {transformers.__version__} has no causal language model of model_type {model_type!r}"
+            f"{written}.",
             "Install a newer Transformers if the model is newer than this one.",
         )
     if wanted.architecture.lower() != name.lower():  # LLaMAForCausalLM is a spelling of old files
