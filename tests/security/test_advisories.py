@@ -96,19 +96,19 @@ TESTS: dict[int, tuple[str, ...]] = {
     ),
     12: ("server/test_dashboard.py::test_a_page_names_no_other_server_and_writes_no_html_from_data",),
     13: (
-        "server/test_app.py::test_an_unexpected_exception_is_500_without_its_text",
+        "server/test_guard.py::test_an_unexpected_exception_is_500_without_its_text",
         "core/test_process.py::test_an_exception_in_the_loop_becomes_one_dead_message_and_exit_code_1",
     ),
     14: (
-        "server/test_app.py::test_a_bad_field_is_refused_by_name_and_the_next_request_works",
+        "server/test_protocol.py::test_a_bad_field_is_refused_by_name_and_the_next_request_works",
         "server/test_openapi.py::test_the_limits_that_are_described_hold",
         "e2e/test_serve.py::test_a_huge_body_and_a_huge_header_are_refused",
-        "server/test_app.py::test_a_dead_engine_is_500_for_requests_and_503_for_health",
+        "server/test_endpoint.py::test_a_dead_engine_is_500_for_requests_and_503_for_health",
     ),
     15: (
         "server/test_keys.py::test_every_known_key_is_compared_whichever_fits",
         "server/test_keys.py::test_users_with_different_keys_never_share_cached_pages_and_one_user_does",
-        "server/test_app.py::test_the_key_guards_every_route_but_health_ping_and_empty_pages",
+        "server/test_guard.py::test_the_key_guards_every_route_but_health_ping_and_empty_pages",
         "server/test_extras.py::test_prefixes_are_shared_within_one_salt_and_one_key",
     ),
 }

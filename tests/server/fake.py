@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import httpx
@@ -20,6 +22,20 @@ TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
 )
 SPOKEN = "hello world, this is a longer text"
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hello", "max_tokens": 5}
+
+
+def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Runs ``work`` in an event loop of its own, for 20 seconds at most."""
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    """The JSON of a stream's events; checks its frame and its end."""
+    parts = text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
 
 
 def speak(tokens: Sequence[int], *, ends: bool = True, finish: str = "length") -> Any:
