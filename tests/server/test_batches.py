@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,10 @@ from octavo.server.files.multipart import parse
 from octavo.server.files.store import FileStore
 from octavo.types import Request, TokenOutput
 from tests.server.clients import Said
+from tests.server.fake import run
 
 FIELD = b"\r\n--x\r\ncontent-disposition: form-data; name=a\r\n\r\n1"
 CHAT = "/v1/chat/completions"
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 20))
 
 
 def line(id: str, url: str = CHAT, **body: Any) -> bytes:

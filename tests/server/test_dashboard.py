@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
-from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,13 +12,9 @@ import pytest
 
 from octavo.server.dashboard import PAGES
 from octavo.server.history import KEPT
-from tests.server.fake import Server, speak
+from tests.server.fake import Server, run, speak
 
 BODY = {"prompt": "hello", "max_tokens": 4}
-
-
-def run(work: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(work())  # type: ignore[arg-type]
 
 
 def test_a_request_that_ended_is_told_with_its_times_and_counts() -> None:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from tests.frontend.fakes import prompt_of
-from tests.server.fake import SPOKEN, TEMPLATE, Server
+from tests.server.fake import SPOKEN, TEMPLATE, Server, run
 
 TEXT: Any = {"prompt": "hello", "max_tokens": 4}
 CHAT: Any = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 BOTH = [("/v1/completions", TEXT), ("/v1/chat/completions", CHAT)]
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 20))
 
 
 async def chunks(server: Server, path: str, body: Any) -> list[Any]:

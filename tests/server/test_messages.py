@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import anthropic
@@ -12,6 +10,7 @@ import pytest
 
 from tests.frontend.fakes import prompt_of
 from tests.server.clients import Said
+from tests.server.fake import run
 from tests.server.test_tools import CALL, CALL_2, HERMES, THINKING
 
 ASK: Any = {"model": "m", "max_tokens": 500, "messages": [{"role": "user", "content": "hi"}]}
@@ -21,10 +20,6 @@ WEATHER: Any = {
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
 ADD: Any = {"name": "add", "input_schema": {"type": "object"}}
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 20))
 
 
 def test_a_message_has_text_reason_and_usage_without_cached_tokens() -> None:

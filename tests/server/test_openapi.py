@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from octavo.server.openapi import document, page
 from octavo.server.route import Route
 from octavo.types import Stats
 from tests.frontend.fakes import prompt_of
-from tests.server.fake import Server
+from tests.server.fake import Server, run
 
 LINE = b'{"custom_id": "a", "url": "/v1/completions", "body": {}}'
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -32,10 +31,6 @@ BODIES: dict[str, Any] = {
     "/tokenize": {"prompt": "hello"},
     "/detokenize": {"tokens": [70]},
 }
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 20))
 
 
 async def request_of(server: Server, route: Route, folder: Path) -> dict[str, Any]:

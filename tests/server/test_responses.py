@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import openai
@@ -13,6 +12,7 @@ import pytest
 from octavo.server.responses.body import ReasoningEcho, Response, TextConfig
 from octavo.server.responses.store import ResponseStore
 from tests.server.clients import Said
+from tests.server.fake import run
 from tests.server.test_tools import CALL, CALL_2, HERMES, THINKING
 
 WEATHER: Any = {
@@ -23,10 +23,6 @@ WEATHER: Any = {
     "strict": False,
 }
 ADD: Any = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 20))
 
 
 async def ask(setup: Said, input: Any = "hi", **options: Any) -> Any:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -14,7 +12,7 @@ import pytest
 from octavo.frontend.parse.registry import Formats
 from octavo.server.service import formats_of
 from tests.frontend.fakes import prompt_of
-from tests.server.fake import Server, speak
+from tests.server.fake import Server, run, speak
 
 HERMES = (
     "{% if tools %}<tools>{{ tools | tojson }}</tools> as <tool_call>{% endif %}"
@@ -55,10 +53,6 @@ class Setup:
     def prompt(self) -> str:
         """What the model saw last."""
         return self.server.tokenizer.decode(prompt_of(self.server.fake.requests[-1]), skip_special_tokens=False)
-
-
-def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(work(), 20))
 
 
 def said(text: str, **options: Any) -> Setup:
