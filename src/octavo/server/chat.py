@@ -6,7 +6,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from octavo.errors import OctavoError
 from octavo.frontend.outputs import Delta
 from octavo.server.answers import (
     ChatChoice,
@@ -16,16 +15,15 @@ from octavo.server.answers import (
     ChatLogprobs,
     Logprobs,
     MessageDelta,
-    Tally,
-    Timings,
     Usage,
     chat_logprobs,
 )
 from octavo.server.ask import Ask, Conversation, Origin, readers
+from octavo.server.completion_answer import CompletionAnswer
 from octavo.server.endpoint import Endpoint, Job
 from octavo.server.protocol import ChatRequest
 from octavo.server.service import Service
-from octavo.server.sse import DONE, broken_openai, event
+from octavo.server.sse import event
 from octavo.server.tools import ToolUse
 from octavo.types import RequestOutput
 
@@ -52,13 +50,12 @@ def read(service: Service, body: ChatRequest, origin: Origin) -> Ask:
     )
 
 
-class _Answer:
+class _Answer(CompletionAnswer[ChatRequest]):
     def __init__(self, job: Job[ChatRequest]) -> None:
-        self._job, self._body = job, job.body
+        super().__init__(job)
         assert job.ask.conversation is not None
         self._readers = readers(job.service, job.ask.conversation, job.prepared[0])
         self._greeted: set[int] = set()
-        self._tally = Tally(len(job.prepared[0].prompt_token_ids)) if job.body.continuous_usage else None
 
     def whole(self, results: list[RequestOutput]) -> ChatCompletion:
         (result,) = results
@@ -94,19 +91,6 @@ class _Answer:
         usage = self._tally.add(len(delta.token_ids)) if self._tally else None
         for choice in self._pieces(delta):
             yield event(self._chunk([choice], usage))
-
-    def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
-        last = self._chunk([], Usage.of(results) if self._body.include_usage else None)
-        last.timings = self._timings(results)
-        if self._body.include_usage or self._body.return_timings:
-            yield event(last)
-        yield DONE
-
-    def broken(self, error: OctavoError) -> Iterable[bytes]:
-        return broken_openai(error)
-
-    def _timings(self, results: list[RequestOutput]) -> Timings | msgspec.UnsetType:
-        return Timings.of(results) if self._body.return_timings else msgspec.UNSET
 
     def _chunk(self, choices: list[ChatDelta], usage: Usage | None = None) -> ChatChunk:
         job = self._job

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from octavo.errors import OctavoError
 from octavo.frontend.inputs import Prompt
 from octavo.frontend.outputs import Delta
 from octavo.sampling_params import SamplingParams
@@ -17,17 +16,16 @@ from octavo.server.answers import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
-    Tally,
-    Timings,
     Usage,
     completion_logprobs,
     name_of,
 )
 from octavo.server.ask import Ask, Origin
+from octavo.server.completion_answer import CompletionAnswer
 from octavo.server.endpoint import Endpoint, Job
 from octavo.server.protocol import CompletionRequest
 from octavo.server.service import Service
-from octavo.server.sse import DONE, broken_openai, event
+from octavo.server.sse import event
 from octavo.types import CompletionOutput, RequestOutput
 
 
@@ -65,16 +63,11 @@ def _only_echo(body: CompletionRequest) -> bool:
     return bool(body.echo) and body.max_tokens == 0
 
 
-class _Answer:
+class _Answer(CompletionAnswer[CompletionRequest]):
     def __init__(self, job: Job[CompletionRequest]) -> None:
-        self._job, self._body = job, job.body
+        super().__init__(job)
         self._begun: set[int] = set()
         self._offsets: dict[int, int] = {}  # characters of each choice that log-probabilities have named
-        self._tally = (
-            Tally(sum(len(prepared.prompt_token_ids) for prepared in job.prepared))
-            if job.body.continuous_usage
-            else None
-        )
 
     def whole(self, results: list[RequestOutput]) -> Completion:
         choices = [
@@ -82,7 +75,7 @@ class _Answer:
             for i, result in enumerate(results)
             for output in result.outputs
         ]
-        made = self._piece(choices, self._usage(results))
+        made = self._chunk(choices, self._usage(results))
         made.timings = self._timings(results)
         return made
 
@@ -96,27 +89,14 @@ class _Answer:
                 made.text = self._prompt_text(number) + text
             if self._body.return_token_ids:
                 made.prompt_token_ids = self._job.prepared[number].prompt_token_ids
-        yield event(self._piece([made], self._tally.add(len(delta.token_ids)) if self._tally else None))
+        yield event(self._chunk([made], self._tally.add(len(delta.token_ids)) if self._tally else None))
 
-    def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
-        last = self._piece([], self._usage(results) if self._body.include_usage else None)
-        last.timings = self._timings(results)
-        if self._body.include_usage or self._body.return_timings:
-            yield event(last)
-        yield DONE
-
-    def broken(self, error: OctavoError) -> Iterable[bytes]:
-        return broken_openai(error)
-
-    def _piece(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
+    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         job = self._job
         return Completion(id=job.id, created=job.created, model=job.ask.model, choices=choices, usage=usage)
 
-    def _timings(self, results: list[RequestOutput]) -> Timings | msgspec.UnsetType:
-        return Timings.of(results) if self._body.return_timings else msgspec.UNSET
-
     def _usage(self, results: list[RequestOutput]) -> Usage:
-        usage = Usage.of(results)
+        usage = super()._usage(results)
         if _only_echo(self._body):
             usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
         return usage

@@ -105,7 +105,7 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
         raise RequestError(cause, "Send less.", param="metadata")
 
 
-class _Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
+class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
     """What both kinds of completion share."""
 
     stream_options: StreamOptions | None = None
@@ -151,10 +151,10 @@ def check_stops(name: str, stops: list[str]) -> None:
         raise RequestError(f"a stop string is longer than {MAX_STOP_LENGTH} characters.", "Shorten it.", param=name)
 
 
-_SAMPLING = set(_Generation.__struct_fields__) & set(SamplingParams.__struct_fields__) - {"structured_outputs"}
+_SAMPLING = set(Generation.__struct_fields__) & set(SamplingParams.__struct_fields__) - {"structured_outputs"}
 
 
-class CompletionRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
+class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
     """``POST /v1/completions``."""
 
     prompt: str | list[str | int | list[int]]  # an int is a token: all or none
@@ -199,7 +199,7 @@ class CompletionRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
             raise RequestError("echo with logprobs cannot be streamed.", "Unset stream.", param="echo")
 
 
-class ChatRequest(_Generation, kw_only=True, forbid_unknown_fields=True):
+class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
     """``POST /v1/chat/completions``."""
 
     messages: list[dict[str, Any]]

@@ -92,8 +92,3 @@ class EventStream:
             get_logger().exception("stream %s failed", request_id)
             last = b"".join(self._broken(errors.unexpected(request_id)))
         await send({"type": "http.response.body", "body": last, "more_body": False})
-
-
-def broken_openai(error: OctavoError) -> Iterable[bytes]:
-    """The end of a stream of completions that failed, as OpenAI's clients expect it."""
-    return event(errors.body_of(error)), DONE
