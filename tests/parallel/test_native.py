@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from octavo.errors import ConfigError
 from octavo.hub.checkpoint import Array, SafetensorsCheckpoint, Slices, open_checkpoint
 from octavo.hub.configs import model_config, read_hf_dict
 from octavo.hub.resolve import resolve
+from octavo.layers.linear import Linear
 from octavo.models.base import Model
 from octavo.models.llama import LlamaForCausalLM
 from octavo.parallel.group import SINGLE, Group
@@ -52,17 +54,29 @@ def answer(model: Model) -> tuple[list[int], torch.Tensor]:
     return tokens, paged.step({row: prompt})[row]
 
 
-def loaded(group: Group, folder: Path, load_format: str = "auto") -> tuple[list[int], torch.Tensor]:
+def loaded(
+    group: Group, folder: Path, load_format: str = "auto", keep_blocks: bool = False, quantization: str | None = None
+) -> tuple[list[int], torch.Tensor]:
     model = built(folder)
     checkpoint = open_checkpoint(resolve(str(folder)), load_format, pytorch=PyTorchCheckpoint)
-    loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None)
+    report = loader.load(
+        model,
+        checkpoint,
+        torch.device("cpu"),
+        lambda phase, share: None,
+        keep_blocks=keep_blocks,
+        quantization=quantization,
+    )
+    assert bool(report.kinds) == keep_blocks
     return answer(model)
 
 
-def assert_same(found: list[tuple[list[int], torch.Tensor]], wanted: tuple[list[int], torch.Tensor]) -> None:
+def assert_same(
+    found: list[tuple[list[int], torch.Tensor]], wanted: tuple[list[int], torch.Tensor], within: float = 1e-4
+) -> None:
     for tokens, logits in found:
         assert tokens == wanted[0]
-        torch.testing.assert_close(logits, wanted[1], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits, wanted[1], rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("size", [2, 4])  # with four, there are two heads of K and V
@@ -160,6 +174,40 @@ def test_sizes_that_do_not_divide_are_named_with_what_would_work(
         ranks.call(size, parameters, folder)
     assert cause in error.value.cause
     assert error.value.remedy == remedy
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_weights_that_are_rounded_on_loading_can_be_divided_too(size: int, ranks: Ranks, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, "llama", hidden_size=128, intermediate_size=256)  # shares of whole groups of 32
+    wanted = loaded(SINGLE, folder, "auto", False, "int8")
+    assert (wanted[1] - loaded(SINGLE, folder)[1]).abs().max() > 2e-2  # they are rounded
+    assert_same(ranks.call(size, loaded, folder, "auto", False, "int8"), wanted, 2e-3)  # activations are rounded, too
+
+
+def blocks_kept(group: Group, path: Path) -> list[str]:
+    model = built(path)
+    checkpoint = open_checkpoint(resolve(str(path)))
+    loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None, keep_blocks=True)
+    return [module.kinds[0] for name, module in model.named_modules() if isinstance(module, Linear) and module.kinds]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_blocks_of_gguf_files_stay_as_they_are_where_a_share_is_whole_blocks(
+    size: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    """The tiny model has 64 inputs of the last product: two blocks of Q8_0. Its 32 of the others are one."""
+    blocks = gguf.GGMLQuantizationType.Q8_0
+    tensors = {
+        name: (gguf.quants.quantize(value, blocks), blocks) if value.ndim == 2 and "embd" not in name else value
+        for name, value in tiny_tensors().items()
+    }
+    path = write_gguf(tmp_path / "m.gguf", tensors, tiny_metadata())
+    wanted = loaded(SINGLE, path, "auto", True)  # of which the logits are up to 10: activations are rounded
+    assert_same(ranks.call(size, loaded, path, "auto", True), wanted, 2e-2)
+    alone = len(blocks_kept(SINGLE, path))
+    kept = {2: 2 * 3, 4: 2 * 2}[size]  # of two layers: QKV, gate and up, and down, which four ranks cannot keep
+    assert alone == 2 * 4
+    assert [len(found) for found in ranks.call(size, blocks_kept, path)] == [kept] * size
 
 
 @pytest.mark.parametrize("size", [2, 4])

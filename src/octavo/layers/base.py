@@ -37,10 +37,19 @@ class LoadRule:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A tensor of the checkpoint that is stored in blocks of few bits: GGUF's name of the type, bytes of a row."""
+    """A tensor of the checkpoint that is stored in blocks of few bits: GGUF's name of the type, bytes of a row, and
+    how many values of a row are in a block."""
 
     kind: str
     row_bytes: int
+    values: int
+
+    def cut(self, inputs: Cut) -> Cut | None:
+        """The bytes of each row that hold ``inputs``; None if these are no whole blocks."""
+        if inputs.first % self.values or inputs.size % self.values:
+            return None
+        nbytes = self.row_bytes * self.values // inputs.whole
+        return Cut(1, inputs.first // self.values * nbytes, inputs.size // self.values * nbytes, self.row_bytes)
 
 
 class Layer(nn.Module):

@@ -50,6 +50,7 @@ class Linear(Layer):
         self.packed: PackedLinear | None = None
         self.dtype = dtype
         self.kinds: list[str] = []  # of blocks0, blocks1, …, which stand in the place of weight
+        self.bytes_cut: Cut | None = None  # of each row of them, as `in_cut` of the values
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.ops.linear(x, self.weight, self.bias) if self.packed is None else self.packed(x)
@@ -62,7 +63,7 @@ class Linear(Layer):
         for i, (part, rows) in enumerate(self.parts.items()):
             own = self.cuts.get(part)
             if self.kinds:
-                rules.append(LoadRule(f"{prefix}{part}.weight", f"blocks{i}", 0, rows, own, raw=True))
+                rules.append(LoadRule(f"{prefix}{part}.weight", f"blocks{i}", 0, rows, own or self.bytes_cut, raw=True))
             else:
                 rules.append(LoadRule(f"{prefix}{part}.weight", "weight", start, rows, own or self.in_cut))
             if self.bias is not None:  # a bias has no columns to cut
@@ -72,11 +73,16 @@ class Linear(Layer):
 
     def use_blocks(self, name: str, blocks: Mapping[str, Blocks]) -> None:
         sources = [rule.source for rule in self.load_rules(name) if rule.parameter == "weight"]
-        if self.in_cut is not None or len(sources) > MAX_PARTS or any(source not in blocks for source in sources):
+        if len(sources) > MAX_PARTS or any(source not in blocks for source in sources):
             return
+        if self.in_cut is not None:  # then there is one source
+            self.bytes_cut = blocks[sources[0]].cut(self.in_cut)
+            if self.bytes_cut is None:
+                return
         self.kinds = [blocks[source].kind for source in sources]
         for i, (source, rows) in enumerate(zip(sources, self.parts.values(), strict=True)):
-            setattr(self, f"blocks{i}", parameter(rows, blocks[source].row_bytes, dtype=torch.uint8))
+            nbytes = blocks[source].row_bytes if self.bytes_cut is None else self.bytes_cut.size
+            setattr(self, f"blocks{i}", parameter(rows, nbytes, dtype=torch.uint8))
         del self.weight
 
     def finish(self, ops: Ops) -> None:

@@ -114,7 +114,7 @@ def _use_blocks(
     for name, kind in checkpoint.block_types().items():
         if kind in ops.block_types:
             raw = checkpoint.read_raw(name, slice(0, 1))
-            blocks[name] = Blocks(kind, raw.nbytes)
+            blocks[name] = Blocks(kind, raw.nbytes, tensors[name].shape[1] // raw.shape[1])
             stored[name] = TensorInfo(kind, tensors[name].shape, raw.nbytes * tensors[name].shape[0])
     for name, layer in _layers(model):
         layer.use_blocks(name, blocks)
@@ -249,7 +249,7 @@ def _read(checkpoint: Checkpoint, piece: _Piece) -> Array:
     if not piece.raw or not isinstance(checkpoint, BlockCheckpoint):
         return checkpoint.read(piece.source, piece.slices)
     blocks = checkpoint.read_raw(piece.source, piece.slices[0])
-    return Array(blocks.reshape(blocks.shape[0], -1), "uint8")
+    return Array(blocks.reshape(blocks.shape[0], -1)[:, *piece.slices[1:]], "uint8")
 
 
 def _layers(model: Model) -> list[tuple[str, Layer]]:
