@@ -41,7 +41,7 @@ from octavo.kernels.race_triton import (
 )
 
 ROUNDS = 2
-_BLOCK, _GROUP = 4096, 128
+_BLOCK, _GROUP, _WARPS = 2048, 128, 4
 _LISTED = 1024  # tokens at most that are listed of a row; others are looked at in the row itself, so many at once
 
 # Parts of the float32 scratch [5, S, blocks]: 0 the greatest logit, 1 the mass, 2 the greatest score, 3 the mass above
@@ -361,7 +361,7 @@ class _Scratch:
             x, settings, bits, seen, self.floats, self.tokens, self.group, self.rows, out, self.arrived,
             x.stride(0), self.count, bits.shape[1], limit, self.size, self.blocks, self.pad, _BLOCK, _GROUP,
             triton.next_power_of_2(self.groups), edits is None, self.card, self.chain,
-            num_warps=8, launch_pdl=self.chain,
+            num_warps=_WARPS, launch_pdl=self.chain,
         )  # fmt: skip
 
 
@@ -393,13 +393,13 @@ def draw(
         _select_kernel[scratch.grid](
             x, settings, bits, seen, scratch.group, scratch.rows, scratch.values, scratch.ids, out, scratch.arrived,
             x.stride(0), scratch.count, words, scratch.size, scratch.blocks, _BLOCK, _GROUP, _LISTED, card, chain,
-            num_warps=8, launch_pdl=chain,
+            num_warps=_WARPS, launch_pdl=chain,
         )  # fmt: skip
     for number in range(ROUNDS) if raced else ():
         _round_kernel[scratch.grid](
             x, settings, bits, seen, scratch.floats, scratch.tokens, scratch.rows, out, scratch.arrived,
             x.stride(0), scratch.count, words, scratch.size, number == 0, number == ROUNDS - 1, scratch.blocks,
-            scratch.pad, _BLOCK, _LISTED, card, chain, num_warps=8, maxnreg=64, launch_pdl=chain,
+            scratch.pad, _BLOCK, _LISTED, card, chain, num_warps=_WARPS, maxnreg=64, launch_pdl=chain,
         )  # fmt: skip
     return out
 
@@ -413,6 +413,6 @@ def logprobs(x: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
     _likeliest_kernel[scratch.grid](
         x, tokens, scratch.floats, scratch.group, scratch.rows, scratch.values, scratch.ids, out, scratch.arrived,
         x.stride(0), scratch.count, scratch.size, count, scratch.blocks, scratch.pad, _BLOCK, _GROUP, _LISTED,
-        scratch.chain, num_warps=8, launch_pdl=scratch.chain,
+        scratch.chain, num_warps=_WARPS, launch_pdl=scratch.chain,
     )  # fmt: skip
     return out
