@@ -57,7 +57,7 @@ def launches():
     triton_ops.greedy(logits)
     pairs = experts_triton.group(torch.zeros(2, 2, dtype=torch.int64), 4)
     experts_triton.grouped_linear(x, weight.view(4, 128, 1024), None, pairs, by_token=True)
-    experts_triton.grouped_linear(x.float(), weight.view(4, 128, 1024).mT, x, pairs, by_token=False)
+    experts_triton.grouped_linear(x.float(), weight.float().view(4, 128, 1024).mT, x, pairs, by_token=False)
     experts_triton.combine(x, x, pairs)
     peers = peers_triton.PeerMemory(0, torch.zeros(2, dtype=torch.int64), None)
     peers.sum(x)

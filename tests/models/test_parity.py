@@ -34,6 +34,13 @@ MODELS: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", None, {}),
     "qwen3 with biases": ("qwen3", None, {"attention_bias": True}),
+    "mixtral": ("mixtral", None, {}),
+    "mixtral with window": ("mixtral", None, {"sliding_window": 16, "num_experts_per_tok": 1}),
+    "qwen3_moe": ("qwen3_moe", None, {}),
+    "qwen3_moe, tied, with experts in every other layer": (
+        "qwen3_moe", None, {"tie_word_embeddings": True, "norm_topk_prob": False, "decoder_sparse_step": 2,
+                            "mlp_only_layers": [], "attention_bias": True},
+    ),
     "smollm3": ("smollm3", None, {}),
     "smollm3 with biases": ("smollm3", None, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
     **{f"{rope} rope": ("llama", rope, {}) for rope in tiny.ROPES},

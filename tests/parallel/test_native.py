@@ -15,8 +15,8 @@ from octavo.hub.checkpoint import Array, SafetensorsCheckpoint, Slices, open_che
 from octavo.hub.configs import model_config, read_hf_dict
 from octavo.hub.resolve import resolve
 from octavo.layers.linear import Linear
+from octavo.models import registry
 from octavo.models.base import Model
-from octavo.models.llama import LlamaForCausalLM
 from octavo.parallel.group import SINGLE, Group
 from octavo.runtime import loader
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
@@ -43,7 +43,7 @@ class Counting(SafetensorsCheckpoint):
 
 def built(folder: Path) -> Model:
     config = model_config(read_hf_dict(resolve(str(folder)), {}), dtype="float32", generation={})
-    return LlamaForCausalLM(config, 128)
+    return registry.choose(config)[0](config, 128)
 
 
 def answer(model: Model) -> tuple[list[int], torch.Tensor]:

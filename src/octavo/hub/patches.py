@@ -58,6 +58,14 @@ CLASS_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1_000_000.0,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "qwen2": {
         "num_key_value_heads": 32,
         "use_sliding_window": False,
@@ -72,6 +80,13 @@ CLASS_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
         "use_sliding_window": False,
         "sliding_window": 4096,
         "max_window_layers": 28,
+        "max_position_embeddings": 32_768,
+        "rope_theta": 10_000.0,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
         "max_position_embeddings": 32_768,
         "rope_theta": 10_000.0,
     },

@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 
 from octavo.kernels.metadata import Groups
-from octavo.kernels.select import ExpertOps
+from octavo.kernels.select import ExpertOps, Ops
+from octavo.layers.activation import GatedActivation
+from octavo.layers.base import Layer, LoadRule, parameter
+from octavo.parallel.group import current
+from octavo.parallel.shards import cut
 
 
 class GroupedProduct:
@@ -49,3 +53,51 @@ def mixture(
     inner = activation(up(x, groups, by_token=True))
     out = down(inner, groups, by_token=False)
     return ops.combine(out if after is None else after(out), weights, groups)
+
+
+class Experts(Layer):
+    """``count`` gated MLPs: ``down(act(gate x) * up x)``, each with ``inner`` values between its products.
+
+    ``parts`` are the checkpoint's names of gate, up and down; expert e has ``….experts.e.gate_proj.weight`` and so on.
+    Among several ranks each has a part of every expert and returns its summand.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        size: int,
+        inner: int,
+        activation: str,
+        parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        group = current()
+        self.count, self.size, self.parts = count, size, parts
+        self.cuts = [cut(dim, inner, group.rank, group.size) for dim in (0, 0, 1)] if group.size > 1 else [None] * 3
+        self.inner = inner if self.cuts[0] is None else self.cuts[0].size
+        self.gate_up_proj = parameter(count * 2 * self.inner, size, dtype=dtype)
+        self.down_proj = parameter(count * size, self.inner, dtype=dtype)
+        self.act_fn = GatedActivation(activation)
+
+    def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``x[T, size]`` by the ``experts`` and their ``weights[T, K]``."""
+        return mixture(self.ops.experts, x, experts, weights, self.count, self.up, self.act_fn, self.down)
+
+    def load_rules(self, name: str) -> list[LoadRule]:
+        rules, (gate, up, down) = [], self.parts
+        for expert in range(self.count):
+            for place, part in enumerate((gate, up)):
+                start = (2 * expert + place) * self.inner
+                source = f"{name}.{expert}.{part}.weight"
+                rules.append(LoadRule(source, "gate_up_proj", start, self.inner, self.cuts[place]))
+            source = f"{name}.{expert}.{down}.weight"
+            rules.append(LoadRule(source, "down_proj", expert * self.size, self.size, self.cuts[2]))
+        return rules
+
+    def finish(self, ops: Ops) -> None:
+        super().finish(ops)
+        self.up = GroupedProduct(ops.experts, self.gate_up_proj.data.view(self.count, -1, self.size), None)
+        self.down = GroupedProduct(ops.experts, self.down_proj.data.view(self.count, self.size, -1), None)
+        del self.gate_up_proj, self.down_proj  # which the products hold, packed or not

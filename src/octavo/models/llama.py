@@ -48,11 +48,11 @@ def wiring(config: ModelConfig) -> Wiring:
     attention_bias = bool(config.hf.get("attention_bias", False))
     mlp_bias = bool(config.hf.get("mlp_bias", False))
     match config.architecture:
-        case "MistralForCausalLM":
+        case "MistralForCausalLM" | "MixtralForCausalLM":
             return Wiring()
         case "Qwen2ForCausalLM":
             return Wiring(qkv_bias=True)
-        case "Qwen3ForCausalLM":
+        case "Qwen3ForCausalLM" | "Qwen3MoeForCausalLM":
             return Wiring(qkv_bias=attention_bias, o_bias=attention_bias, qk_norm=True)
         case _:
             return Wiring(qkv_bias=attention_bias, o_bias=attention_bias, mlp_bias=mlp_bias)
@@ -162,7 +162,7 @@ class LlamaDecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, decoder layers, norm."""
 
-    def __init__(self, embedding: nn.Module, layers: Sequence[LlamaDecoderLayer], norm: RMSNorm) -> None:
+    def __init__(self, embedding: nn.Module, layers: Sequence[nn.Module], norm: RMSNorm) -> None:
         super().__init__()
         self.embed_tokens = embedding
         self.layers = nn.ModuleList(layers)
@@ -197,25 +197,37 @@ class LlamaModel(Decoder):
         rotaries = shared_rotaries(config.layers, max_len)
         super().__init__(
             Embedding(config.vocab_size, config.hidden_size, tied=config.tie_embeddings, dtype=dtype),
-            [LlamaDecoderLayer(config, layer, rotary, dtype) for layer, rotary in enumerate(rotaries)],
+            [self.make_layer(config, layer, rotary, dtype) for layer, rotary in enumerate(rotaries)],
             RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype),
         )
+
+    @staticmethod
+    def make_layer(config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> nn.Module:
+        """Decoder layer number ``layer``."""
+        return LlamaDecoderLayer(config, layer, rotary, dtype)
 
 
 class LlamaForCausalLM(Model):
     """``max_len`` is the longest sequence that the engine will run; ``config.layers`` become those of this rank."""
 
+    decoder: type[LlamaModel] = LlamaModel
+
     def __init__(self, config: ModelConfig, max_len: int) -> None:
         super().__init__(config, max_len)
         self.group = current()
-        check(self.group.size, {"intermediate_size": config.intermediate_size}, config.layers)
-        self.model = LlamaModel(config, max_len, self.dtype)
+        check(self.group.size, self.inner_sizes(config), config.layers)
+        self.model = self.decoder(config, max_len, self.dtype)
         self.config = replace(config, layers=tuple(heads_of_rank(spec, self.group.size) for spec in config.layers))
         self.lm_head: Linear | None = None
         if config.tie_embeddings:
             self.tied = ("lm_head.weight", "model.embed_tokens.weight")
         else:
             self.untie()
+
+    @staticmethod
+    def inner_sizes(config: ModelConfig) -> dict[str, int]:
+        """What ranks divide besides heads and vocabulary, by its name in config.json."""
+        return {"intermediate_size": config.intermediate_size}
 
     def untie(self) -> None:
         self.tied = None

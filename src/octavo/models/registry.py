@@ -32,8 +32,10 @@ NATIVE = {
     "LlamaForCausalLM": "octavo.models.llama:LlamaForCausalLM",
     "LLaMAForCausalLM": "octavo.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "octavo.models.llama:LlamaForCausalLM",
+    "MixtralForCausalLM": "octavo.models.moe:MoeForCausalLM",
     "Qwen2ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
     "Qwen3ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
+    "Qwen3MoeForCausalLM": "octavo.models.moe:MoeForCausalLM",
     "SmolLM3ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
 }
 

@@ -1,0 +1,106 @@
+"""Mixtral and Qwen3-MoE: Llama's layers with mixtures of experts in the place of MLPs.
+
+A router chooses ``num_experts_per_tok`` experts of each token: those of its greatest logits, whose softmax over all
+experts gives the weights. Qwen3-MoE may have layers with one MLP, as in Llama.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from octavo.config import ModelConfig
+from octavo.layers.experts import Experts
+from octavo.layers.linear import Linear
+from octavo.layers.norm import RMSNorm
+from octavo.layers.rotary import Rotary
+from octavo.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A family's names, and what config.json says of its experts."""
+
+    block: str  # in a layer
+    parts: tuple[str, str, str]  # of an expert: gate, up, down
+    inner: str  # key of the size between an expert's products
+    experts: int
+    chosen: int
+    sums_to_one: bool  # the weights of the chosen ones, so that what others had does not count
+
+
+def mixture_of(config: ModelConfig) -> Mixture:
+    hf, chosen = config.hf, int(config.hf.get("num_experts_per_tok", 0))
+    if config.architecture == "MixtralForCausalLM":
+        experts = int(hf.get("num_local_experts", 8))
+        return Mixture("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size", experts, chosen or 2, True)
+    experts = int(hf.get("num_experts") or hf.get("num_local_experts", 128))  # Transformers 5 writes the latter
+    parts, sums_to_one = ("gate_proj", "up_proj", "down_proj"), bool(hf.get("norm_topk_prob", False))
+    return Mixture("mlp", parts, "moe_intermediate_size", experts, chosen or 8, sums_to_one)
+
+
+def inner_size(config: ModelConfig) -> int:
+    """Values between an expert's products."""
+    return int(config.hf.get(mixture_of(config).inner, 768))
+
+
+def is_sparse(config: ModelConfig, layer: int) -> bool:
+    """Whether this layer has experts: `decoder_sparse_step` and `mlp_only_layers` are Qwen's."""
+    if layer in (config.hf.get("mlp_only_layers") or ()):
+        return False
+    return (layer + 1) % int(config.hf.get("decoder_sparse_step", 1)) == 0
+
+
+class SparseMLP(nn.Module):
+    """A router and its experts."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        found, size = mixture_of(config), config.hidden_size
+        self.chosen, self.sums_to_one = found.chosen, found.sums_to_one
+        self.gate = Linear(size, {"gate": found.experts}, dtype=dtype)
+        self.experts = Experts(found.experts, size, inner_size(config), config.hidden_act, found.parts, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, experts = self.gate(x).float().softmax(-1).topk(self.chosen)
+        if self.sums_to_one:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out: torch.Tensor = self.experts(x, experts, weights)
+        return out
+
+
+class SparseDecoderLayer(nn.Module):
+    """As `LlamaDecoderLayer`."""
+
+    def __init__(self, config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.self_attn = LlamaAttention(config, config.layers[layer], layer, rotary, dtype)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+        self.block = mixture_of(config).block
+        self.add_module(self.block, SparseMLP(config, dtype))
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, positions)
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return getattr(self, self.block)(x), residual
+
+
+class MoeModel(LlamaModel):
+    @staticmethod
+    def make_layer(config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> nn.Module:
+        kind = SparseDecoderLayer if is_sparse(config, layer) else LlamaDecoderLayer
+        return kind(config, layer, rotary, dtype)
+
+
+class MoeForCausalLM(LlamaForCausalLM):
+    decoder = MoeModel
+
+    @staticmethod
+    def inner_sizes(config: ModelConfig) -> dict[str, int]:
+        return {"intermediate_size": config.intermediate_size, mixture_of(config).inner: inner_size(config)}
