@@ -26,12 +26,14 @@ class Hopper:
 
 
 driver.set_active(Hopper())
-from octavo.kernels import attn_triton, edit_triton, experts_triton, linear_triton, peers_triton
+from octavo.kernels import attn_triton, blocks_triton, edit_triton, experts_triton, linear_triton, peers_triton
 from octavo.kernels import rehearsal, sampling_triton, step_triton, triton_ops
 from octavo.kernels.linear_triton import Launch
 from tests.kernels import grid
 
-for module in (attn_triton, edit_triton, linear_triton, peers_triton, sampling_triton, step_triton, triton_ops):
+blocks_triton._selects_bytes = lambda x: True
+for module in (attn_triton, blocks_triton, edit_triton, linear_triton, peers_triton, sampling_triton, step_triton,
+               triton_ops):
     module.chained = lambda device: True
 half = torch.bfloat16
 
@@ -43,7 +45,8 @@ def launches():
     batch.fill_up(10, 2)
     attn_triton.attention(*batch.arguments())
     ints = batch.meta.rows
-    step_triton.put_(ints, ints, step_triton.take_in_(ints, ints, ints, ints, ints, ints))
+    step_triton.take_in_(ints, ints, ints, ints, ints, ints)
+    step_triton.put_(ints, ints, ints)
     x, weight = torch.zeros(64, 1024, dtype=half), torch.zeros(512, 1024, dtype=half)
     linear_triton.split_linear(x, weight, None, Launch(64, 128, 2, 4, 5, prefetch=256), "silu")
     for kind in ("Q4_1", "Q8_0"):
@@ -57,7 +60,7 @@ def launches():
     triton_ops.greedy(logits)
     pairs = experts_triton.group(torch.zeros(2, 2, dtype=torch.int64), 4)
     experts_triton.grouped_linear(x, weight.view(4, 128, 1024), None, pairs, by_token=True)
-    experts_triton.grouped_linear(x.float(), weight.float().view(4, 128, 1024).mT, x, pairs, by_token=False)
+    experts_triton.grouped_linear(x.float()[:, :128], weight.float().view(4, 128, 1024).mT, None, pairs, by_token=False)
     experts_triton.combine(x, x, pairs)
     peers = peers_triton.PeerMemory(0, torch.zeros(2, dtype=torch.int64), None)
     peers.sum(x)
