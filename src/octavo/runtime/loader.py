@@ -131,7 +131,7 @@ def choose_ops(model: Model, device: torch.device, quantization: str | None) -> 
         what = "the Transformers backend" if isinstance(model, SelfLoading) else f"{model.dtype} on {device.type}"
         raise ConfigError(
             f"quantization is {quantization}, which {what} has no products for.",
-            "Leave --quantization out, or run a native model on a CPU with octavo's C++ extension.",
+            "Leave --quantization out, or run a native model on a GPU, or on a CPU with octavo's C++ extension.",
         )
     return found
 
