@@ -217,6 +217,8 @@ def choose(x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False) -> Lau
         return None
     if rows > 32 and not gated and size <= 2 * len(weight) and blocks not in _WHOLE_WAVE:
         return None  # sums of several programs cost more than they bring
+    if gated and size >= 4096 and triton.cdiv(blocks, 2) in _WHOLE_WAVE:
+        return Launch(2 * _OUTPUTS, _COLUMNS if rows <= 32 else _COLUMNS // 2, 1, warps=4, stages=5)
     splits = 1
     while blocks * splits < _LEAST_PROGRAMS and size >= 1024 * splits:
         splits *= 2
