@@ -16,7 +16,8 @@ OCTAVO_INLINE void attend_tile(const AttentionArgs& a, Work<T>& w, isize first, 
     const isize width = (count + kPanel - 1) / kPanel * kPanel, dim = a.dim;
     alignas(64) float scores[ROWS][kKeys];
     alignas(64) T weights[ROWS][kKeys];
-    float shrink[ROWS];
+    alignas(64) float shrink[kSoftRows];
+    Row own[ROWS];
     const T* query = w.query + first * dim;
     for (isize p = 0; p < width / kPanel; p += kTilePanels)
         with_panels(min_of(kTilePanels, width / kPanel - p), [&](auto panels) {
@@ -29,8 +30,9 @@ OCTAVO_INLINE void attend_tile(const AttentionArgs& a, Work<T>& w, isize first, 
     for (int r = 0; r < ROWS; r++) {
         const isize at = position + (first + r) / group;  // of the row's query
         const isize low = a.window ? max_of(0, at - a.window + 1 - key) : 0, high = min_of(width, at + 1 - key);
-        shrink[r] = soften(a, scores[r], weights[r], width, low, high, w.top[first + r], w.total[first + r]);
+        own[r] = {scores[r], low, high, w.top + first + r, w.total + first + r};
     }
+    soften(a, own, ROWS, width, weights, shrink);
     for (isize p = 0; p < dim / kPanel; p += kTilePanels)
         with_panels(min_of(kTilePanels, dim / kPanel - p), [&](auto panels) {
             constexpr int PANELS = decltype(panels)::value;
@@ -74,8 +76,9 @@ OCTAVO_INLINE void leave(const AttentionArgs& a, const Sequence& s, const Item& 
     }
 }
 
+// `then`: the item that probably comes next on this thread, or null.
 template <class T>
-void run_item(const AttentionArgs& a, const Item& item, float* partials) {
+void run_item(const AttentionArgs& a, const Item& item, const Item* then, float* partials) {
     const Sequence s = sequence_of(a, item.sequence);
     const isize group = a.heads / a.kv_heads, rows = item.queries * group, dim = a.dim;
     const isize position = s.length - s.queries + item.first_query;
@@ -92,7 +95,7 @@ void run_item(const AttentionArgs& a, const Item& item, float* partials) {
     std::memset(w.out, 0, rows * dim * 4);
     if constexpr (kHasFew && sizeof(T) == 2) {
         if (item.queries == 1 && rows <= kFewRows && dim % 32 == 0) {
-            attend_few(a, s, item, rows, position, w);
+            attend_few(a, s, item, then, rows, position, w);
             return leave(a, s, item, w, partials);
         }
     }
@@ -105,8 +108,8 @@ void run_item(const AttentionArgs& a, const Item& item, float* partials) {
             const isize height = min_of(kTileRows, rows - r);
             const isize oldest = position + r / group, newest = position + (r + height - 1) / group;
             if (newest < key || (a.window && oldest - a.window + 1 >= key + kKeys)) continue;
-            with_rows(int(height), [&](auto n) {
-                attend_tile<T, decltype(n)::value>(a, w, r, group, position, key, count);
+            with_rows(int(height), [&](auto n) {  // with the keys that the newest row sees
+                attend_tile<T, decltype(n)::value>(a, w, r, group, position, key, min_of(count, newest + 1 - key));
             });
         }
     }
@@ -141,7 +144,9 @@ void attention_of(const AttentionArgs& a) {
     auto* items = (Item*)scratch(Scratch::items, plan(a, nullptr).items * sizeof(Item));
     const Plan p = plan(a, items);
     auto* partials = (float*)scratch(Scratch::partials, p.partial_floats * 4);
-    parallel(true, p.items, [&](isize i) { run_item<T>(a, items[i], partials); });
+    parallel(true, p.items, [&](isize i) {
+        run_item<T>(a, items[i], i + 1 < p.items ? items + i + 1 : nullptr, partials);
+    });
     parallel(p.partial_floats > 0, p.items, [&](isize i) {
         if (items[i].parts > 1) join<T>(a, items[i], partials);
     });

@@ -5,7 +5,7 @@
 
 namespace octavo::OCTAVO_ISA {
 
-constexpr isize kKeys = 64;         // tokens of a block
+constexpr isize kKeys = 128;        // tokens of a block
 constexpr isize kSplit = 512;       // tokens of a split, where a sequence has one block of queries
 constexpr isize kQueryRows = 96;    // rows of an item
 constexpr isize kMaxDim = 256;
@@ -150,26 +150,28 @@ struct Block {
     const T *keys[kKeys], *values[kKeys];
 
     void find(const AttentionArgs& a, const Sequence& s, isize kv_head, isize first, isize count) {
-        alignas(64) static const T zeros[kMaxDim] = {};
-        const isize padded = (count + kPanel - 1) / kPanel * kPanel, head = a.page_size * a.dim;
+        place(a, s, kv_head, first, 0, count);
+        pad(count, (count + kPanel - 1) / kPanel * kPanel);
+    }
+
+    // Tokens from `first` on of a sequence become those from `from` to `to` of the block.
+    void place(const AttentionArgs& a, const Sequence& s, isize kv_head, isize first, isize from, isize to) {
+        const isize head = a.page_size * a.dim;
         isize page = first / a.page_size, offset = first % a.page_size;
-        for (isize i = 0; i < count; page++, offset = 0) {
+        for (isize i = from; i < to; page++, offset = 0) {
             const T* key = (const T*)a.cache + (isize(s.pages[page]) * 2 * a.kv_heads + kv_head) * head;
-            for (; i < count && offset < a.page_size; i++, offset++) {
+            for (; i < to && offset < a.page_size; i++, offset++) {
                 keys[i] = key + offset * a.dim;
                 values[i] = keys[i] + a.kv_heads * head;
             }
         }
-        for (isize i = count; i < padded; i++) keys[i] = values[i] = zeros;
+    }
+
+    void pad(isize from, isize to) {
+        alignas(64) static const T zeros[kMaxDim] = {};
+        for (isize i = from; i < to; i++) keys[i] = values[i] = zeros;
     }
 };
-
-// Asks for some rows, into the second-level cache, while something else is computed.
-template <class T>
-OCTAVO_INLINE void prefetch(const T* const* rows, isize count, isize dim) {
-    for (isize i = 0; i < count; i++)
-        for (isize line = 0; line < dim; line += 64 / isize(sizeof(T))) __builtin_prefetch(rows[i] + line, 0, 2);
-}
 
 template <class T>
 OCTAVO_INLINE void pack_block(const Block<T>& block, isize count, isize dim, Work<T>& w) {
@@ -179,37 +181,61 @@ OCTAVO_INLINE void pack_block(const Block<T>& block, isize count, isize dim, Wor
     pack_values(block.values, w.values, padded / kStep<T>, dim);
 }
 
-// One row's scores of a block -> weights in T; returns by how much what was gathered so far must shrink.
-template <class T>
-OCTAVO_INLINE float soften(const AttentionArgs& a, float* scores, T* weights, isize width, isize low, isize high,
-                           float& top, float& total) {
+constexpr int kSoftRows = 16;  // most rows of `soften`
+constexpr float kLog2e = 1.44269504088896341f;
+
+// A row's scores of a block and what is known of the blocks before.
+struct Row {
+    float* scores;
+    isize low, high;  // keys from low to high are seen
+    float *top, *total;
+};
+
+// The largest score of a row, scaled and capped. `factor`: what makes them so that are stored; 1 if they are already.
+OCTAVO_INLINE float largest(const AttentionArgs& a, const Row& row, isize width, float& factor) {
     vf best = splat(-INFINITY);
+    if (a.softcap == 0 && a.scale > 0 && row.low <= 0 && row.high >= width) {
+        for (isize i = 0; i < width; i += kLanes) best = vmax(load(row.scores + i), best);
+        factor = a.scale;
+        return max(best) * a.scale;
+    }
     for (isize i = 0; i < width; i += kLanes) {
-        vf v = load(scores + i) * a.scale;
+        vf v = load(row.scores + i) * a.scale;
         if (a.softcap != 0) v = a.softcap * vtanh(v / a.softcap);
-        if (i < low || i + kLanes > high) {
+        if (i < row.low || i + kLanes > row.high) {
             vi at;
             for (int lane = 0; lane < kLanes; lane++) at[lane] = int32_t(i) + lane;
-            v = select((at >= int32_t(low)) & (at < int32_t(high)), v, splat(-INFINITY));
+            v = select((at >= int32_t(row.low)) & (at < int32_t(row.high)), v, splat(-INFINITY));
         }
-        store(scores + i, v);
-        best = vmax(best, v);
+        store(row.scores + i, v);
+        best = vmax(v, best);
     }
-    const float previous = top, seen = max(best);
-    if (seen > top) top = seen;
-    if (top == -INFINITY) {
-        std::memset((void*)weights, 0, width * sizeof(T));
-        return 1.0f;
+    factor = 1.0f;
+    return max(best);
+}
+
+// Scores of up to kSoftRows rows -> weights in T; shrink [kSoftRows]: by how much what was gathered so far must shrink.
+template <class T>
+OCTAVO_INLINE void soften(const AttentionArgs& a, const Row* rows, isize count, isize width, T (*weights)[kKeys],
+                          float* shrink) {
+    alignas(64) float before[kSoftRows] = {}, base[kSoftRows] = {};
+    float factor[kSoftRows];
+    for (isize r = 0; r < count; r++) {
+        before[r] = *rows[r].top;
+        const float here = largest(a, rows[r], width, factor[r]);
+        if (here > before[r]) *rows[r].top = here;
+        base[r] = *rows[r].top == -INFINITY ? 0.0f : *rows[r].top;  // of a row that has seen nothing yet
     }
-    vf added{};
-    for (isize i = 0; i < width; i += kLanes) {
-        vf v = vexp(load(scores + i) - top);
-        added += v;
-        store(weights + i, v);
+    for (isize r = 0; r < count; r += kLanes) store(shrink + r, vexp2((load(before + r) - load(base + r)) * kLog2e));
+    for (isize r = 0; r < count; r++) {
+        vf added{};
+        for (isize i = 0; i < width; i += kLanes) {
+            const vf v = vexp2((load(rows[r].scores + i) * factor[r] - base[r]) * kLog2e);
+            added += v;
+            store(weights[r] + i, v);
+        }
+        *rows[r].total = *rows[r].total * shrink[r] + sum(added);
     }
-    const float shrink = previous == top ? 1.0f : vexp(splat(previous - top))[0];
-    total = total * shrink + sum(added);
-    return shrink;
 }
 
 }  // namespace octavo::OCTAVO_ISA

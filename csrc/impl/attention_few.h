@@ -21,17 +21,21 @@ OCTAVO_INLINE void spread_query(const bf16* query, uint32_t* spread, isize words
     }
 }
 
-// scores[r][0 … 15] of 16 tokens. `spread` rows are 64 words a step of 16 words of the head; `stride` words a row.
-template <int ROWS>
-OCTAVO_INLINE void score_few(const bf16* const* keys, const uint32_t* spread, isize stride, isize words,
-                             float (*scores)[kKeys]) {
+// scores[r][0 … 15] of 16 tokens. `spread` rows are 64 words a step of 16 words of the head; `stride` words a row. ASK:
+// asks for the rows of `later`, a few lines at a time: many at once would hold up what is computed meanwhile.
+template <int ROWS, bool ASK>
+OCTAVO_INLINE void score_few(const bf16* const* keys, const bf16* const* later, const uint32_t* spread, isize stride,
+                             isize words, float (*scores)[kKeys]) {
     __m512 acc[ROWS][4] = {};
     for (isize w = 0; w < words; w += 16) {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++) {
             __m512i k[4], t[4];
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) k[i] = _mm512_loadu_si512((const uint32_t*)keys[4 * q + i] + w);
+            for (int i = 0; i < 4; i++) {
+                if constexpr (ASK) __builtin_prefetch((const uint32_t*)later[4 * q + i] + w, 0, 2);
+                k[i] = _mm512_loadu_si512((const uint32_t*)keys[4 * q + i] + w);
+            }
             t[0] = _mm512_unpacklo_epi32(k[0], k[1]), t[1] = _mm512_unpackhi_epi32(k[0], k[1]);
             t[2] = _mm512_unpacklo_epi32(k[2], k[3]), t[3] = _mm512_unpackhi_epi32(k[2], k[3]);
             k[0] = _mm512_unpacklo_epi64(t[0], t[2]), k[1] = _mm512_unpackhi_epi64(t[0], t[2]);
@@ -55,15 +59,19 @@ OCTAVO_INLINE void score_few(const bf16* const* keys, const uint32_t* spread, is
 
 // out = out * shrink + weights * values, for 32 dimensions of ROWS rows. Within the 32 floats of out the order is that
 // of unpacking two rows of V: `restore` puts it right.
-template <int ROWS>
-OCTAVO_INLINE void mix_few(const bf16* const* values, const bf16 (*weights)[kKeys], const float* shrink, isize pairs,
-                           isize first, isize dim, float* out) {
+template <int ROWS, bool ASK>
+OCTAVO_INLINE void mix_few(const bf16* const* values, const bf16* const* later, const bf16 (*weights)[kKeys],
+                           const float* shrink, isize pairs, isize first, isize dim, float* out) {
     __m512 acc[ROWS][2];
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; r++)
         for (int h = 0; h < 2; h++)
             acc[r][h] = _mm512_loadu_ps(out + r * dim + first + h * 16) * _mm512_set1_ps(shrink[r]);
     for (isize p = 0; p < pairs; p++) {
+        if constexpr (ASK) {
+            __builtin_prefetch(later[2 * p] + first, 0, 2);
+            __builtin_prefetch(later[2 * p + 1] + first, 0, 2);
+        }
         __m512i even = _mm512_loadu_si512(values[2 * p] + first), odd = _mm512_loadu_si512(values[2 * p + 1] + first);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(even, odd), high = (__m512bh)_mm512_unpackhi_epi16(even, odd);
 #pragma GCC unroll 8
@@ -89,53 +97,67 @@ OCTAVO_INLINE void restore(float* out) {
     _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(low, second, high));
 }
 
-OCTAVO_INLINE void score_rows(const bf16* const* keys, const uint32_t* spread, isize words, isize rows,
-                              float (*scores)[kKeys]) {
-    for (isize r = 0; r < rows; r += 4, scores += 4)
-        with_rows(int(min_of(4, rows - r)), [&](auto n) {
-            if constexpr (decltype(n)::value <= 4)
-                score_few<decltype(n)::value>(keys, spread + r * words * 16, words * 16, words, scores);
-        });
+OCTAVO_INLINE void score_rows(const bf16* const* keys, const bf16* const* later, const uint32_t* spread, isize words,
+                              isize rows, float (*scores)[kKeys]) {
+    with_rows(int(min_of(4, rows)), [&](auto n) {
+        if constexpr (decltype(n)::value <= 4)
+            score_few<decltype(n)::value, true>(keys, later, spread, words * 16, words, scores);
+    });
+    if (rows <= 4) return;
+    with_rows(int(rows - 4), [&](auto n) {
+        if constexpr (decltype(n)::value <= 4)
+            score_few<decltype(n)::value, false>(keys, later, spread + 4 * words * 16, words * 16, words, scores + 4);
+    });
 }
 
-OCTAVO_INLINE void mix_rows(const bf16* const* values, const bf16 (*weights)[kKeys], const float* shrink, isize pairs,
-                            isize rows, isize first, isize dim, float* out) {
-    for (isize r = 0; r < rows; r += 6)
-        with_rows(int(min_of(6, rows - r)), [&](auto n) {
-            mix_few<decltype(n)::value>(values, weights + r, shrink + r, pairs, first, dim, out + r * dim);
-        });
+OCTAVO_INLINE void mix_rows(const bf16* const* values, const bf16* const* later, const bf16 (*weights)[kKeys],
+                            const float* shrink, isize pairs, isize rows, isize first, isize dim, float* out) {
+    with_rows(int(min_of(6, rows)), [&](auto n) {
+        mix_few<decltype(n)::value, true>(values, later, weights, shrink, pairs, first, dim, out);
+    });
+    if (rows <= 6) return;
+    with_rows(int(rows - 6), [&](auto n) {
+        mix_few<decltype(n)::value, false>(values, later, weights + 6, shrink + 6, pairs, first, dim, out + 6 * dim);
+    });
 }
 
-inline void attend_few(const AttentionArgs& a, const Sequence& s, const Item& item, isize rows, isize position,
-                       Work<bf16>& w) {
+// The `width` tokens that come kKeys after `key`: of the item, and behind its end those of the item that comes `then`,
+// so that none waits for its first keys.
+inline void look_ahead(const AttentionArgs& a, const Sequence& s, const Item& item, const Item* then, isize key,
+                       isize width, Block<bf16>& later) {
+    const isize first = key + kKeys, own = min_of(width, max_of(0, item.last_key - first));
+    later.place(a, s, item.kv_head, first, 0, own);
+    isize found = own;
+    if (then && own < width) {
+        const isize start = then->first_key + max_of(0, first - item.last_key);
+        found += min_of(width - own, max_of(0, then->last_key - start));
+        later.place(a, sequence_of(a, then->sequence), then->kv_head, start, own, found);
+    }
+    later.pad(found, width);
+}
+
+inline void attend_few(const AttentionArgs& a, const Sequence& s, const Item& item, const Item* then, isize rows,
+                       isize position, Work<bf16>& w) {
     alignas(64) float scores[kFewRows][kKeys];
     alignas(64) bf16 weights[kFewRows][kKeys];
     alignas(64) uint32_t spread[kFewRows * kMaxDim / 2 * 16];
-    float shrink[kFewRows];
+    alignas(64) float shrink[kSoftRows];
+    Row own[kFewRows];
     const isize words = a.dim / 2;
     for (isize r = 0; r < rows; r++) spread_query(w.query + r * a.dim, spread + r * words * 16, words);
-    Block<bf16> blocks[2];
-    auto count_from = [&](isize key) { return min_of(kKeys, item.last_key - key); };
-    blocks[0].find(a, s, item.kv_head, item.first_key, count_from(item.first_key));
-    int turn = 0;
-    for (isize key = item.first_key; key < item.last_key; key += kKeys, turn ^= 1) {
-        const Block<bf16>&now = blocks[turn], &next = blocks[turn ^ 1];
-        const isize width = (count_from(key) + kPanel - 1) / kPanel * kPanel;
-        const isize ahead = key + kKeys < item.last_key ? count_from(key + kKeys) : 0;
-        if (ahead) blocks[turn ^ 1].find(a, s, item.kv_head, key + kKeys, ahead);
-        for (isize i = 0; i < width; i += kPanel) {
-            prefetch(next.keys + i, min_of(kPanel, ahead - i), a.dim);
-            score_rows(now.keys + i, spread, words, rows, (float(*)[kKeys])(scores[0] + i));
-        }
+    Block<bf16> now, later;
+    for (isize key = item.first_key; key < item.last_key; key += kKeys) {
+        const isize count = min_of(kKeys, item.last_key - key), width = (count + kPanel - 1) / kPanel * kPanel;
+        now.find(a, s, item.kv_head, key, count);
+        look_ahead(a, s, item, then, key, width, later);
+        for (isize i = 0; i < width; i += kPanel)
+            score_rows(now.keys + i, later.keys + i, spread, words, rows, (float(*)[kKeys])(scores[0] + i));
         const isize low = a.window ? max_of(0, position - a.window + 1 - key) : 0;
         for (isize r = 0; r < rows; r++)
-            shrink[r] = soften(a, scores[r], weights[r], width, low, min_of(width, position + 1 - key), w.top[r],
-                               w.total[r]);
-        for (isize first = 0; first < a.dim; first += 32) {
-            const isize from = ahead * first / a.dim, to = ahead * (first + 32) / a.dim;
-            prefetch(next.values + from, to - from, a.dim);
-            mix_rows(now.values, weights, shrink, width / 2, rows, first, a.dim, w.out);
-        }
+            own[r] = {scores[r], low, min_of(width, position + 1 - key), w.top + r, w.total + r};
+        soften(a, own, rows, width, weights, shrink);
+        for (isize first = 0; first < a.dim; first += 32)
+            mix_rows(now.values, later.values, weights, shrink, width / 2, rows, first, a.dim, w.out);
     }
     for (isize i = 0; i < rows * a.dim; i += 32) restore(w.out + i);
 }
@@ -143,7 +165,7 @@ inline void attend_few(const AttentionArgs& a, const Sequence& s, const Item& it
 constexpr bool kHasFew = false;
 constexpr isize kFewRows = 0;
 template <class T>
-void attend_few(const AttentionArgs&, const Sequence&, const Item&, isize, isize, Work<T>&) {}
+void attend_few(const AttentionArgs&, const Sequence&, const Item&, const Item*, isize, isize, Work<T>&) {}
 #endif
 
 }  // namespace octavo::OCTAVO_ISA

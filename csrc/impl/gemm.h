@@ -135,17 +135,21 @@ OCTAVO_INLINE void finish(const LinearArgs& a, isize row, isize column, const vf
     finish_row<bf16, PANELS>(acc, a.bias ? a.bias + column : nullptr, a.to + row * a.to_stride + column, a.out - column);
 }
 
-// Shares out all panels in groups of MOST; what is left after every thread had the same number of groups, evenly. f gets
-// a group's first panel and, as a constant, how many it has.
+// Shares out all panels in groups of MOST; what is left after every thread had the same number of groups, evenly, in
+// narrow ones. These come last in either half of the loop: threads begin at both (pool.cpp) and should end together.
+// f gets a group's first panel and, as a constant, how many it has.
 template <int MOST, class F>
 OCTAVO_INLINE void each_group(isize panels, F f) {
-    const isize workers = threads(), groups = panels / MOST / workers * workers, rest = panels - groups * MOST;
+    const isize workers = threads(), wide = panels / MOST / workers * workers, rest = panels - wide * MOST;
     isize width = (rest + workers - 1) / workers;
     width = width < 1 ? 1 : width > MOST ? MOST : width;
-    parallel(true, groups + (rest + width - 1) / width, [&](isize u) {
-        if (u < groups) return f(u * MOST, std::integral_constant<int, MOST>{});
-        const isize first = groups * MOST + (u - groups) * width;
-        with_panels(panels - first < width ? panels - first : width, [&](auto count) { f(first, count); });
+    const isize narrow = (rest + width - 1) / width, count = wide + narrow, half = count / 2;
+    const isize ends[2] = {half - narrow / 2, count - (narrow - narrow / 2)};  // of the wide ones in each half
+    parallel(true, count, [&](isize u) {
+        const isize end = ends[u >= half], before = u < half ? 0 : narrow / 2;  // narrow ones in the first half
+        if (u < end) return f((u - before) * MOST, std::integral_constant<int, MOST>{});
+        const isize first = wide * MOST + (before + u - end) * width;
+        with_panels(panels - first < width ? panels - first : width, [&](auto few) { f(first, few); });
     });
 }
 
@@ -153,6 +157,7 @@ OCTAVO_INLINE void each_group(isize panels, F f) {
 template <int MOST, class F>
 OCTAVO_INLINE void each_unit(isize panels, isize rows, F f) {
     const isize groups = (panels + MOST - 1) / MOST, blocks = (rows + kBlockRows - 1) / kBlockRows;
+    if (blocks == 1) return each_group<MOST>(panels, [&](isize panel, auto count) { f(Unit{0, rows, panel}, count); });
     parallel(true, groups * blocks, [&](isize u) {
         const isize first = u / groups * kBlockRows, panel = u % groups * MOST;
         const Unit unit{first, rows - first < kBlockRows ? rows - first : kBlockRows, panel};

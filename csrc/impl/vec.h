@@ -159,6 +159,31 @@ OCTAVO_INLINE vf vexp(vf x) {
     p = p * r * r + r + 1.0f;
     return (vf)((vi)((vf)((vi)p + exponent)) & ~tiny);
 }
+// 2^x for x up to 0, by a polynomial in what is left of x beside an integer (relative error 1e-7); below -126 it is 0.
+OCTAVO_INLINE vf vexp2(vf x) {
+#if defined(__AVX512F__)
+    const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+    const vi tiny = x < -126.0f;
+    x = vmax(splat(-126.0f), x);
+    vf n = x + 12582912.0f;  // rounds to the nearest integer
+    const vi exponent = (vi)n << 23;
+    n -= 12582912.0f;
+#endif
+    const vf r = x - n;
+    vf p = splat(1.326472731e-3f);
+    p = p * r + 9.671512991e-3f;
+    p = p * r + 5.550733581e-2f;
+    p = p * r + 2.402224243e-1f;
+    p = p * r + 6.931470037e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), (__m512)p,
+                                      (__m512)n);
+#else
+    return (vf)((vi)((vf)((vi)p + exponent)) & ~tiny);
+#endif
+}
 OCTAVO_INLINE vf vtanh(vf x) { return 1.0f - 2.0f / (1.0f + vexp(2.0f * x)); }
 
 // Below this many elements a second thread costs more than it saves.
