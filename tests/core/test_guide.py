@@ -91,7 +91,7 @@ class Setup:
                 made = self.compiler.compile(spec)
                 assert isinstance(made, Grammar), made
                 self.known[spec] = made
-        return Constraint(guide, self.known, self.compiler.words)
+        return Constraint(guide, self.known, self.compiler.texts)
 
     def ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False))

@@ -93,7 +93,7 @@ def test_a_hostile_grammar_costs_little_to_compile_and_to_follow(compiler: Compi
     if isinstance(made, str):
         assert made.startswith("The grammar")
         return
-    one, source = Constraint(Guide(whole=spec), {spec: made}, compiler.words), random.Random(1)
+    one, source = Constraint(Guide(whole=spec), {spec: made}, compiler.texts), random.Random(1)
     for _ in range(40):
         allowed = np.flatnonzero(np.unpackbits(one.mask.view(np.uint8), count=300, bitorder="little"))
         assert len(allowed)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from octavo.core.constraint import GRACE_SECONDS, Grammar, Words
+from octavo.core.constraint import GRACE_SECONDS, Grammar, TokenTexts
 from octavo.core.matcher import make_matcher, make_tokenizer
 from octavo.core.trial import Trial
 from octavo.core.vocabulary import Vocabulary
@@ -34,7 +34,7 @@ class Compiler:
         self._tokenizer: Any = None
         self._trial: Trial | None = None
         self._mask_words = 0
-        self.words = Words((), lambda text: None)
+        self.texts = TokenTexts((), lambda text: None)
 
     def compile(self, spec: GrammarSpec) -> Grammar | str:
         """The grammar, or why there is none."""
@@ -66,7 +66,7 @@ class Compiler:
         self._mask_words = -(-len(tokens) // 32)
         trial = Trial(tokens, special, ends)  # starts while the table is built here
         self._tokenizer = make_tokenizer(tokens, special, ends, _encoder(vocabulary))
-        self.words = Words(vocabulary.tokens, vocabulary.tokenizer.token_to_id)
+        self.texts = TokenTexts(vocabulary.tokens, vocabulary.tokenizer.token_to_id)
         self._trial = trial
         return trial
 

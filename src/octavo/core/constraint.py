@@ -41,7 +41,7 @@ class Grammar:
         self.slow = False
 
 
-class Words:
+class TokenTexts:
     """What a constraint needs to know of a vocabulary: the bytes of each token, and the id of a text that is one."""
 
     def __init__(self, tokens: Sequence[bytes], find: Callable[[str], int | None]) -> None:
@@ -63,13 +63,13 @@ class Constraint:
     gave up on. One thread at a time works on it: a lane while it is not ready, else the engine's.
     """
 
-    def __init__(self, guide: Guide, grammars: Mapping[GrammarSpec, Grammar], words: Words) -> None:
+    def __init__(self, guide: Guide, grammars: Mapping[GrammarSpec, Grammar], texts: TokenTexts) -> None:
         """``grammars`` may lack some that only openers need; what they open is not held then."""
         self.ready = True
         self.finished = False
         self.error = ""
         self.stale = False  # the mask must be computed
-        self._guide, self._grammars, self._words = guide, grammars, words
+        self._guide, self._grammars, self._texts = guide, grammars, texts
         self._openers = [(re.compile(opener.pattern.encode()), opener.bodies) for opener in guide.openers]
         self._end = re.compile(guide.reasoning_end.encode())
         self._seen = b""  # the end of the text that is not held
@@ -102,8 +102,8 @@ class Constraint:
             self._start(token)
         elif self._state is _State.HELD:
             self._follow(token)
-        elif token < len(self._words.tokens):
-            self._read(self._words.tokens[token])
+        elif token < len(self._texts.tokens):
+            self._read(self._texts.tokens[token])
 
     def allows(self, token: int) -> bool:
         """Whether the next token may be ``token``; the mask need not be known."""
@@ -135,7 +135,7 @@ class Constraint:
             return
         if guide.whole is not None:
             self._hold(self._grammars[guide.whole])
-        mark = self._words.find(guide.reasoning_start) if guide.reasoning_start else None
+        mark = self._texts.find(guide.reasoning_start) if guide.reasoning_start else None
         if mark is not None:
             self._state = _State.START
             if guide.whole is not None:
@@ -144,14 +144,14 @@ class Constraint:
 
     def _start(self, token: int) -> None:
         """The first token decides: it is the mark of reasoning, or part of the answer."""
-        if token == self._words.find(self._guide.reasoning_start):
+        if token == self._texts.find(self._guide.reasoning_start):
             self._state, self._grammar, self._matcher = _State.REASONING, None, None
         elif self._guide.whole is not None:
             self._state = _State.HELD
             self._follow(token)
-        elif self._words.tokens[token].strip():
+        elif self._texts.tokens[token].strip():
             self._state = _State.TEXT
-            self._read(self._words.tokens[token])
+            self._read(self._texts.tokens[token])
 
     def _read(self, text: bytes) -> None:
         self._seen = (self._seen + text)[-WINDOW:]

@@ -196,7 +196,7 @@ class Grammars:
         if refused and guide.strict:
             return refused
         grammars = {spec: result for spec, result in found.items() if isinstance(result, Grammar)}
-        self.live[id] = Constraint(guide, grammars, self._compiler.words)
+        self.live[id] = Constraint(guide, grammars, self._compiler.texts)
         return ""
 
     def _build(self, spec: GrammarSpec) -> None:

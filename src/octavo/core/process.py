@@ -104,20 +104,20 @@ def run(build: Callable[[], Engine], channel: Channel) -> int:
 
 def serve(engine: Engine, channel: Channel) -> None:
     """The loop: take what has arrived, make one step, send what it produced. Sleeps while there is nothing to do."""
-    desk = _Desk(engine, channel)
+    dispatcher = _Dispatcher(engine, channel)
     while True:
         outputs: list[TokenOutput] = []
         for peer, message in channel.receive(wait=not engine.has_work()):
             if isinstance(message, Shutdown):
                 return
-            outputs += desk.handle(peer, message)
+            outputs += dispatcher.handle(peer, message)
         if engine.has_work():
             outputs += engine.step()
         if outputs:
-            desk.send(outputs)
+            dispatcher.send(outputs)
 
 
-class _Desk:
+class _Dispatcher:
     """Knows which peer each running request is of."""
 
     def __init__(self, engine: Engine, channel: Channel) -> None:

@@ -23,7 +23,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Step:
+class Change:
     """A block begins, grows by ``text``, or ends."""
 
     what: Literal["open", "add", "close"]
@@ -47,35 +47,35 @@ class Blocks:
         """The texts of the blocks of one kind, joined."""
         return "".join(block.text for block in self.all if block.kind == kind)
 
-    def feed(self, text: str, *, final: bool) -> list[Step]:
+    def feed(self, text: str, *, final: bool) -> list[Change]:
         """What ``text`` changes; with ``final`` the last block ends."""
-        steps: list[Step] = []
+        changes: list[Change] = []
         for event in self._reader.events(text, final=final):
             match event:
                 case Content(piece):
-                    steps += self._grow("text", piece)
+                    changes += self._grow("text", piece)
                 case Reasoning(piece):
-                    steps += self._grow("reasoning", piece)
+                    changes += self._grow("reasoning", piece)
                 case CallStart(_, id, name):
-                    steps += self._begin(Block("call", len(self.all), id, name))
+                    changes += self._begin(Block("call", len(self.all), id, name))
                 case CallArguments(_, piece):
-                    steps += self._grow("call", piece)
+                    changes += self._grow("call", piece)
                 case CallEnd():
-                    steps += self._end()
-        return steps + self._end() if final else steps
+                    changes += self._end()
+        return changes + self._end() if final else changes
 
-    def _grow(self, kind: Kind, text: str) -> list[Step]:
-        steps = [] if self._open is not None and self._open.kind == kind else self._begin(Block(kind, len(self.all)))
+    def _grow(self, kind: Kind, text: str) -> list[Change]:
+        changes = [] if self._open is not None and self._open.kind == kind else self._begin(Block(kind, len(self.all)))
         assert self._open is not None
         self._open.text += text
-        return [*steps, Step("add", self._open, text)]
+        return [*changes, Change("add", self._open, text)]
 
-    def _begin(self, block: Block) -> list[Step]:
-        steps = self._end()
+    def _begin(self, block: Block) -> list[Change]:
+        changes = self._end()
         self._open = block
         self.all.append(block)
-        return [*steps, Step("open", block)]
+        return [*changes, Change("open", block)]
 
-    def _end(self) -> list[Step]:
+    def _end(self) -> list[Change]:
         ended, self._open = self._open, None
-        return [] if ended is None else [Step("close", ended)]
+        return [] if ended is None else [Change("close", ended)]

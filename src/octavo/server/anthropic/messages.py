@@ -44,7 +44,7 @@ from octavo.server.anthropic.body import (
 )
 from octavo.server.ask import Ask, Conversation, Origin, prepare, readers
 from octavo.server.blocks import Block as Part
-from octavo.server.blocks import Blocks, Kind, Step
+from octavo.server.blocks import Blocks, Change, Kind
 from octavo.server.endpoint import Endpoint, Job
 from octavo.server.protocol import decode
 from octavo.server.service import Service
@@ -200,8 +200,8 @@ class _Answer:
             prompt = len(self._job.prepared[0].prompt_token_ids)
             usage = Usage(input_tokens=prompt, output_tokens=0, cache_read_input_tokens=0)
             yield _event(MessageStart(self._message(usage, [])))
-        for step in self._blocks.feed(delta.text, final=delta.finish_reason is not None):
-            yield _event(_of_step(step))
+        for change in self._blocks.feed(delta.text, final=delta.finish_reason is not None):
+            yield _event(_of_change(change))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         (result,) = results
@@ -241,13 +241,13 @@ def _block(part: Part, *, whole: bool) -> Block:
     return TextBlock(text) if part.kind == "text" else ThinkingBlock(text)
 
 
-def _of_step(step: Step) -> Event:
-    index = step.block.index
-    if step.what == "open":
-        return BlockStart(index, _block(step.block, whole=False))
-    if step.what == "close":
+def _of_change(change: Change) -> Event:
+    index = change.block.index
+    if change.what == "open":
+        return BlockStart(index, _block(change.block, whole=False))
+    if change.what == "close":
         return BlockStop(index)
-    return BlockDelta(index, _DELTAS[step.block.kind](step.text))
+    return BlockDelta(index, _DELTAS[change.block.kind](change.text))
 
 
 _DELTAS: dict[Kind, type[TextDelta | ThinkingDelta | InputDelta]] = {

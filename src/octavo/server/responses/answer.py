@@ -10,7 +10,7 @@ from octavo.frontend.outputs import Delta
 from octavo.server import errors
 from octavo.server.answers import TokenLogprob, chat_logprobs, now
 from octavo.server.ask import Ask, Conversation, Origin, readers
-from octavo.server.blocks import Block, Blocks, Step
+from octavo.server.blocks import Block, Blocks, Change
 from octavo.server.endpoint import Endpoint, Job
 from octavo.server.responses import events, items
 from octavo.server.responses.body import (
@@ -113,8 +113,8 @@ class ResponseWriter:
             yield self._event(events.Created(response=self._response))
             yield self._event(events.InProgress(response=self._response))
         self._logprobs += self._scores(delta.token_ids, delta.logprobs)
-        for step in self._blocks.feed(delta.text, final=delta.finish_reason is not None):
-            for event in self._of_step(step):
+        for change in self._blocks.feed(delta.text, final=delta.finish_reason is not None):
+            for event in self._of_change(change):
                 yield self._event(event)
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
@@ -171,18 +171,18 @@ class ResponseWriter:
 
     # --- items and events ---------------------------------------------------------------------------------------------
 
-    def _of_step(self, step: Step) -> Iterable[events.Event]:
-        block, (id, index) = step.block, self._place(step.block)
-        if step.what == "open":
+    def _of_change(self, change: Change) -> Iterable[events.Event]:
+        block, (id, index) = change.block, self._place(change.block)
+        if change.what == "open":
             yield events.ItemAdded(output_index=index, item=self._item(block, "in_progress"))
             if block.kind != "call":
                 yield events.PartAdded(item_id=id, output_index=index, part=_part(block, whole=False))
-        elif step.what == "add" and block.kind == "text":
+        elif change.what == "add" and block.kind == "text":
             scores, self._logprobs = self._logprobs, []
-            yield events.TextDelta(item_id=id, output_index=index, delta=step.text, logprobs=scores)
-        elif step.what == "add":
+            yield events.TextDelta(item_id=id, output_index=index, delta=change.text, logprobs=scores)
+        elif change.what == "add":
             kind = events.ReasoningDelta if block.kind == "reasoning" else events.ArgumentsDelta
-            yield kind(item_id=id, output_index=index, delta=step.text)
+            yield kind(item_id=id, output_index=index, delta=change.text)
         else:
             yield from self._closed(block)
 
@@ -200,7 +200,7 @@ class ResponseWriter:
         """Clients look for a message, even of an answer without a word."""
         block = Block("text", 0)
         self._blocks.all.append(block)
-        yield from self._of_step(Step("open", block))
+        yield from self._of_change(Change("open", block))
         yield from self._closed(block)
 
     def _place(self, block: Block) -> tuple[str, int]:
