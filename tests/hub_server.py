@@ -12,10 +12,12 @@ info, the listing of files, and the files with ETag, commit and ranges. Paths an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,7 +53,8 @@ class Hub:
     ``fail_with`` makes it answer everything with that status, ``failures`` so many times at most. With ``cdn`` weights
     are served by another host, as the real one does it; ``leaked`` counts tokens that were sent there. The next
     ``cuts`` answers with weights break off in the middle. ``renamed`` repos answer with a redirect to their new name.
-    ``plain``: a model's info names files without hashes, as that of some mirrors.
+    ``plain``: a model's info names files without hashes, as that of some mirrors. ``rate``: weights go out at so many
+    bytes a second. ``retry_after`` goes with answers of status 429.
     """
 
     def __init__(self) -> None:
@@ -65,6 +68,8 @@ class Hub:
         self.leaked = 0
         self.cuts = 0
         self.plain = False
+        self.rate: float | None = None
+        self.retry_after = "0"
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -106,11 +111,13 @@ class Hub:
         return commit
 
     def env(self, cache: Path) -> dict[str, str]:
-        """What the client's process needs to talk to this Hub and to nothing else, with its cache in ``cache``."""
+        """What the client's process needs to talk to this Hub and to nothing else, with its cache in ``cache``.
+
+        ``HF_HUB_CACHE`` has to be unset: it goes before ``HF_HOME``.
+        """
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),
-            "HF_HUB_CACHE": str(cache / "hub"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -156,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
             if refused.code:
                 headers["X-Error-Code"] = refused.code
             if refused.status == 429:
-                headers["Retry-After"] = "0"
+                headers["Retry-After"] = self.hub.retry_after
             self._send(refused.status, json.dumps({"error": refused.message}).encode(), headers)
 
     def _route(self, path: str) -> None:
@@ -261,5 +268,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.cuts -= 1
             body = body[: len(body) // 2]
             self.close_connection = True
-        self.wfile.write(body)
-        self.hub.sent += len(body)
+        self._write(body)
+
+    def _write(self, body: bytes) -> None:
+        rate = self.hub.rate if self.path.endswith(".safetensors") else None
+        step = max(int(rate / 20), 1) if rate else len(body)
+        with contextlib.suppress(ConnectionError):  # the client may be killed
+            for start in range(0, len(body), step or 1):
+                if rate:
+                    time.sleep(step / rate)
+                self.wfile.write(body[start : start + step])
+                self.hub.sent += len(body[start : start + step])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,39 @@ def test_two_starts_at_once_share_one_download(hub: Hub, shell: Shell, model: Pa
     blobs = [path for path in shell.home.rglob("blobs/*") if path.suffix != ".incomplete"]
     needed = [path for path in model.iterdir() if path.suffix in (".json", ".jinja", ".safetensors")]
     assert len(blobs) == len({path.read_bytes() for path in needed})
+
+
+def test_a_start_that_is_killed_is_taken_up_where_it_stopped(hub: Hub, shell: Shell, tmp_path: Path) -> None:
+    large = tiny.make(tmp_path / "large", "llama", hidden_size=256, intermediate_size=1024)
+    stored = (large / "model.safetensors").stat().st_size
+    hub.push("owner/name", large)
+    hub.cdn, hub.rate = True, stored / 4  # four seconds
+    first = shell.start("generate", "owner/name", *PROMPT, *SMALL)
+    ended = time.monotonic() + START_SECONDS
+    while sum(path.stat().st_size for path in shell.home.rglob("blobs/*.incomplete")) < stored / 4:
+        assert first.poll() is None
+        assert time.monotonic() < ended
+        time.sleep(0.02)
+    first.kill()
+    first.communicate()
+    hub.rate, hub.sent = None, 0
+    before = sum(path.stat().st_size for path in shell.home.rglob("blobs/*.incomplete"))
+    code, text, err = shell.generate("owner/name")
+    assert code == 0, err
+    assert text == shell.generate(str(large)).out
+    assert hub.sent < stored - before + 100_000
+    assert list(shell.home.rglob("blobs/*.incomplete")) == []
+
+
+def test_a_download_has_bars_and_the_cache_may_be_anywhere(hub: Hub, shell: Shell, model: Path, tmp_path: Path) -> None:
+    hub.push("owner/private", model, private=True, token=TOKEN)
+    env = {"HF_HUB_DISABLE_PROGRESS_BARS": "0", "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "elsewhere")}
+    code, _, err = shell.run("plan", "owner/private", "--gpu", "l4", HF_TOKEN="")
+    assert (code, "HF004" in err) == (3, True)
+    code, _, err = shell.generate("owner/private", "--load-format", "hf", **env)
+    assert code == 0, err
+    assert "Fetching" in err
+    assert list((tmp_path / "elsewhere" / "hub" / "models--owner--private" / "snapshots").iterdir())
 
 
 def test_a_gated_repo_wants_a_token(hub: Hub, shell: Shell, model: Path) -> None:

@@ -54,7 +54,7 @@ class Clients:
         return json.loads(process.stdout.readline())
 
     def _start(self, env: dict[str, str]) -> subprocess.Popen[str]:
-        hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN"}
+        hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"}
         base = {key: value for key, value in os.environ.items() if key not in hidden}
         path = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
         return subprocess.Popen(
@@ -87,6 +87,7 @@ def hub(clients: Clients) -> Hub:
     hub.requests.clear()
     hub.fail_with, hub.failures = None, 1 << 30
     hub.cdn, hub.cuts, hub.plain = False, 0, False
+    hub.rate, hub.retry_after = None, "0"
     return hub
 
 

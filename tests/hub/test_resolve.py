@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -469,6 +470,14 @@ def test_short_failure_is_survived(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
     hub.fail_with, hub.failures = 503, 2
     assert set(client()["files"]) == NEEDED
+
+
+def test_the_hub_says_how_long_to_wait(hub: Hub, client: Client) -> None:
+    hub.push("owner/name", FILES)
+    hub.fail_with, hub.failures, hub.retry_after = 429, 1, "1"
+    start = time.monotonic()
+    assert set(client()["files"]) == NEEDED
+    assert time.monotonic() - start >= 1
 
 
 def test_no_server_at_all(hub: Hub, client: Client) -> None:

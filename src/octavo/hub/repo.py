@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from octavo.errors import ModelError
-from octavo.hub import hub_errors
+from octavo.hub import hub_errors, resume
 from octavo.hub import listing as listings
 from octavo.hub.gguf_pick import GgufPick, models
 from octavo.hub.source import (
@@ -174,7 +174,7 @@ class Repo:
         commit, names = info.sha or "", list(self._needed(info))
         self._pin(commit)
         if self._cached_listing(commit) is None:
-            listings.store(self._folder(), commit, info.siblings or ())
+            listings.store(self.folder(), commit, info.siblings or ())
         return commit, names
 
     def _fetch(self, commit: str, names: list[str]) -> Path:
@@ -186,6 +186,8 @@ class Repo:
 
     def _fetch_all(self, commit: str, names: list[str]) -> Path:
         import huggingface_hub as hub
+
+        resume.finish(self, commit, names)
 
         def fetch() -> str:
             patterns = [_literal(name) for name in names]
@@ -203,14 +205,14 @@ class Repo:
             )
         return folder
 
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
         """Where the cache keeps this repo."""
         return hub_errors.cache_root(self) / f"models--{self.id.replace('/', '--')}"
 
     def _pin(self, commit: str) -> None:
         """Notes in the cache which commit the revision is now, as the client does when it resolves one itself."""
         revision = self.revision or "main"
-        path = self._folder() / "refs" / revision
+        path = self.folder() / "refs" / revision
         if revision == commit or ".." in path.parts:
             return
         with contextlib.suppress(OSError):  # a cache that cannot be written to is reported by the download
@@ -221,25 +223,26 @@ class Repo:
 
     def read(self, name: str, commit: str, count: int, *, start: int = 0) -> bytes:
         """``count`` bytes of file ``name`` from byte ``start``, fewer at its end; nothing goes into the cache."""
+
+        def request() -> bytes:
+            with self.stream(name, commit, start, start + count) as chunks:
+                return b"".join(chunks)
+
+        found: bytes = self.call(request)
+        return found
+
+    @contextlib.contextmanager
+    def stream(self, name: str, commit: str, start: int, end: int) -> Iterator[Iterator[bytes]]:
+        """Bytes ``start`` to ``end`` of file ``name`` as they come; raises what huggingface_hub raises (see `call`)."""
         import huggingface_hub as hub
 
         url = hub.hf_hub_url(self.id, name, revision=commit)
         own = hub.utils.build_hf_headers(token=self.token)  # type: ignore[attr-defined]
-        headers = {**own, "Range": f"bytes={start}-{start + count - 1}"}
-
-        def request() -> bytes:
-            with hub.get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
-                hub.hf_raise_for_status(response)
-                skip = 0 if response.status_code == 206 else start  # 200: a server that knows no ranges sends all
-                data = bytearray()
-                for chunk in response.iter_bytes():
-                    data += chunk
-                    if len(data) >= skip + count:
-                        break
-                return bytes(data[skip : skip + count])
-
-        found: bytes = self.call(request)
-        return found
+        headers = {**own, "Range": f"bytes={start}-{end - 1}"}
+        with hub.get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            hub.hf_raise_for_status(response)
+            skip = 0 if response.status_code == 206 else start  # 200: a server that knows no ranges sends all
+            yield _part(response.iter_bytes(), skip, end - start)
 
     def _check(self, names: list[str], all_names: Iterable[str]) -> None:
         """Raises `ModelError` HF004 if ``names``, which are to be fetched, are no model and no tokenizer."""
@@ -284,6 +287,18 @@ class Repo:
                     raise failure from error
                 time.sleep(max(delay, hub_errors.retry_after(error)))
         raise AssertionError("unreachable")
+
+
+def _part(chunks: Iterable[bytes], skip: int, count: int) -> Iterator[bytes]:
+    """``count`` bytes of ``chunks``, the first ``skip`` left out."""
+    for chunk in chunks:
+        part = chunk[skip : skip + count]
+        skip -= min(skip, len(chunk))
+        count -= len(part)
+        if part:
+            yield part
+        if not count:
+            return
 
 
 def _names_in(snapshot: Path) -> list[str]:
