@@ -160,6 +160,67 @@ def test_overrides_reach_the_model(hub: Hub, terminal: Terminal, files: Files, p
     assert "max length: 64 (max_position_embeddings 64)" in outcome.err
 
 
+# --- 4: code of the repo ---------------------------------------------------------------------------------------------
+
+OWN_CONFIG = """
+from transformers import LlamaConfig
+{mark}
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+OWN_MODEL = """
+from transformers import LlamaForCausalLM
+from .configuration_own import OwnConfig
+{mark}
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+{mark}
+class OwnTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def own(files: Files, marks: Path, **auto_map: Any) -> Files:
+    """``files`` with classes of their own, each of which leaves a mark in the folder ``marks`` when it is imported."""
+    code = {"configuration_own.py": OWN_CONFIG, "modeling_own.py": OWN_MODEL, "tokenization_own.py": OWN_TOKENIZER}
+    code["processing_own.py"] = "{mark}"
+    out = {
+        name: text.replace("{mark}", f"open({str(marks / name)!r}, 'w').close()").encode()
+        for name, text in code.items()
+    }
+    config = {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
+    out |= changed(
+        files, config=config, tokenizer_config={"auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer"] * 2}}
+    )
+    return {**out, "processor_config.json": b'{"auto_map": {"AutoProcessor": "processing_own.OwnProcessor"}}'}
+
+
+def test_code_of_the_repo_runs_with_the_flag_alone(
+    hub: Hub, terminal: Terminal, files: Files, plain: Outcome, tmp_path: Path
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    commit = hub.push("four/own", own(files, marks, **classes))
+    refused = terminal.generate("four/own")
+    assert refused.code == 3
+    assert "octavo: HF010: " in refused.err
+    for said in ("configuration_own.py", commit, "--trust-remote-code"):
+        assert said in refused.err
+    planned_only = terminal.plan("four/own")
+    assert planned_only.code == 3
+    assert "modeling_own.OwnForCausalLM" in planned_only.out, planned_only.out
+    assert terminal.run("verify", "four/own").code == 3
+    assert list(marks.iterdir()) == []
+    assert not any(request.endswith(".py") for request in hub.requests)
+    assert same(terminal.generate("four/own", "--trust-remote-code"), plain)
+    ran = {path.name for path in marks.iterdir()}
+    assert ran == {"configuration_own.py", "modeling_own.py", "tokenization_own.py"}
+
+
 # --- 3 to 8: classes --------------------------------------------------------------------------------------------------
 
 
