@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -48,6 +52,15 @@ def test_json_is_one_object_a_line_with_the_traceback_inside(
     assert first["time"] > 1e9
     assert (second["level"], second["message"]) == ("error", "request 1 failed")
     assert "why it failed" in second["exception"]
+
+
+def test_processes_count_from_the_start_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
+    monkeypatch.setenv(log.START, repr(log._START))
+    code = "from octavo import log; log.configure(); log.get_logger().info('here')"
+    time.sleep(max(0.0, 1.0 + log._START - time.monotonic()))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stderr.split()[1].rstrip("s")) >= 1.0
 
 
 @pytest.mark.usefixtures("logger")

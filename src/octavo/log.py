@@ -18,7 +18,10 @@ PROCESS = "OCTAVO_LOG_PROCESS"
 OTHERS = ("asyncio", "uvicorn.error")
 """Loggers of libraries whose errors come in the same format."""
 
-_START = time.perf_counter()
+START = "OCTAVO_LOG_START"
+"""The environment variable with the time from which all processes of one command count."""
+
+_START = time.monotonic()
 # Bearer tokens, keys of well-known services, credentials in URLs, and whatever is assigned to a name that says secret.
 _SECRET = re.compile(
     r"(?P<name>\bbearer\s+|\b[\w-]*(?:api[_-]?key|token(?!s)|secret|password)[\w-]*[\"']?\s*[=:]\s*[\"']?)"
@@ -31,7 +34,7 @@ _SECRET = re.compile(
 
 class _Format(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        since = time.perf_counter() - _START
+        since = time.monotonic() - float(os.environ.get(START, _START))
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         name = os.environ.get(PROCESS)
         text = f"octavo {since:7.2f}s  {f'{name}: ' if name else ''}{level}{record.getMessage()}"
@@ -67,6 +70,7 @@ def get_logger() -> logging.Logger:
 
 def configure(level: str = "info") -> None:
     """Logs to standard error, in the format of the environment variable `FORMAT`. Called by the command line only."""
+    os.environ.setdefault(START, repr(_START))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if os.environ.get(FORMAT) == "json" else _Format())
     get_logger().setLevel(level.upper())
