@@ -242,7 +242,7 @@ def test_a_config_that_the_class_cannot_be_made_of_is_told_with_what_it_said(
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("mixtral", "its decoder stays: MixtralForCausalLM does not run without memory"),
+        ("mixtral", "its decoder stays: MixtralDecoderLayer has other parts than a native layer"),
         ("gemma2", "its decoder stays: Gemma2DecoderLayer has other parts than a native layer"),
         ("cohere", "its decoder stays: CohereDecoderLayer has other parts than a native layer"),
         ("gpt_neox", "its decoder stays: GPTNeoXModel has 0 norms with one weight beside its layers"),

@@ -140,18 +140,24 @@ def _row(rule: Callable[..., torch.Tensor], zero: torch.Tensor, query: int, keys
         raise NotPaged("a mask depends on more than the order of tokens (on images among them, say)") from error
 
 
+def _experts(module: nn.Module, hidden_states: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    """In Transformers' registry of experts: what they are chosen for is in values, which a trace does not have."""
+    return torch.zeros_like(hidden_states)
+
+
 @contextmanager
 def _implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """All configs inside ``model`` name ``name`` as their attention."""
+    """All configs inside ``model`` name ``name`` as their attention and their experts."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    for config in configs.values():
-        config._attn_implementation_internal = name
+    kinds = ("_attn_implementation_internal", "_experts_implementation_internal")
+    before = [(config, kind, getattr(config, kind, None)) for config in configs.values() for kind in kinds]
+    for config, kind, _ in before:
+        setattr(config, kind, name)
     try:
         yield
     finally:
-        for key, config in configs.items():
-            config._attn_implementation_internal = before[key]
+        for config, kind, value in before:
+            setattr(config, kind, value)
 
 
 def _not_running(*args: Any, **kwargs: Any) -> Any:
@@ -166,10 +172,12 @@ def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Record
     whatever the model raises where it cannot run on that device.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     recorder = Recorder(max_len)
     AttentionInterface.register(NAME, recorder.attention)
     AttentionMaskInterface.register(NAME, recorder.mask)
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
     ran: list[nn.Module] = []
     bodies = [model.base_model, model.get_decoder()]  # type: ignore[operator]
     hooks = [body.register_forward_pre_hook(lambda module, _: ran.append(module)) for body in bodies]
