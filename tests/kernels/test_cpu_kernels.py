@@ -266,6 +266,19 @@ def test_greedy_leaves_other_types_to_torch() -> None:
     assert cpu.greedy(torch.zeros(1, 8, dtype=torch.float16)) is None
 
 
+def test_taking_in_and_putting_are_those_of_the_reference() -> None:
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    results = []
+    for module in (cpu, reference):
+        tokens, last, table = ints(7, 8, 9), ints(10, 20, 30, 40), torch.zeros(6, dtype=torch.int32)
+        module.take_in_(tokens, ints(3, -1, 0), last, table, ints(5, 1), ints(55, 11))
+        module.put_(last, ints(2, 0), ints(-3, -1))
+        results.append((tokens.tolist(), last.tolist(), table.tolist()))
+    assert results[0] == results[1] == ([40, 8, 10], [-1, 20, -3, 40], [0, 11, 0, 0, 0, 55])
+
+
 def test_threads_share_work_whoever_calls() -> None:
     """Several threads of the interpreter at once: one has the helpers, the others work alone."""
     _cpu.set_threads(3)

@@ -368,8 +368,8 @@ def _extension(dtype: torch.dtype) -> Ops | str:
         return f"no C++ extension ({error}): reinstall octavo with a C++17 compiler for several times the speed"
     return Ops(
         name=f"octavo._cpu, {cpu.describe()}",
-        take_in_=reference.take_in_,
-        put_=reference.put_,
+        take_in_=cpu.take_in_,
+        put_=cpu.put_,
         linear=reference.linear,
         rms_norm=cpu.rms_norm,
         add_rms_norm=cpu.add_rms_norm,

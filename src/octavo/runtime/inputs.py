@@ -34,6 +34,11 @@ class StepInputs:
 
     def forward(self, model: Model, ops: Ops, tables: Tables, cache: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[T, C]``; the tables on the device take the changes before."""
+        self.take_in(ops, tables)
+        return self.run(model, cache)
+
+    def take_in(self, ops: Ops, tables: Tables) -> None:
+        """Completes ``token_ids``, and changes the block table."""
         ops.take_in_(
             self.token_ids,
             self.fed_rows,
@@ -42,6 +47,9 @@ class StepInputs:
             self.table_at,
             self.table_values,
         )
+
+    def run(self, model: Model, cache: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[T, C]`` of what is taken in."""
         with context.use(context.ForwardContext(self.attention, cache)):
             hidden: torch.Tensor = model(self.token_ids, self.positions)
         return hidden
@@ -115,3 +123,47 @@ def _token_ids(plan: StepPlan, tables: Tables, rows: Ints, computed: Ints, start
         known = tables.known[plan.rows[b]]
         token_ids[starts[b] : starts[b + 1]] = known[plan.computed[b] : plan.computed[b] + plan.counts[b]]
     return token_ids, fed_rows
+
+
+class HostSteps:
+    """Inputs of steps in which every row goes on with the token it sampled last, where the device is the host.
+
+    They are kept for each number of rows and filled in place: made anew for each token, they cost a small model more
+    than its attention.
+    """
+
+    def __init__(self, tables: Tables, page_size: int) -> None:
+        self._tables = tables
+        self._page_size = page_size
+        self._last_token: Ints = tables.last_token.numpy()
+        self._kept: dict[int, tuple[Arrays, StepInputs]] = {}
+
+    def fill(self, plan: StepPlan) -> StepInputs | None:
+        """As `lay_out` and `send`, with nothing left to take in; what it returned before for as many rows is
+        overwritten. None, and nothing done, for other plans."""
+        if plan.starts or plan.counts[-1] != 1 or not all(plan.samples):  # single tokens come first
+            return None
+        arrays, inputs = self._kept.get(len(plan.rows)) or self._make(len(plan.rows))
+        rows, positions, slots = arrays["rows"], arrays["positions"], arrays["slots"]
+        rows[:] = plan.rows
+        positions[:] = plan.computed
+        if not self._tables.have_sampled(rows, positions).all():
+            return None
+        self._tables.apply(plan)
+        pages, offsets = np.divmod(positions, self._page_size)
+        np.multiply(self._tables.host_table[rows, pages], self._page_size, out=slots)
+        slots += offsets
+        np.add(positions, 1, out=arrays["seq_lens"])
+        np.take(self._last_token, rows, out=arrays["token_ids"])
+        return inputs
+
+    def _make(self, count: int) -> tuple[Arrays, StepInputs]:
+        names = ("token_ids", "positions", "slots", "rows", "seq_lens")
+        arrays = {name: np.zeros(count, np.int32) for name in names}
+        views = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        views |= {"query_start": torch.arange(count + 1, dtype=torch.int32), "sampled_rows": views["rows"]}
+        views["logits_at"] = views["query_start"][:count]
+        views["fed_rows"] = views["table_at"] = views["table_values"] = torch.zeros(0, dtype=torch.int32)
+        inputs = inputs_of(views, self._tables, num_decodes=count, max_query=1, max_seq=self._tables.max_len)
+        self._kept[count] = arrays, inputs
+        return arrays, inputs

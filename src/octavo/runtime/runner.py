@@ -16,7 +16,7 @@ from octavo.parallel.group import SINGLE, Group
 from octavo.platforms.base import Platform
 from octavo.runtime.base import TokenMask
 from octavo.runtime.graphs import DecodeGraphs, PromptGraphs, warm_up, warm_up_prompts
-from octavo.runtime.inputs import lay_out, send
+from octavo.runtime.inputs import HostSteps, StepInputs, lay_out, send
 from octavo.runtime.memory import cache_dtype
 from octavo.runtime.sampled import Sampled
 from octavo.runtime.sampler import NoSampler, Sampler
@@ -80,6 +80,7 @@ class Runner:
         self._page_size = cache.shape[4]
         dummy_page = cache.shape[1] - 1
         self._tables = Tables(max_rows, max_len, self._page_size, dummy_page, platform.device)
+        self._host_steps = HostSteps(self._tables, self._page_size) if platform.device.type == "cpu" else None
         self._ops = ops = select.ops(platform.device, model.dtype)
         self._group, self._announce = group, announce
         leads = group.rank == 0
@@ -120,16 +121,23 @@ class Runner:
             self._forward(plan)
 
     def _forward(self, plan: StepPlan) -> None:
+        hidden, inputs = self._hidden(plan)
+        self._prompt_logprobs = self._score_prompts(plan, hidden)
+        self._sampled_rows, self._best, self._logits = inputs.sampled_rows, None, None
+        if any(plan.samples):
+            at = inputs.logits_at  # in order: as many as there are tokens are all of them
+            self._logits = self._model.logits(hidden if len(at) == len(hidden) else hidden[at])
+
+    def _hidden(self, plan: StepPlan) -> tuple[torch.Tensor, StepInputs]:
+        kept = self._host_steps.fill(plan) if self._host_steps is not None else None
+        if kept is not None:
+            return kept.run(self._model, self._cache), kept
         parts = lay_out(plan, self._tables, self._page_size)
         graph = self._prompt_graphs.fitting(parts) if self._prompt_graphs is not None else None
         if graph is not None:
-            hidden, inputs = graph.run(parts)
-        else:
-            inputs = send(parts, plan, self._tables, self._platform)
-            hidden = inputs.forward(self._model, self._ops, self._tables, self._cache)
-        self._prompt_logprobs = self._score_prompts(plan, hidden)
-        self._sampled_rows, self._best = inputs.sampled_rows, None
-        self._logits = self._model.logits(hidden[inputs.logits_at]) if any(plan.samples) else None
+            return graph.run(parts)
+        inputs = send(parts, plan, self._tables, self._platform)
+        return inputs.forward(self._model, self._ops, self._tables, self._cache), inputs
 
     @torch.inference_mode()
     def sample(self, mask: TokenMask | None = None) -> Launched:
