@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from octavo.config import EngineConfig
+from octavo.core.engine import EngineCore
 from octavo.kernels import reference
 from octavo.kernels.metadata import Groups
+from octavo.runtime.worker import Worker
+from tests.core.stub_engine import collect, make_request, run
+from tools import tiny
 
 pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -126,6 +133,29 @@ def test_a_captured_mixture_follows_the_router() -> None:
         ids.copy_(noise.topk(4).indices)
         found = replay().clone()
         assert torch.equal(found, run())
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the engine takes no interpreter")
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 13}, {"enforce_eager": True}], ids=str)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_greedy_tokens_of_native_mixtures_equal_transformers(
+    family: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = tiny.make(tmp_path / family, family)
+    flat = {"device": "cuda", "dtype": "float32", "max_num_seqs": 4, "kv_cache_memory_bytes": 16 << 20, **options}
+    core = EngineCore(EngineConfig.of(model=str(folder), **flat), Worker())
+    generator = torch.Generator().manual_seed(1)
+    prompts = {f"r{n}": torch.randint(4, 380, (n,), generator=generator).tolist() for n in (1, 7, 33, 64, 16)}
+    for id, tokens in prompts.items():
+        assert core.add(make_request(core, id, tokens, max_tokens=16, temperature=0.0)) is None
+    answers = collect(run(core))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for id, tokens in prompts.items():
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*tokens, *answers[id][:-1]]])).logits[0, len(tokens) - 1 :]
+        assert answers[id] == logits.argmax(-1).tolist(), id
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> None:
