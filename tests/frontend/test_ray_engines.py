@@ -45,6 +45,11 @@ def test_the_gpus_of_an_engine_are_on_one_machine() -> None:
     assert bundle_of(config(3, device="cpu"), machines) == {"CPU": 8}
     with pytest.raises(ConfigError, match=r"2 engines of 3 GPUs.*\[3, 2, 0\]"):
         bundle_of(config(2, 3), machines)
+    with pytest.raises(
+        ConfigError, match=r"is 4, but no machine .* more than 3 GPUs: all ranks .* on one machine"
+    ) as error:
+        bundle_of(config(1, 4), machines)
+    assert error.value.remedy == "Lower it to 3, or add a machine with 4 GPUs."
 
 
 def test_more_engines_than_cpus_are_refused() -> None:

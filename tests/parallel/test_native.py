@@ -9,10 +9,12 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from octavo.errors import ConfigError
 from octavo.hub.checkpoint import Array, SafetensorsCheckpoint, Slices, open_checkpoint
 from octavo.hub.configs import model_config, read_hf_dict
+from octavo.hub.quantised.checkpoint import unquantised
 from octavo.hub.resolve import resolve
 from octavo.layers.linear import Linear
 from octavo.models import registry
@@ -22,7 +24,9 @@ from octavo.runtime import loader
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from tests.gguf_files import tiny_metadata, tiny_tensors, write_gguf
 from tests.models.harness import Paged
+from tests.models.test_quantised import write
 from tests.parallel.ranks import Ranks
+from tests.quantised_files import LAYOUTS, Tensors
 from tools import tiny
 
 PROMPT = [5, 9, 200, 17, 41, 300, 8, 77, 23]
@@ -58,7 +62,9 @@ def loaded(
     group: Group, folder: Path, load_format: str = "auto", keep_blocks: bool = False, quantization: str | None = None
 ) -> tuple[list[int], torch.Tensor]:
     model = built(folder)
-    checkpoint = open_checkpoint(resolve(str(folder)), load_format, pytorch=PyTorchCheckpoint)
+    checkpoint = unquantised(
+        open_checkpoint(resolve(str(folder)), load_format, pytorch=PyTorchCheckpoint), model.config.hf
+    )
     report = loader.load(
         model,
         checkpoint,
@@ -67,7 +73,7 @@ def loaded(
         keep_blocks=keep_blocks,
         quantization=quantization,
     )
-    assert bool(report.kinds) == keep_blocks
+    assert keep_blocks or not report.kinds
     return answer(model)
 
 
@@ -104,8 +110,6 @@ def test_biases_odd_vocabularies_and_shared_heads(overrides: dict[str, Any], ran
 def test_pickled_files_can_be_divided_too(ranks: Ranks, tmp_path: Path) -> None:
     folder = tiny.make(tmp_path, "qwen2")
     wanted = loaded(SINGLE, folder)
-    from safetensors.torch import load_file
-
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     assert_same(ranks.call(2, loaded, folder, "pt"), wanted)
@@ -184,11 +188,12 @@ def test_weights_that_are_rounded_on_loading_can_be_divided_too(size: int, ranks
     assert_same(ranks.call(size, loaded, folder, "auto", False, "int8"), wanted, 2e-3)  # activations are rounded, too
 
 
-def blocks_kept(group: Group, path: Path) -> list[str]:
+def blocks_kept(group: Group, path: Path) -> tuple[int, int]:
+    """(products of blocks, bytes that are read)."""
     model = built(path)
     checkpoint = open_checkpoint(resolve(str(path)))
-    loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None, keep_blocks=True)
-    return [module.kinds[0] for name, module in model.named_modules() if isinstance(module, Linear) and module.kinds]
+    report = loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None, keep_blocks=True)
+    return sum(isinstance(module, Linear) and bool(module.kinds) for module in model.modules()), report.nbytes
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -204,10 +209,31 @@ def test_blocks_of_gguf_files_stay_as_they_are_where_a_share_is_whole_blocks(
     path = write_gguf(tmp_path / "m.gguf", tensors, tiny_metadata())
     wanted = loaded(SINGLE, path, "auto", True)  # of which the logits are up to 10: activations are rounded
     assert_same(ranks.call(size, loaded, path, "auto", True), wanted, 2e-2)
-    alone = len(blocks_kept(SINGLE, path))
     kept = {2: 2 * 3, 4: 2 * 2}[size]  # of two layers: QKV, gate and up, and down, which four ranks cannot keep
-    assert alone == 2 * 4
-    assert [len(found) for found in ranks.call(size, blocks_kept, path)] == [kept] * size
+    assert blocks_kept(SINGLE, path)[0] == 2 * 4
+    assert [count for count, _ in ranks.call(size, blocks_kept, path)] == [kept] * size
+
+
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 2}
+
+
+def quantised(folder: Path, layout: str) -> Path:
+    """A model of which the shares of two ranks are whole groups."""
+    settings, make = LAYOUTS[layout]
+    plain = tiny.make(folder / "plain", "llama", **SIZES)
+    tensors: Tensors = {}
+    for seed, (name, tensor) in enumerate(sorted(load_file(plain / "model.safetensors").items())):
+        cut = name.endswith("_proj.weight")
+        tensors |= make(name.removesuffix(".weight"), *tensor.shape, seed)[0] if cut else {name: tensor}
+    return write(folder / "quantised", plain, tensors, settings)
+
+
+@pytest.mark.parametrize("keep_blocks", [False, True])
+@pytest.mark.parametrize("layout", ["gptq", "awq", "compressed-int8", "fp8", "bitsandbytes-4"])
+def test_quantised_checkpoints_can_be_divided_too(layout: str, keep_blocks: bool, ranks: Ranks, tmp_path: Path) -> None:
+    path = quantised(tmp_path, layout)
+    wanted = loaded(SINGLE, path, "auto", keep_blocks)
+    assert_same(ranks.call(2, loaded, path, "auto", keep_blocks), wanted, 2e-3 if keep_blocks else 1e-4)
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -243,6 +243,12 @@ def bundle_of(config: EngineConfig, machines: list[dict[str, float]]) -> dict[st
     engines, ranks = config.parallel.data_parallel_size, config.parallel.tensor_parallel_size
     gpus = [int(machine.get("GPU", 0)) for machine in machines]
     if config.device.device != "cpu" and any(gpus):
+        if max(gpus) < ranks:
+            raise ConfigError(
+                f"tensor_parallel_size is {ranks}, but no machine of the cluster has more than {max(gpus)} GPUs:"
+                " all ranks of an engine are on one machine.",
+                f"Lower it to {max(gpus)}, or add a machine with {ranks} GPUs.",
+            )
         if sum(count // ranks for count in gpus) < engines:
             raise ConfigError(
                 f"{engines} engines of {ranks} GPUs, each on one machine, do not fit on machines with {gpus} GPUs.",
