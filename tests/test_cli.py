@@ -81,6 +81,41 @@ def test_an_alias_sets_the_same_field() -> None:
     assert config.memory.gpu_memory_utilization == 0.25
 
 
+def test_short_names_are_those_of_other_engines() -> None:
+    config = options.engine_config(parse("serve", "m", "-tp", "2", "-dp=3", "-q", "int8"))
+    assert (config.parallel.tensor_parallel_size, config.parallel.data_parallel_size) == (2, 3)
+    assert config.model.quantization == "int8"
+
+
+def test_a_key_of_a_json_option_may_stand_behind_a_dot() -> None:
+    argv = ["--hf_overrides.rope_parameters.rope_type", "yarn", "--hf-overrides.rope_parameters.factor=4"]
+    argv += ["--hf-overrides.architectures+", "A", "--hf-overrides.architectures+", "B", "--hf-overrides", '{"x_y": 1}']
+    argv += ["--override-generation-config.temperature", "0.5"]
+    model = options.engine_config(parse("serve", "m", *argv)).model
+    rope = {"rope_type": "yarn", "factor": 4}
+    assert model.hf_overrides == {"x_y": 1, "rope_parameters": rope, "architectures": ["A", "B"]}
+    assert model.override_generation_config == {"temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--hf-overrides.a", "1", "--hf-overrides.a.b", "2"),
+        ("--hf-overrides.a", "1", "--hf-overrides.a+", "2"),
+        ("--hf-overrides.a", "1", "--hf-overrides=[1]"),
+        ("--dtype.a", "1"),
+        ("--rope-theta", "5"),
+    ],
+)
+def test_a_key_at_odds_with_another_is_a_usage_error(argv: tuple[str, ...], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", "m", *argv])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: " in said
+    assert argv[0].removesuffix(".a") in said
+
+
 @pytest.mark.parametrize("argv", [("serve", "m"), ("serve", "--model", "m"), ("serve", "m", "--model=m")])
 def test_the_model_may_be_named_either_way(argv: tuple[str, ...]) -> None:
     assert options.engine_config(parse(*argv)).model.model == "m"

@@ -25,6 +25,10 @@ from octavo.options import (
 )
 from octavo.verify import command as verify_command
 
+FORMER = {  # options that other engines had once, and what took their place
+    "--rope-scaling": "--hf-overrides.rope_parameters JSON",
+    "--rope-theta": "--hf-overrides.rope_theta N",
+}
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_PIPE = 141  # 128 + SIGPIPE
 
@@ -195,6 +199,8 @@ def _refuse(parser: Parser, unknown: list[str]) -> None:
     first = unknown[0].partition("=")[0]
     if not first.startswith("-"):
         parser.error(f"unexpected argument {first!r}; see {parser.prog} --help")
+    if first in FORMER:
+        parser.error(f"{first} is gone; use {FORMER[first]}")
     near = ", ".join(difflib.get_close_matches(first, parser.flags(), n=3))
     parser.error(f"unknown option {first}; " + (f"did you mean {near}?" if near else f"see {parser.prog} --help"))
 

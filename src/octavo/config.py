@@ -81,6 +81,7 @@ class ModelOptions:
         None,
         "round weights on loading: int8 with a scale for every 16 (CPU: 32) of a row; or what the checkpoint is",
         choices=("int8", *QUANTISED),
+        alias=("q",),
     )
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens (1k = 1000, 1K = 1024)")
     load_format: str = option(
@@ -147,9 +148,9 @@ class DeviceOptions:
 class ParallelOptions:
     """parallelism"""
 
-    tensor_parallel_size: int = option(1, "devices of this machine that share one model")
+    tensor_parallel_size: int = option(1, "devices of this machine that share one model", alias=("tp",))
     distributed_timeout_seconds: int = option(300, "with several devices: how long one may keep the others waiting")
-    data_parallel_size: int = option(1, "engines, each with the whole model, that share the requests")
+    data_parallel_size: int = option(1, "engines, each with the whole model, that share the requests", alias=("dp",))
     distributed_executor_backend: str = option(
         "mp", "where engines run: processes of this machine (mp), or a Ray cluster (ray)", choices=("mp", "ray")
     )
@@ -171,7 +172,9 @@ class EngineConfig:
         homes = {f.name: part for part, f in option_fields(cls)}
         unknown = sorted(set(flat) - set(homes))
         if unknown:
-            near = [n for n in homes if any(u in n or n in u for u in unknown)]
+            import difflib
+
+            near = [name for one in unknown for name in difflib.get_close_matches(one, homes, n=2)]
             raise ConfigError(
                 f"unknown option {', '.join(unknown)}.",
                 f"Did you mean {', '.join(near) or 'one of octavo serve --help'}?",

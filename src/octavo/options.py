@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import msgspec
@@ -20,6 +21,7 @@ from octavo.config import EngineConfig, ServerConfig, check_choice, default_mode
 from octavo.errors import ConfigError
 from octavo.sampling_params import SamplingParams
 
+SHORT = 2  # letters of a name that has one dash
 MAX_CHOICES = 60  # characters of the choices that are shown instead of a name
 SAMPLING_HELP = {
     "n": "answers to each prompt",
@@ -55,7 +57,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if args is not None:
-            args = [with_dashes(argument) for argument in args]
+            objects = {flag for a in self._actions if a.metavar == "JSON" for flag in a.option_strings}
+            try:
+                args = without_dots([with_dashes(argument) for argument in args], objects)
+            except ConfigError as error:
+                self.error(f"{error.cause} {error.remedy}")
         return super().parse_known_args(args, namespace)
 
     def flags(self) -> list[str]:
@@ -85,7 +91,66 @@ def with_dashes(argument: str) -> str:
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
+    flag, dot, keys = flag.partition(".")
+    return flag.replace("_", "-") + dot + keys + equals + value
+
+
+def without_dots(arguments: list[str], flags: Collection[str]) -> list[str]:
+    """``--flag.a.b 4`` -> ``--flag {"a": {"b": 4}}`` for those of ``flags``, whose values are objects.
+
+    A value that is no JSON is a text; ``--flag.a+ 4`` appends to a list. Several make one object, over what ``--flag``
+    itself says.
+    """
+    rest: list[str] = []
+    dotted: dict[str, list[tuple[str, str]]] = {}
+    given = iter(arguments)
+    for argument in given:
+        flag, dot, keys = argument.partition("=")[0].partition(".")
+        if not dot or flag not in flags:
+            rest.append(argument)
+            continue
+        value = argument.partition("=")[2] if "=" in argument else next(given, "")
+        dotted.setdefault(flag, []).append((keys, value))
+    for flag, entries in dotted.items():
+        merged = _object_of(flag, rest)
+        for keys, value in entries:
+            _set(flag, merged, keys, value)
+        rest += [flag, json.dumps(merged)]
+    return rest
+
+
+def _object_of(flag: str, arguments: list[str]) -> dict[str, Any]:
+    """What ``flag`` itself says; {} if it is not there."""
+    texts = [text for name, text in itertools.pairwise(arguments) if name == flag]
+    texts += [argument.partition("=")[2] for argument in arguments if argument.startswith(f"{flag}=")]
+    found = _json_or_text(texts[-1]) if texts else {}
+    if not isinstance(found, dict):
+        raise ConfigError(
+            f"{flag} is {texts[-1]!r}, and {flag}.KEY is given, too.", "Give a JSON object, or keys alone."
+        )
+    return found
+
+
+def _set(flag: str, merged: dict[str, Any], keys: str, text: str) -> None:
+    *path, last = keys.removesuffix("+").split(".")
+    for key in path:
+        merged = merged.setdefault(key, {})
+        if not isinstance(merged, dict):
+            raise ConfigError(f"{flag}.{keys}: {key} has another value already.", "Give it once.")
+    value = _json_or_text(text)
+    if not keys.endswith("+"):
+        merged[last] = value
+    elif isinstance(have := merged.setdefault(last, []), list):
+        have.append(value)
+    else:
+        raise ConfigError(f"{flag}.{keys}: {last} is no list.", f"Set it: {flag}.{keys.removesuffix('+')}.")
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +277,7 @@ def sampling_values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _add(group: Any, field: dataclasses.Field[Any]) -> None:
     names = (field.name, *field.metadata["alias"])
-    flags = ["--" + name.replace("_", "-") for name in names]
+    flags = ["-" * (1 if len(name) <= SHORT else 2) + name.replace("_", "-") for name in names]
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
     if isinstance(field.default, bool):
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
