@@ -239,6 +239,12 @@ def test_options_that_octavo_does_not_have_are_refused(options: dict[str, Any]) 
     assert caught.value.remedy
 
 
+def test_a_misspelt_option_is_answered_with_the_one_that_was_meant() -> None:
+    with pytest.raises(ConfigError) as caught:
+        engine_config("m", {"max_modle_len": 64})
+    assert caught.value.remedy == "Did you mean max_model_len?"
+
+
 def test_a_function_may_change_the_config_of_a_model_with_a_name(tmp_path: Path) -> None:
     folder = tiny.make(tmp_path / "llama", dtype="float32")
     with LLM(folder, device="cpu", hf_overrides=lambda hf: hf | {"max_position_embeddings": 48}) as llm:
