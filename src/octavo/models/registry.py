@@ -27,16 +27,19 @@ ENTRY_POINTS = "octavo.models"
 TRANSFORMERS = "octavo.models.hf.backend:TransformersModel"
 OF_REPO = "octavo.models.hf.remote:maker"
 
+LLAMA = "octavo.models.llama:LlamaForCausalLM"
+MOE = "octavo.models.moe:MoeForCausalLM"
+
 # Architecture -> "module:class", imported when chosen.
 NATIVE = {
-    "LlamaForCausalLM": "octavo.models.llama:LlamaForCausalLM",
-    "LLaMAForCausalLM": "octavo.models.llama:LlamaForCausalLM",
-    "MistralForCausalLM": "octavo.models.llama:LlamaForCausalLM",
-    "MixtralForCausalLM": "octavo.models.moe:MoeForCausalLM",
-    "Qwen2ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
-    "Qwen3ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
-    "Qwen3MoeForCausalLM": "octavo.models.moe:MoeForCausalLM",
-    "SmolLM3ForCausalLM": "octavo.models.llama:LlamaForCausalLM",
+    "LlamaForCausalLM": LLAMA,
+    "LLaMAForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "MixtralForCausalLM": MOE,
+    "Qwen2ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": LLAMA,
+    "Qwen3MoeForCausalLM": MOE,
+    "SmolLM3ForCausalLM": LLAMA,
 }
 
 
@@ -59,7 +62,7 @@ def choose(
         from octavo.models.hf.remote import maker
 
         return maker(config, code), reason
-    if address == TRANSFORMERS and config.architecture in NATIVE and weights is not None:
+    if address == TRANSFORMERS and NATIVE.get(config.architecture) == LLAMA and weights is not None:
         from octavo.models.hf import records
 
         return records.maker(weights), reason
