@@ -68,6 +68,14 @@ def test_the_floor_is_bytes_over_bandwidth_or_operations_over_their_rate() -> No
     assert slow_products.seconds([10, 20], 3) == pytest.approx(2 * (30 * 0.9 + 2 * 0.1) + 2 * 2 * 2 * 1.0)
 
 
+def test_the_floor_counts_experts_that_are_chosen() -> None:
+    floor = Floor(bandwidth=1.0, rate=1e9, read=100, layers=1, head=1, kv_bytes=0, rows=2, experts=800, share=0.25)
+    assert floor.read_by(1) == 100  # with a quarter of the experts
+    assert floor.read_by(2) == 100 + 800 * (0.75 - 0.75**2)
+    assert floor.read_by(1000) == pytest.approx(100 + 800 * 0.75)
+    assert floor.seconds([1, 1], 3) == pytest.approx(3 * floor.read_by(2))
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_the_rate_of_products_is_measured(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
     monkeypatch.setattr(floor, "PROBE_SECONDS", 0.001)

@@ -1,8 +1,9 @@
 """The least time that a machine leaves a workload: bytes over its bandwidth, operations over its rate of products.
 
 Both are measured when a benchmark starts, in about a second (the bandwidth of a GPU is its data sheet's). A prompt's
-tokens pass all layers, its last one the head, too; a decode step reads the weights once for all sequences, and K and V
-of each. What attention computes is left out, and so is everything that could be hidden behind these.
+tokens pass all layers, its last one the head, too; a decode step reads the weights once for all sequences, of experts
+those that are chosen, and K and V of each sequence. What attention computes is left out, and so is everything that
+could be hidden behind these.
 """
 
 from __future__ import annotations
@@ -25,22 +26,29 @@ class Floor:
 
     bandwidth: float  # bytes a second
     rate: float  # operations a second in products
-    read: int  # bytes of weights
+    read: int  # bytes of weights, for one token
     layers: int
     head: int
     kv_bytes: int  # of a token
     rows: int  # most sequences in a step
+    experts: int = 0  # bytes of all experts,
+    share: float = 1.0  # of which a token chooses this part
+
+    def read_by(self, tokens: int) -> float:
+        """Bytes of weights that a step of so many tokens reads, if routers choose evenly and independently."""
+        return self.read + self.experts * ((1 - self.share) - (1 - self.share) ** tokens)
 
     def seconds(self, lengths: Sequence[int], max_tokens: int) -> float:
         """For prompts of ``lengths`` tokens, each with ``max_tokens`` new ones, all known at the start."""
         prompts = 2 * (self.layers * sum(lengths) + self.head * len(lengths))
-        total = max(prompts / self.rate, self.read / self.bandwidth)
+        total = max(prompts / self.rate, self.read_by(sum(lengths)) / self.bandwidth)
         steps = max_tokens - 1
         for first in range(0, len(lengths), self.rows):
             batch = lengths[first : first + self.rows]
             products = 2 * len(batch) * (self.layers + self.head) / self.rate
             cached = sum(steps * length + steps * (steps + 1) // 2 for length in batch)
-            total += steps * max(products, self.read / self.bandwidth) + cached * self.kv_bytes / self.bandwidth
+            read = self.read_by(len(batch))
+            total += steps * max(products, read / self.bandwidth) + cached * self.kv_bytes / self.bandwidth
         return total
 
     def __str__(self) -> str:
@@ -67,6 +75,8 @@ def measure(config: EngineConfig) -> Floor | None:
         head=plan.weights.head,
         kv_bytes=plan.cache.bytes_per_token,
         rows=config.limits.max_num_seqs,
+        experts=plan.weights.experts,
+        share=plan.weights.share,
     )
 
 

@@ -45,6 +45,7 @@ class Weights:
     """``stored`` bytes on disk, ``loaded`` in memory; ``read`` of those in a step for one sequence.
 
     A token is multiplied by ``layers`` numbers, and by those of the ``head`` to sample the next one; 0: not known.
+    ``experts`` are the bytes of all experts, of which one token reads the ``share``.
     ``small``: they take less than 16 bits.
     """
 
@@ -56,6 +57,8 @@ class Weights:
     layers: int = 0
     head: int = 0
     small: bool = False
+    experts: int = 0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -209,14 +212,25 @@ def _weights(
         kinds = checkpoint.block_types()
         bytes_of |= {name: int(n * bits[kinds[name]] / 8) for name, n in counts.items() if kinds.get(name) in bits}
     idle = 0 if model.tie_embeddings else sum(n for name, n in bytes_of.items() if "embed_tokens" in name)
-    share = _active_experts(model.hf)
-    idle += int((1 - share) * sum(n for name, n in bytes_of.items() if _EXPERT.search(name)))
+    share = active_experts(model.hf)
+    experts = sum(n for name, n in bytes_of.items() if _EXPERT.search(name))
+    idle += int((1 - share) * experts)
     loaded = sum(bytes_of.values())
     head = model.vocab_size * model.hidden_size
     used = sum(counts.values()) - int((1 - share) * sum(n for name, n in counts.items() if _EXPERT.search(name)))
     layers = used - (head if model.tie_embeddings else 2 * head)
     small = rounded is not None or loaded < 2 * sum(counts.values())
-    return Weights(sum(counts.values()), stored, loaded, loaded - idle, layers=layers, head=head, small=small)
+    return Weights(
+        sum(counts.values()),
+        stored,
+        loaded,
+        loaded - idle,
+        layers=layers,
+        head=head,
+        small=small,
+        experts=experts,
+        share=share,
+    )
 
 
 def _loaded_bytes(info: TensorInfo, count: int, wide: int) -> int:
@@ -224,7 +238,7 @@ def _loaded_bytes(info: TensorInfo, count: int, wide: int) -> int:
     return count * wide if info.dtype in ("float64", "float32", "float16", "bfloat16") else info.nbytes
 
 
-def _active_experts(hf: Mapping[str, Any]) -> float:
+def active_experts(hf: Mapping[str, Any]) -> float:
     """Which share of the experts one token uses; 1 for a model without."""
     inner = hf.get("text_config")
     text = {**hf, **inner} if isinstance(inner, Mapping) else hf

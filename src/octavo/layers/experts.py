@@ -26,6 +26,12 @@ class GroupedProduct:
         self.weight = weight if self.packed is None else None
         self.bias = bias if self.packed is None else None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        held = self.packed if self.packed is not None else self.weight
+        return 0 if held is None else held.nbytes
+
     def __call__(self, x: torch.Tensor, groups: Groups, *, by_token: bool) -> torch.Tensor:
         """See `kernels.reference.grouped_linear`."""
         if self.packed is not None:
@@ -84,6 +90,11 @@ class Experts(Layer):
     def forward(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``x[T, size]`` by the ``experts`` and their ``weights[T, K]``."""
         return mixture(self.ops.experts, x, experts, weights, self.count, self.up, self.act_fn, self.down)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, once they are loaded."""
+        return self.up.nbytes + self.down.nbytes
 
     def load_rules(self, name: str) -> list[LoadRule]:
         rules, (gate, up, down) = [], self.parts

@@ -9,9 +9,11 @@ from torch import nn
 
 from octavo.config import ModelConfig
 from octavo.errors import OutOfMemory, UnsupportedModel
-from octavo.hub.plan import kv_remedy
+from octavo.hub.plan import active_experts, kv_remedy
 from octavo.layers.embedding import Embedding
-from octavo.models.base import OwnCache
+from octavo.layers.experts import Experts
+from octavo.models.base import Model, OwnCache
+from octavo.models.hf.experts import ATTRIBUTE
 from octavo.platforms.base import Platform
 
 
@@ -32,23 +34,25 @@ class CachePlan:
         return platform.zeros(config.cache_shape(self.num_pages + 1, self.page_size), cache_dtype(config))
 
 
-def step_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a step reads: all, but for a table of embeddings that is not the head, too.
-
-    0 for a model with experts, of which a step reads those that its tokens choose.
-    """
-    weights: dict[int, int] = {}
+def step_bytes(model: Model) -> int:
+    """Bytes of weights that a step reads: all, but for a table of embeddings that is not the head, too, and for the
+    experts that one token does not choose; the more tokens a step has, the more of them it reads."""
+    share = active_experts(model.config.hf)
+    weights: dict[int, float] = {}
     for module in model.modules():
-        if "experts" in type(module).__name__.lower():
-            return 0
         if isinstance(module, nn.Embedding) or (isinstance(module, Embedding) and not module.tied):
             continue
+        experts = module if isinstance(module, Experts) else getattr(module, ATTRIBUTE, None)
+        if experts is not None:
+            weights[id(experts)] = share * experts.nbytes
+            continue
+        part = share if type(module).__name__.endswith("Experts") else 1.0  # by Transformers' own code
         for parameter in module.parameters(recurse=False):
-            weights[parameter.data_ptr()] = parameter.nbytes
+            weights[parameter.data_ptr()] = part * parameter.nbytes
         packed = getattr(module, "packed", None)
         if packed is not None:
             weights[id(packed)] = packed.nbytes
-    return sum(weights.values())
+    return int(sum(weights.values()))
 
 
 def cache_dtype(config: ModelConfig) -> torch.dtype:

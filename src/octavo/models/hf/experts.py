@@ -76,8 +76,13 @@ class AdoptedExperts:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights if they were packed, so that the module's own are not needed."""
-        return sum(0 if p.packed is None else p.packed.nbytes for p in (self._up, self._down))
+        """Bytes of all weights."""
+        return self._up.nbytes + self._down.nbytes
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the weights are there a second time, so that the module's own are not needed."""
+        return self._up.packed is not None and self._down.packed is not None
 
 
 def adopt(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
@@ -170,7 +175,7 @@ def _take(module: Any, dtype: torch.dtype, device: torch.device, proven: dict[tu
     if (reason := proven[key]) is not None:
         raise NotTaken(reason)
     ours = _proven(module, dtype, device)
-    if ours.nbytes:
+    if ours.is_packed:
         for name in names.all():
             delattr(module, name)
     setattr(module, ATTRIBUTE, ours)
