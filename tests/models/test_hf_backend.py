@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.gpu_reference import Reference
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import ModelError, UnsupportedModel
@@ -324,6 +325,19 @@ def test_an_engine_falls_back_to_the_backend_and_takes_dummy_weights(tmp_path: P
     first, second = (answers(core(tmp_path, load_format="dummy", seed=seed)) for seed in (1, 2))
     assert first != second
     assert first == answers(core(tmp_path, load_format="dummy", seed=1))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dummy_weights_are_one_for_parameters_that_are_tied(tied: bool, tmp_path: Path) -> None:
+    config = {**tiny.config("llama"), "tie_word_embeddings": tied}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tiny.tokenizer(tmp_path)
+    backend = core(tmp_path, model_impl="transformers", load_format="dummy", seed=0)
+    reference = Reference(config, backend._worker._model, "transformers")
+    tokens = list(range(5, 40))
+    backend.add(make_request(backend, "r", tokens, max_tokens=20, temperature=0.0))
+    verdict = reference.judge(tokens, collect(run(backend))["r"])
+    assert verdict.equal == verdict.tokens, verdict
 
 
 @pytest.mark.parametrize(

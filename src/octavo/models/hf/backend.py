@@ -107,6 +107,8 @@ class TransformersModel(SelfLoading):
     def dummy_weights(self, seed: int, device: torch.device) -> Loaded:
         generator, nbytes, count, place = torch.Generator(device), 0, 0, self._placing(device, [])
         for name, parameter in self.model.named_parameters():
+            if name in self.model.all_tied_weights_keys:
+                continue  # gets the weight that it is tied to
             own = self._cuts.get(name)
             shape = tuple(parameter.shape) if own is None else own.whole(tuple(parameter.shape))
             memory = torch.empty(shape, dtype=parameter.dtype, device=device)
