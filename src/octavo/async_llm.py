@@ -10,7 +10,7 @@ import asyncio
 import functools
 import random
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -195,7 +195,7 @@ class AsyncLLM:
                 for delta in batch:
                     yield delta
 
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -203,12 +203,9 @@ class AsyncLLM:
         priority: int = 0,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Everything so far, after each step."""
-        prepared = await self.prepare(prompt, sampling_params, request_id, priority=priority)
-        async with aclosing(self._snapshots(prepared)) as snapshots:
-            async for output in snapshots:
-                yield output
+        return self._snapshots(lambda: self.prepare(prompt, sampling_params, request_id, priority=priority))
 
-    async def chat(
+    def chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | None = None,
@@ -217,10 +214,9 @@ class AsyncLLM:
         **rendering: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """As `generate`, from messages; ``rendering`` are the options of `ChatRenderer.render`."""
-        prepared = await self.prepare_chat(messages, sampling_params, request_id, priority=priority, **rendering)
-        async with aclosing(self._snapshots(prepared)) as snapshots:
-            async for output in snapshots:
-                yield output
+        return self._snapshots(
+            lambda: self.prepare_chat(messages, sampling_params, request_id, priority=priority, **rendering)
+        )
 
     async def abort(self, request_id: str) -> None:
         """Ends a request early; its iterator ends with ``finish_reason="abort"``. Unknown ids are ignored."""
@@ -251,8 +247,8 @@ class AsyncLLM:
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    async def _snapshots(self, prepared: Prepared) -> AsyncGenerator[RequestOutput, None]:
-        generation = self.run(prepared)
+    async def _snapshots(self, prepare: Callable[[], Awaitable[Prepared]]) -> AsyncGenerator[RequestOutput, None]:
+        generation = self.run(await prepare())
         async with aclosing(generation):
             async for _ in generation:
                 yield generation.state.snapshot()

@@ -145,6 +145,13 @@ class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
         check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
 
 
+def check_top_logprobs(count: int | None) -> None:
+    """Raises `RequestError` for more than there are, or less than none."""
+    if not 0 <= (count or 0) <= MAX_LOGPROBS:
+        cause = f"top_logprobs is {count}, outside [0, {MAX_LOGPROBS}]."
+        raise RequestError(cause, "Give a value in that range.", param="top_logprobs")
+
+
 def check_stops(name: str, stops: list[str]) -> None:
     """Raises `RequestError` for a stop string that is too long."""
     if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
@@ -178,17 +185,11 @@ class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
         super().check()
         prompts = self.prompts()
         if not 0 < len(prompts) <= MAX_PROMPTS:
-            raise RequestError(
-                f"prompt holds {len(prompts)} prompts, outside [1, {MAX_PROMPTS}].",
-                "Send at least one, or split the request.",
-                param="prompt",
-            )
+            cause = f"prompt holds {len(prompts)} prompts, outside [1, {MAX_PROMPTS}]."
+            raise RequestError(cause, "Send at least one, or split the request.", param="prompt")
         if len(prompts) * (self.n or 1) > MAX_PROMPTS:
-            raise RequestError(
-                f"{len(prompts)} prompts with n {self.n} are more than {MAX_PROMPTS} answers.",
-                "Split the request.",
-                param="n",
-            )
+            cause = f"{len(prompts)} prompts with n {self.n} are more than {MAX_PROMPTS} answers."
+            raise RequestError(cause, "Split the request.", param="n")
         if not all(prompts):
             raise RequestError("a prompt is empty.", "Send at least one token.", param="prompt")
         if self.suffix:
@@ -234,12 +235,7 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
             raise RequestError(f"modalities is {self.modalities}.", "Only text is made here.", param="modalities")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs is set, but logprobs is not.", "Set logprobs.", param="top_logprobs")
-        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
-            raise RequestError(
-                f"top_logprobs is {self.top_logprobs}, outside [0, {MAX_LOGPROBS}].",
-                "Give a value in that range.",
-                param="top_logprobs",
-            )
+        check_top_logprobs(self.top_logprobs)
 
     def template_kwargs(self) -> dict[str, Any]:
         """Variables for the chat template."""

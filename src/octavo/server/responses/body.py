@@ -7,10 +7,9 @@ from typing import Any, Literal
 import msgspec
 
 from octavo.errors import RequestError
-from octavo.sampling_params import MAX_LOGPROBS
 from octavo.server.answers import TokenLogprob
 from octavo.server.formats import JsonSchema, JsonSchemaFormat, ResponseFormat
-from octavo.server.protocol import Sampled, check_metadata, check_stops
+from octavo.server.protocol import Sampled, check_metadata, check_stops, check_top_logprobs
 from octavo.structured import StructuredOutputsParams
 
 LOGPROBS = "message.output_text.logprobs"
@@ -192,9 +191,7 @@ class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
             raise RequestError(cause, f"Leave it out; there are {LOGPROBS} and {ENCRYPTED}.", param="include")
         if self.top_logprobs and not self.wants_logprobs:
             raise RequestError("top_logprobs is set.", f"Add {LOGPROBS} to include.", param="top_logprobs")
-        if not 0 <= (self.top_logprobs or 0) <= MAX_LOGPROBS:
-            cause = f"top_logprobs is {self.top_logprobs}, outside [0, {MAX_LOGPROBS}]."
-            raise RequestError(cause, "Give a value in that range.", param="top_logprobs")
+        check_top_logprobs(self.top_logprobs)
         if self.background and (self.stream or self.store is False):
             cause = "background goes neither with stream nor with store false."
             raise RequestError(cause, "Poll GET /v1/responses/{id}.", param="background")
