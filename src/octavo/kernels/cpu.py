@@ -14,12 +14,14 @@ import torch
 from octavo import _cpu
 from octavo.kernels import reference
 from octavo.kernels.metadata import AttentionMetadata
+from octavo.platforms.pages import Arena
 
 _TYPES = frozenset((torch.bfloat16, torch.float32))
 MAX_HEAD_DIM = 256
 PANEL = 16
 
 _cpu.set_threads(torch.get_num_threads())
+weights = Arena()  # packed
 
 
 def _rows_of(x: torch.Tensor) -> torch.Tensor:
@@ -304,12 +306,18 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
     out, size = weight.shape
     if weight.dtype is not torch.bfloat16 or size % 2 or weight.numel() == 0:
         return None
+    pairs = in_panels(weight)
+    panels = weights.empty(pairs.nbytes).view(torch.int32).view(pairs.shape).copy_(pairs)
+    return PackedLinear([("bf16", panels, out)], size, bias, torch.bfloat16)
+
+
+def in_panels(weight: torch.Tensor) -> torch.Tensor:
+    """The bfloat16 ``weight[out, in]`` as pairs of inputs in panels: a view ``[out / 16, in / 2, 16]``; ``in`` is even."""
+    out, size = weight.shape
     missing = -out % PANEL
     if missing:
         weight = torch.cat((weight, weight.new_zeros(missing, size)))
-    # [out / 16, in / 2, 16, 2]
-    panels = weight.contiguous().view(torch.int32).view(-1, PANEL, size // 2).transpose(1, 2).contiguous()
-    return PackedLinear([("bf16", panels, out)], size, bias, torch.bfloat16)
+    return weight.contiguous().view(torch.int32).view(-1, PANEL, size // 2).transpose(1, 2)
 
 
 # Types of GGUF that are multiplied as they are, to (values, bytes) of a block.
@@ -344,7 +352,7 @@ def pack_blocks(
         if blocks.dtype is not torch.uint8 or not blocks.is_contiguous() or not out or not row or row % nbytes:
             raise ValueError(f"blocks of {kind} are {blocks.dtype} {tuple(blocks.shape)}, not dense rows of bytes")
         size = row // nbytes * values
-        panels = torch.empty(_cpu.panel_bytes(kind, out, size), dtype=torch.uint8)
+        panels = weights.empty(_cpu.panel_bytes(kind, out, size))
         _cpu.pack(kind, blocks.data_ptr(), out, size, panels.data_ptr())
         packed.append((kind, panels, out))
         sizes.add(size)
@@ -362,7 +370,7 @@ def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedL
     if weight.dtype not in _TYPES or size % 32 or weight.numel() == 0:
         return None
     weight = weight.contiguous()
-    panels = torch.empty(_cpu.panel_bytes("Q8_0", out, size), dtype=torch.uint8)
+    panels = weights.empty(_cpu.panel_bytes("Q8_0", out, size))
     _cpu.quantise(weight.dtype is torch.bfloat16, weight.data_ptr(), out, size, panels.data_ptr())
     return PackedLinear([("Q8_0", panels, out)], size, bias, weight.dtype)
 

@@ -6,11 +6,13 @@ and its expert alone.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from octavo import _cpu
 from octavo.kernels import reference
-from octavo.kernels.cpu import PANEL, pack_linear
+from octavo.kernels.cpu import PANEL, in_panels, weights
 from octavo.kernels.metadata import Groups
 
 
@@ -83,11 +85,9 @@ def pack_experts(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedExper
     experts, out, size = weight.shape
     if weight.dtype is not torch.bfloat16 or size % 2 or weight.numel() == 0:
         return None
-    panels = torch.empty((experts, -(-out // PANEL), size // 2, PANEL), dtype=torch.int32)
+    shape = (experts, -(-out // PANEL), size // 2, PANEL)
+    panels = weights.empty(4 * math.prod(shape)).view(torch.int32).view(shape)
     for own, values in zip(panels, weight, strict=True):
-        one = pack_linear(values)
-        if one is None:
-            return None
-        own.copy_(one.panels[0])
+        own.copy_(in_panels(values))
     bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
     return PackedExperts(panels, bias, size, out)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from octavo.config import MemoryOptions
+from octavo.platforms import pages
 from octavo.platforms.base import T
 
 KV_SHARE = 0.1  # of the machine's memory: others live here too
@@ -53,11 +53,11 @@ class CpuPlatform:
         return torch.empty(count, dtype=torch.int32)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """From numpy, which leaves zeroing to the operating system; `torch.zeros` would write every byte now."""
+        """Zeroing is left to the operating system; `torch.zeros` would write every byte now."""
         count = math.prod(shape) * dtype.itemsize
         if count == 0:  # such a view torch refuses
             return torch.zeros(shape, dtype=dtype)
-        return torch.from_numpy(np.zeros(count, np.uint8)).view(dtype).view(shape)
+        return pages.zeros(count).view(dtype).view(shape)
 
     def to_host(self, tensor: torch.Tensor) -> _Here:
         """The tensor itself."""
