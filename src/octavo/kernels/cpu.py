@@ -312,7 +312,7 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Packe
 
 
 def in_panels(weight: torch.Tensor) -> torch.Tensor:
-    """The bfloat16 ``weight[out, in]`` as pairs of inputs in panels: a view ``[out / 16, in / 2, 16]``; ``in`` is even."""
+    """Pairs of inputs of the bfloat16 ``weight[out, in]`` in panels: a view ``[out / 16, in / 2, 16]``; ``in`` even."""
     out, size = weight.shape
     missing = -out % PANEL
     if missing:
