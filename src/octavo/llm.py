@@ -10,8 +10,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -196,7 +195,7 @@ class LLM:
         waiting = deque(request for one in prepared for request in one.requests)
         bar = _Progress(use_tqdm, len(states))
         try:
-            with _interrupts_between_steps() as check:
+            with _Interrupts() as interrupts:
                 while outputs.pending:
                     self._feed(core, waiting)
                     if not core.has_work():
@@ -205,7 +204,7 @@ class LLM:
                     core.abort(aborts)
                     for state, delta in changed:
                         bar.add(state, len(delta.token_ids))
-                    check()
+                    interrupts.check()
         except (OctavoError, KeyboardInterrupt):
             core.abort(outputs.drop())
             raise
@@ -359,32 +358,32 @@ class _Progress:
             self._bar.close()
 
 
-@contextmanager
-def _interrupts_between_steps() -> Iterator[Callable[[], None]]:
-    """Delays Ctrl-C until the yielded function is called: a step that is cut in two would leave the engine broken.
+class _Interrupts:
+    """Delays Ctrl-C until `check` is called: a step that is cut in two would leave the engine broken.
 
-    Pressing it a second time interrupts at once.
+    Pressing it a second time interrupts at once. A program that has a handler of its own is left alone.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    seen = False
-    before = signal.getsignal(signal.SIGINT)
 
-    def note(number: int, frame: object) -> None:
-        nonlocal seen
-        seen = True
-        signal.signal(signal.SIGINT, before)
+    def __init__(self) -> None:
+        self._seen = False
+        self._ours = False
 
-    def check() -> None:
-        if seen:
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()  # the only one that may set a handler
+        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, self._note)
+            self._ours = True
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def check(self) -> None:
+        """Raises `KeyboardInterrupt` if Ctrl-C was pressed."""
+        if self._seen:
             raise KeyboardInterrupt
 
-    if before is not signal.default_int_handler:  # the program has a handler of its own: leave it alone
-        yield lambda: None
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def _note(self, number: int, frame: object) -> None:
+        self._seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
