@@ -160,6 +160,7 @@ def test_a_gated_repo_wants_a_token(hub: Hub, shell: Shell, model: Path) -> None
         ("owner/nothing", (), {}, "HF004"),
         ("owner/name", ("--revision", "v9"), {}, "HF004"),
         ("owner/name", (), {"HF_HUB_OFFLINE": "1"}, "HF005"),
+        ("owner/name", (), {"HF_ENDPOINT": "http://127.0.0.1:9"}, "HF006"),
         ("./nothing", (), {}, "HF001"),
     ],
 )

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.shell import Outcome, Shell, Terminal
+from tests.gguf_files import tiny_metadata, tiny_tensors, write_gguf
 from tests.hub_server import Hub
 from tests.mistral_files import mistral_repo
 from tools import tiny
@@ -101,6 +102,27 @@ def test_download_dir_holds_everything(
     assert planned(terminal.plan("one/elsewhere", *there))["downloads"] == []
     assert len(hub.requests) == before
     assert planned(terminal.plan("one/elsewhere"))["downloads"] != []
+
+
+def test_gguf_files_in_a_folder_or_of_a_repo(hub: Hub, terminal: Terminal, tmp_path: Path) -> None:
+    letters = [chr(ord("a") + i) for i in range(26)]
+    vocabulary = {
+        "model": "gpt2",
+        "pre": "default",
+        "tokens": ["<|end|>", *letters, *map(str, range(10)), "Ġ", "-", "_"],
+    }
+    vocabulary |= {"token_type": [3, *[1] * 39], "merges": [], "eos_token_id": 0}
+    entries = {**tiny_metadata(), **{f"tokenizer.ggml.{key}": value for key, value in vocabulary.items()}}
+    file = write_gguf(tmp_path / "m-F32.gguf", tiny_tensors(), entries)
+    expected = terminal.generate(str(file))
+    assert expected.code == 0, expected.err
+    assert "is a local GGUF file" in expected.err
+    hub.push("one/gguf", {file.name: file.read_bytes(), "m-Q8_0.gguf": b"GGUF"})
+    assert "HF004" in terminal.generate("one/gguf").err
+    for name in ("one/gguf:F32", "one/gguf/m-F32.gguf", f"{tmp_path}:F32"):
+        assert same(terminal.generate(name), expected), name
+    assert not any("Q8_0" in request for request in hub.requests)
+    assert "has no GGUF file in Q4_K_M" in terminal.generate("one/gguf:Q4_K_M").err
 
 
 # --- 2: read it -------------------------------------------------------------------------------------------------------
@@ -337,3 +359,22 @@ def test_dummy_weights_are_not_fetched(hub: Hub, terminal: Terminal, files: File
     outcome = terminal.generate("ten/dummy", "--load-format", "dummy")
     assert outcome.code == 0, outcome.err
     assert not any("ten/dummy" in request and "safetensors" in request for request in hub.requests)
+
+
+def test_two_ranks_say_what_one_says(terminal: Terminal, model: Path, plain: Outcome) -> None:
+    assert same(terminal.generate(str(model), "--tensor-parallel-size", "2"), plain)
+
+
+def test_what_does_not_fit_is_told_in_the_words_of_the_plan(terminal: Terminal, model: Path) -> None:
+    little = ("--device", "cpu", "--kv-cache-memory-bytes", "4K")
+    plan = json.loads(terminal.run("plan", str(model), "--json", *little).out)
+    assert plan["exit_code"] == 4
+    outcome = terminal.generate(str(model), *little)
+    assert outcome.code == 4
+    assert "octavo: MEM001: " in outcome.err
+    (advice,) = plan["advice"]
+    needs, _, what_to_do = advice.partition(". ")
+    assert needs == "One sequence of 256 tokens needs 204 KiB of KV cache"
+    assert what_to_do in outcome.err
+    assert "--kv-cache-memory-bytes" in what_to_do
+    assert "--dtype bfloat16" in what_to_do

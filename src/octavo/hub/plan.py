@@ -23,6 +23,7 @@ from octavo.hub.source import Source
 
 GPU_RESERVE: Final = 3 << 28  # bytes: the context, libraries' workspaces, what measuring would not show
 _SHOWN: Final = 3  # downloads named one by one
+_SMALLER: Final = "--dtype bfloat16 halves weights and KV cache."
 _SHORT: Final = 2048  # tokens of a context that still is of use
 _ASKED_LENGTHS: Final = (1024, 4096, 16_384, 65_536)
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -158,10 +159,11 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
     )
 
 
-def kv_remedy(tokens: int, needed: int) -> str:
-    """What to do when ``tokens`` fit into the KV cache and one longest sequence needs ``needed`` bytes."""
+def kv_remedy(tokens: int, needed: int, dtype: str) -> str:
+    """What to do when ``tokens`` fit into the KV cache and one longest sequence needs ``needed`` bytes in ``dtype``."""
     shorter = f"Pass --max-model-len {tokens} or less, or give" if tokens > 0 else "Give"
-    return f"{shorter} the KV cache {size(needed)} with --kv-cache-memory-bytes."
+    smaller = f" {_SMALLER}" if dtype == "float32" else ""
+    return f"{shorter} the KV cache {size(needed)} with --kv-cache-memory-bytes.{smaller}"
 
 
 def size(count: float) -> str:
@@ -296,11 +298,10 @@ def _advice(
         share = 1.0 if machine.device == "cpu" else config.memory.gpu_memory_utilization
         usable = int(machine.memory * share)
         out.append(f"The weights take {size(weights.loaded)} of {size(usable)}, which leaves too little.")
+        out += [_SMALLER] if model.dtype == "float32" else []
     else:
-        remedy = kv_remedy(cache.tokens, needed)
+        remedy = kv_remedy(cache.tokens, needed, model.dtype)
         out.append(f"One sequence of {max_len} tokens needs {size(needed)} of KV cache. {remedy}")
-    if model.dtype == "float32":
-        out.append("--dtype bfloat16 halves weights and KV cache.")
     if machine.device == "cuda":
         out.append(_other_gpu(config, model, weights, max_len))
     return tuple(out)

@@ -98,7 +98,8 @@ def plan_cache(
         if fixed_len or num_pages < 1:
             raise OutOfMemory(
                 f"The KV cache gets {arithmetic}; one sequence of {max_len} tokens needs {wanted}, {needed}.",
-                kv_remedy(num_pages * page_size, (wanted + 1) * page_bytes) + " octavo plan has the arithmetic.",
+                kv_remedy(num_pages * page_size, (wanted + 1) * page_bytes, config.dtype)
+                + " octavo plan has the arithmetic.",
             )
         max_len = num_pages * page_size
         arithmetic += f"; max_model_len lowered to {max_len}, {wanted * page_size} would need {needed}"
