@@ -1,6 +1,6 @@
 """Times the C++ kernels against torch and oneDNN, in turn, and prints the ratios.
 
-    OMP_NUM_THREADS=2 python bench/kernels_cpu.py [linear] [attention] [small] [--threads 2] [--seconds 1]
+    OMP_NUM_THREADS=2 python bench/kernels_cpu.py [linear] [experts] [attention] [small] [--threads 2] [--seconds 1]
 
 A figure is the least time of all calls; programs take short turns, so that a busy neighbour meets them all.
 Weights rotate over 160 MB, so that they come from memory as in a model.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from octavo import _cpu
-from octavo.kernels import cpu, reference
+from octavo.kernels import cpu, cpu_experts, reference
 from octavo.kernels.metadata import AttentionMetadata
 
 Program = Callable[[int], object]  # the argument counts calls: which copy of the weights to use
@@ -68,6 +68,36 @@ def linear(seconds: float) -> None:
             memory_bound = rows <= 4
             amount = size * out * 2.0 if memory_bound else 2.0 * rows * size * out
             show(f"linear {size}x{out} M={rows}", times, amount, "GB/s" if memory_bound else "GFLOP/s")
+
+
+def expert_programs(weight: torch.Tensor, x: torch.Tensor, ids: list[torch.Tensor]) -> dict[str, Program]:
+    """Products of ``x[T, in]`` with the experts ``ids[T, K]``, in turn, of ``weight[E, out, in]``."""
+    packed, count, each = cpu_experts.pack_experts(weight, None), len(weight), ids[0].shape[1]
+
+    def grouped_mm(i: int) -> torch.Tensor:  # as Transformers does
+        by_expert, order = ids[i % len(ids)].flatten().sort()
+        ends = torch.histc(by_expert.float(), count, 0, count - 1).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(x[order // each], weight.mT, offs=ends)
+
+    return {
+        "octavo": lambda i: packed(x, cpu_experts.group(ids[i % len(ids)], count), by_token=True),
+        "grouped_mm": grouped_mm,
+    }
+
+
+def experts(seconds: float) -> None:
+    """Products of the experts that a router chose: GB/s of the weights that have to be read, or GFLOP/s."""
+    for count, each, size, out in ((32, 4, 1024, 1024), (8, 2, 2048, 8192)):
+        weight = torch.randn(count, out, size).to(torch.bfloat16)
+        for tokens in (1, 4, 16, 64, 256, 1024):
+            x = torch.randn(tokens, size).to(torch.bfloat16)
+            ids = [torch.rand(tokens, count).topk(each).indices for _ in range(16)]
+            hit = sum(len(chosen.unique()) for chosen in ids) / len(ids)
+            memory_bound = tokens * each <= 2 * count
+            amount = hit * size * out * 2.0 if memory_bound else 2.0 * tokens * each * size * out
+            name = f"experts {each}/{count} {size}x{out} M={tokens}"
+            times = least(expert_programs(weight, x, ids), seconds)
+            show(name, times, amount, "GB/s" if memory_bound else "GFLOP/s")
 
 
 def metadata(items: Sequence[tuple[int, int]], page_size: int) -> tuple[AttentionMetadata, int]:
@@ -147,7 +177,7 @@ def small(seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("parts", nargs="*", default=["linear", "attention", "small"])
+    parser.add_argument("parts", nargs="*", default=["linear", "experts", "attention", "small"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each line")
     arguments = parser.parse_args()
@@ -156,7 +186,7 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {cpu.describe()}")
     for part in arguments.parts:
-        {"linear": linear, "attention": attention, "small": small}[part](arguments.seconds)
+        {"linear": linear, "experts": experts, "attention": attention, "small": small}[part](arguments.seconds)
 
 
 if __name__ == "__main__":
