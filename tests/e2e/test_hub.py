@@ -54,13 +54,18 @@ def test_first_start_downloads_and_the_second_asks_the_hub_nothing(hub: Hub, she
     assert hub.requests == []
 
 
-def test_a_server_starts_from_a_repo_id_and_starts_again_offline(hub: Hub, shell: Shell, model: Path) -> None:
-    hub.push("owner/name", model)
-    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+def test_a_server_starts_from_a_repo_id_and_again_while_the_hub_is_down_and_offline(
+    hub: Hub, shell: Shell, model: Path
+) -> None:
+    hub.push("owner/name", model, branch="dev")
+    runs: list[tuple[dict[str, str], int | None]] = [({}, None), ({}, 503), ({"HF_HUB_OFFLINE": "1"}, None)]
+    for number, (env, down) in enumerate(runs):
+        hub.fail_with = down
         with pytest.MonkeyPatch.context() as patch:
             for key, value in shell.env(**env).items():
                 patch.setenv(key, value)
-            server = Server(["-m", "octavo", "serve", "owner/name", "--port", "0", *SMALL], shell.home / "log")
+            argv = ["-m", "octavo", "serve", "owner/name", "--revision", "dev", "--port", "0", *SMALL]
+            server = Server(argv, shell.home / "log")
         try:
             assert httpx.get(f"{server.url}/health").status_code == 200
             (listed,) = httpx.get(f"{server.url}/v1/models").json()["data"]
@@ -70,8 +75,12 @@ def test_a_server_starts_from_a_repo_id_and_starts_again_offline(hub: Hub, shell
         finally:
             server.process.terminate()
             assert server.wait(20) == 0
-        asked, hub.requests = [request for request in hub.requests if "/api/" in request], []
-        assert asked == ([] if env else ["GET /api/models/owner/name"])
+        asked, hub.requests = hub.requests, []
+        if number == 0:
+            asked = [request for request in asked if "/api/" in request]
+            assert asked == ["GET /api/models/owner/name/revision/dev"]
+        else:
+            assert asked == []
 
 
 def test_transformers_is_asked_for_by_a_command_and_in_python(hub: Hub, shell: Shell, model: Path) -> None:

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 
 from octavo.errors import ModelError, RequestError
 from octavo.hub.source import Source
-from octavo.hub.tokenizer import HfTokenizer, Tokenizer, load_tokenizer
+from octavo.hub.tokenizer import AutoTokenizerAdapter, HfTokenizer, Tokenizer, load_tokenizer
 from tools import tiny
 
 TEXTS = [
@@ -286,6 +286,50 @@ def test_broken_file_is_named(name: str, text: str, tmp_path: Path) -> None:
         load_tokenizer(source(tmp_path))
     assert error.value.id == "HF002"
     assert name in error.value.cause
+
+
+class Counting:
+    """A tokenizer of Transformers that counts what is costly there: computed anew at every access."""
+
+    bos_token_id, eos_token_id, chat_template = 0, 1, None
+    special_tokens_map = {"eos_token": "</s>"}
+
+    def __init__(self) -> None:
+        self.computed = 0
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        self.computed += 1
+        return [0, 1]
+
+    def get_vocab(self) -> dict[str, int]:
+        self.computed += 1
+        return {"<s>": 0, "</s>": 1, "a": 2}
+
+    def __len__(self) -> int:
+        self.computed += 1
+        return 3
+
+
+def test_costly_attributes_are_computed_once() -> None:
+    inner = Counting()
+    tokenizer = AutoTokenizerAdapter(inner)
+    once = inner.computed
+    for _ in range(100):
+        assert (tokenizer.vocab_size, tokenizer.special_ids, tokenizer.eos_id) == (3, frozenset({0, 1}), 1)
+        assert (tokenizer.token_to_id("a"), tokenizer.id_to_token(2)) == (2, "a")
+    assert inner.computed == once
+
+
+def test_a_tokenizer_that_found_no_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Transformers' class for Qwen3.5 reads tokenizer.json alone, and makes an empty tokenizer of other files."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen3_5Tokenizer"}')
+    (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\na b")
+    with pytest.raises(ModelError, match="finds no vocabulary") as error:
+        load_tokenizer(source(tmp_path))
+    assert error.value.id == "HF060"
 
 
 @pytest.mark.parametrize("bad", [{"added_tokens_decoder": {"x": {"content": "y"}}}, {"added_tokens_decoder": [1]}])
