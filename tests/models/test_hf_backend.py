@@ -286,6 +286,47 @@ def test_a_decoder_that_differs_a_little_is_not_replaced(
     assert sweep.divergence(model, wanted)[0] < 2e-5
 
 
+def one_layer_louder(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden * 1.001 if layer.self_attn.layer_idx == 2 else hidden
+
+
+def every_layer_clips(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden.clamp(-20, 20)
+
+
+def the_last_layer_adds_a_little(layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return hidden + 1e-2 if layer.self_attn.layer_idx == 3 else hidden
+
+
+@pytest.mark.parametrize("change", [one_layer_louder, every_layer_clips, the_last_layer_adds_a_little])
+def test_a_class_with_the_parts_of_llama_that_does_something_else_keeps_its_decoder(
+    change: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    original = LlamaDecoderLayer.forward
+    wanted = saved(tmp_path, "llama")
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *a, **k: change(self, original(self, *a, **k)))
+    model = sweep.adopted(tmp_path)
+    assert model._native is None
+    assert sweep.divergence(model, wanted)[0] < 2e-5
+
+
+def test_what_happens_between_layers_keeps_the_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    original = LlamaDecoderLayer.__call__
+
+    def nudged(self: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return original(self, hidden + 1e-5 if self.self_attn.layer_idx == 1 else hidden, *args, **kwargs)
+
+    wanted = saved(tmp_path, "llama")
+    monkeypatch.setattr(LlamaDecoderLayer, "__call__", nudged)
+    model = sweep.adopted(tmp_path)
+    assert "hidden states change after its layer 0" in model.swapped
+    assert sweep.divergence(model, wanted)[0] < 2e-5
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox", "olmo2", "qwen3_moe"])
 def test_bfloat16_is_as_close_to_float32_as_eager_bfloat16_is(model_type: str, tmp_path: Path) -> None:
     exact = saved(tmp_path, model_type)
