@@ -26,7 +26,7 @@ from octavo.hub.source import (
 from octavo.log import get_logger
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
+    from huggingface_hub import HfFileMetadata, ModelInfo
 
 RETRY_DELAYS: Final = (1.0, 3.0)  # seconds before the second and the third attempt
 
@@ -220,6 +220,14 @@ class Repo:
             new = path.with_name(f"{path.name}.{os.getpid()}.new")
             new.write_text(commit)
             new.replace(path)
+
+    def metadata(self, name: str, commit: str) -> HfFileMetadata:
+        """ETag and size of file ``name``."""
+        import huggingface_hub as hub
+
+        url = hub.hf_hub_url(self.id, name, revision=commit)
+        found: HfFileMetadata = self.call(lambda: hub.get_hf_file_metadata(url, token=self.token))
+        return found
 
     def read(self, name: str, commit: str, count: int, *, start: int = 0) -> bytes:
         """``count`` bytes of file ``name`` from byte ``start``, fewer at its end; nothing goes into the cache."""

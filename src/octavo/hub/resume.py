@@ -38,8 +38,7 @@ def _finish(repo: Repo, commit: str, name: str) -> None:
     import huggingface_hub as hub
 
     utils: Any = hub.utils
-    url = hub.hf_hub_url(repo.id, name, revision=commit)
-    found = repo.call(lambda: hub.get_hf_file_metadata(url, token=repo.token))
+    found = repo.metadata(name, commit)
     etag, size = found.etag, found.size
     blobs = repo.folder() / "blobs"
     if etag is None or size is None or not _left(blobs, etag):
