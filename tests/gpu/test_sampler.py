@@ -34,6 +34,7 @@ PLAIN = [
     Sampling(max_tokens=9, seed=3, top_p=0.9, temperature=2.0),
     Sampling(max_tokens=9, seed=4, min_p=0.05),
     Sampling(max_tokens=9, seed=5, min_p=0.001, top_k=3000, top_p=0.99),
+    Sampling(max_tokens=9, seed=8, top_p=0.02, temperature=3.0),  # more rounds than all programs take part in
 ]
 EDITED = [
     Sampling(max_tokens=9, temperature=0.0, repetition_penalty=1.3, frequency_penalty=1.0, logprobs=3),
