@@ -159,6 +159,12 @@ def test_missing_architectures_come_from_the_model_type() -> None:
     assert notes
 
 
+def test_architectures_as_a_text_are_a_list_of_one() -> None:
+    out, notes = normalise({"model_type": "qwen3", "architectures": "MyForCausalLM"})
+    assert out["architectures"] == ["MyForCausalLM"]
+    assert "MyForCausalLM" in notes[0]
+
+
 def test_language_part_is_normalised_wherever_it_is() -> None:
     out, _ = normalise({"model_type": "x", "llm_config": {**LLAMA, "rope_theta": 7.0, "torch_dtype": "float16"}})
     assert "llm_config" not in out

@@ -381,6 +381,14 @@ def test_every_answer_of_the_hub_has_its_error(refused: tuple[int, str, str], hu
     assert hub.requests.count("GET /api/models/owner/name") == (3 if again else 1)
 
 
+def test_a_home_that_is_a_file_is_named(hub: Hub, client: Client, tmp_path: Path) -> None:
+    hub.push("owner/name", FILES)
+    (tmp_path / "home").touch()
+    got = client(env={"HF_HOME": str(tmp_path / "home")}, download_dir=None)
+    assert got["id"] == "HF007"
+    assert "HF_HOME" in got["remedy"]
+
+
 def test_a_full_disk_is_not_blamed_on_the_hub() -> None:
     for number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
         found = hub_error(Repo("owner/name", cache="/cache"), OSError(number, os.strerror(number)), 3)

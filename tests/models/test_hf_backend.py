@@ -212,6 +212,17 @@ def test_a_class_that_is_no_language_model_is_refused(tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in error.value.cause
 
 
+@pytest.mark.parametrize("kind", [("clip", "CLIPModel"), ("t5", "T5ForConditionalGeneration")])
+def test_a_model_of_another_kind_is_not_blamed_on_the_version(kind: tuple[str, str], tmp_path: Path) -> None:
+    saved(tmp_path, "llama")
+    edit_config(tmp_path, model_type=kind[0], architectures=[kind[1]])
+    with pytest.raises(UnsupportedModel) as error:
+        sweep.adopted(tmp_path)
+    assert error.value.id == "HF031"
+    assert "octavo serves no other kind" in error.value.cause
+    assert "newer" not in error.value.remedy
+
+
 def test_a_model_newer_than_transformers_is_told_both_versions(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     edit_config(tmp_path, model_type="llama9", architectures=["Llama9ForCausalLM"], transformers_version="99.1.0")

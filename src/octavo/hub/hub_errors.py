@@ -193,5 +193,9 @@ def _has_token(repo: Repo) -> bool:
 def _token(repo: Repo) -> str | None:
     import huggingface_hub as hub
 
-    token: str | None = repo.token or hub.get_token()
-    return token
+    if repo.token:
+        return repo.token
+    with contextlib.suppress(OSError):  # a folder that cannot be read is reported by the download
+        token: str | None = hub.get_token()
+        return token
+    return None

@@ -171,6 +171,9 @@ def rename_layer_types(hf: Hf, notes: list[str]) -> Hf:
 
 # 2023 to 2025: configs written by hand lack architectures; the model_type says which causal language model is meant.
 def fill_architectures(hf: Hf, notes: list[str]) -> Hf:
+    if isinstance(hf.get("architectures"), str) and hf["architectures"]:  # as people write it
+        notes.append(f"architectures is the text {hf['architectures']!r}, taken as a list of one")
+        return {**hf, "architectures": [hf["architectures"]]}
     name = _ARCHITECTURES.get(str(hf.get("model_type")))
     if hf.get("architectures") or name is None:
         return hf

@@ -35,18 +35,22 @@ class Classes:
 
 
 def installed_classes(wanted: ModelConfig) -> Classes:
-    """Those of the installed Transformers; raises `UnsupportedModel` HF030 if it has none for ``wanted``."""
+    """Those of the installed Transformers; raises `UnsupportedModel`: HF030 if it does not know ``wanted``, HF031 for
+    one that it knows as another kind of model.
+    """
     import transformers
 
     model_type = wanted.model_type
     name = causal_lm_class(model_type) or _class_of_part(wanted)
     if model_type not in transformers.CONFIG_MAPPING or name is None:
+        lacks = f"Transformers {transformers.__version__} has no causal language model of model_type {model_type!r}"
+        if model_type in transformers.CONFIG_MAPPING:
+            cause = f"{lacks}, and octavo serves no other kind."
+            raise UnsupportedModel(cause, "Choose a causal language model.", id="HF031")
         wrote = wanted.hf.get("transformers_version")
         written = f"; config.json was written by Transformers {wrote}" if isinstance(wrote, str) else ""
         raise UnsupportedModel(
-            f"Transformers {transformers.__version__} has no causal language model of model_type {model_type!r}"
-            f"{written}.",
-            "Install a newer Transformers if the model is newer than this one.",
+            f"{lacks}{written}.", "Install a newer Transformers if the model is newer than this one."
         )
     if wanted.architecture.lower() != name.lower():  # LLaMAForCausalLM is a spelling of old files
         raise UnsupportedModel(  # the head and its weights are those of one class: a classifier is no language model
