@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from octavo.kernels.pdl import chained, release, wait
+from octavo.kernels.race_triton import SLOT
 
 
 @triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["token_ptr"])
@@ -18,7 +19,7 @@ def _record_kernel(token_ptr, settings_ptr, seen_ptr, count, SIZE, CHAINED: tl.c
     row = tl.program_id(0)
     release(CHAINED)
     wait(CHAINED)
-    slot = tl.load(settings_ptr + 7 * count + row).to(tl.int64)
+    slot = tl.load(settings_ptr + count * SLOT + row).to(tl.int64)
     if slot >= 0:
         place = seen_ptr + slot * SIZE + tl.load(token_ptr + row)
         seen = tl.load(place).to(tl.int32)

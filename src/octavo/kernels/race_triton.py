@@ -1,24 +1,22 @@
-"""Device functions of `kernels.sampling_triton`: logits under a row's edits, the noise of its race, and its thresholds.
-
-Rows of the int32 ``settings[FIELDS, S]``, floats by their bits: the two keys of the noise; top_k, temperature, top_p,
-min_p; the place of the row's mask, its slot of what it has seen (-1: none); its penalties.
-"""
+"""Device functions of `kernels.sampling_triton`: logits under a row's edits, the noise of its race, its thresholds."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-KEY0, KEY1, TOP_K, TEMPERATURE, TOP_P, MIN_P, PLACE, SLOT, REPETITION, PRESENCE, FREQUENCY = range(11)
-FIELDS = 11
-MOST_SEEN = 0x7FFF  # times that a token is counted; the sign bit of an int16 says that it is in the prompt
+from octavo.kernels.sampling import Setting
+
+KEY0, KEY1, TOP_K, TEMPERATURE, TOP_P, MIN_P, PLACE, SLOT, REPETITION, PRESENCE, FREQUENCY = (
+    tl.constexpr(int(field)) for field in Setting
+)
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LEAST: tl.constexpr = tl.constexpr(-0x80000000)
 
 
 @triton.jit
 def float_of(settings, field: tl.constexpr, count, row):
-    return tl.load(settings + field * count + row).to(tl.float32, bitcast=True)
+    return tl.load(settings + count * field + row).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -32,19 +30,19 @@ def order(x):
 def edited(x_ptr, settings, bits_ptr, seen_ptr, row, count, words, SIZE, at, live):
     """The float32 logits ``at`` of a row, -inf where its mask forbids a finite one, penalised; see `sampling`."""
     x = tl.load(x_ptr + at, live, float("-inf")).to(tl.float32)
-    place = tl.load(settings + 6 * count + row)
+    place = tl.load(settings + count * PLACE + row)
     if place >= 0:
         word = tl.load(bits_ptr + place.to(tl.int64) * words + at // 32, live, 0)
         banned = ((word >> (at % 32)) & 1) == 0
         x = tl.where(banned & (x < float("inf")), float("-inf"), x)
-    slot = tl.load(settings + 7 * count + row)
+    slot = tl.load(settings + count * SLOT + row)
     if slot >= 0:
         seen = tl.load(seen_ptr + slot.to(tl.int64) * SIZE + at, live, 0).to(tl.int32)
         generated = seen & 0x7FFF
-        factor = tl.where(seen != 0, float_of(settings, 8, count, row), 1.0)
+        factor = tl.where(seen != 0, float_of(settings, REPETITION, count, row), 1.0)
         x = tl.where(x > 0, x / factor, x * factor)
-        x -= float_of(settings, 10, count, row) * generated.to(tl.float32)
-        x -= float_of(settings, 9, count, row) * (generated > 0).to(tl.float32)
+        x -= float_of(settings, FREQUENCY, count, row) * generated.to(tl.float32)
+        x -= float_of(settings, PRESENCE, count, row) * (generated > 0).to(tl.float32)
     return x
 
 
@@ -70,9 +68,7 @@ def floor_of(top, inverse, min_p):
 def _log2(x, CARD: tl.constexpr):
     """On a card by one instruction, a few units of the last place of a number near 1 off."""
     if CARD:
-        y = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         y = tl.log2(x)
     return y

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +24,13 @@ import torch
 
 _native_argmax: Callable[[torch.Tensor], torch.Tensor] | None
 _native_greedy: Callable[[torch.Tensor], torch.Tensor | None] | None
+_native_lead: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor] | None] | None
 try:
     from octavo.kernels.cpu import argmax as _native_argmax
     from octavo.kernels.cpu import greedy as _native_greedy
+    from octavo.kernels.cpu import lead as _native_lead
 except ImportError:  # no C++ extension
-    _native_argmax = _native_greedy = None
+    _native_argmax = _native_greedy = _native_lead = None
 
 LEAD = 256  # so many of the likeliest tokens are looked at before the whole vocabulary is, on CPU
 _BLOCK = 256  # of `argmax`
@@ -230,6 +233,18 @@ def probabilities(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tens
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
+def sample_filtered(
+    logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, filters: Filters
+) -> torch.Tensor:
+    """As `draw_filtered` from `probabilities`, most of which need not be known on CPU."""
+    found = None if _native_lead is None or logits.is_cuda else _native_lead(logits, temperature, LEAD)
+    if found is None:
+        return draw_filtered(probabilities(logits, temperature), keys, filters)
+    return _draw_lead(
+        *found, logits.shape[1], lambda rows: probabilities(logits[rows], temperature[rows]), keys, filters
+    )
+
+
 def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> torch.Tensor:
     """As `draw` from those tokens of ``probs[S, V]`` (rows sum to 1) that pass ``filters``.
 
@@ -238,6 +253,19 @@ def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> 
     if probs.is_cuda:  # looking at the outcome of a shortcut would wait for the device
         return draw(_filter(probs, filters), keys)
     lead, ids = probs.topk(min(LEAD, probs.shape[1]))
+    return _draw_lead(lead, ids, probs.shape[1], lambda rows: probs[rows], keys, filters)
+
+
+def _draw_lead(
+    lead: torch.Tensor,
+    ids: torch.Tensor,
+    vocab: int,
+    all_of: Callable[[torch.Tensor], torch.Tensor],
+    keys: torch.Tensor,
+    filters: Filters,
+) -> torch.Tensor:
+    """As `draw_filtered` where the greatest probabilities ``lead[S, K]`` and their ``ids`` are known; ``all_of(rows)``
+    gives all of some rows, for which these are not enough."""
     floor, threshold = _thresholds(lead, lead, filters)
     tokens = draw(lead.masked_fill(lead < threshold, 0.0), keys, ids)
     # The lead was enough if nothing outside it can reach the threshold and the mass under top_p was known.
@@ -245,8 +273,8 @@ def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> 
     enough = (threshold > least) & ((floor > least) | (floor == 0) | (filters.top_p >= 1))
     settled = enough | (least == 0) | lead[:, :1].isnan()
     rest = (~settled).squeeze(1).nonzero().squeeze(1)
-    if lead.shape[1] < probs.shape[1] and rest.numel():
-        tokens[rest] = draw(_filter(probs[rest], filters[rest]), keys[rest])
+    if lead.shape[1] < vocab and rest.numel():
+        tokens[rest] = draw(_filter(all_of(rest), filters[rest]), keys[rest])
     return tokens
 
 
@@ -312,6 +340,25 @@ def _thresholds(lead: torch.Tensor, support: torch.Tensor, filters: Filters) -> 
     kept = ((before < target) & (lead >= floor)).sum(-1, keepdim=True)
     nucleus = lead.gather(1, (kept - 1).clamp_(min=0))
     return floor, torch.where(filters.top_p < 1, nucleus, floor)
+
+
+# --- rows with settings of their own ---------------------------------------------------------------------------------
+
+
+class Setting(IntEnum):
+    """Rows of the int32 ``settings[11, S]`` that operators which sample by rows take; floats by their bits."""
+
+    KEY0 = 0  # of the noise, see `noise_keys`
+    KEY1 = 1
+    TOP_K = 2
+    TEMPERATURE = 3
+    TOP_P = 4
+    MIN_P = 5
+    PLACE = 6  # of the row's mask among the masks; -1: none
+    SLOT = 7  # of the tokens it has seen, see `runtime.penalties`; -1: none
+    REPETITION = 8
+    PRESENCE = 9
+    FREQUENCY = 10
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------

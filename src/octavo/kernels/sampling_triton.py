@@ -25,6 +25,12 @@ import triton.language as tl
 
 from octavo.kernels.pdl import chained, release, wait
 from octavo.kernels.race_triton import (
+    KEY0,
+    KEY1,
+    MIN_P,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
     best_of,
     bound_of,
     contest,
@@ -44,17 +50,19 @@ ROUNDS = 2
 _BLOCK, _GROUP, _WARPS = 2048, 128, 4
 _LISTED = 1024  # tokens at most that are listed of a row; others are looked at in the row itself, so many at once
 
-# Parts of the float32 scratch [5, S, blocks]: 0 the greatest logit, 1 the mass, 2 the greatest score, 3 the mass above
-# the token that is judged, 4 the mass that min_p leaves. Rows of the int32 one [5, S]: 0 the token that the next round
-# judges, -1 if there is none; 1 the bound of the list; 2 how many reach it; 3 how many tokens are above the one whose
-# rank is asked for; 4 the bits of the greatest logit.
+# Parts of the float32 scratch [5, S, blocks]: the greatest logit, the mass, the greatest score, the mass above the
+# token that is judged, the mass that min_p leaves.
+PEAK, MASS, SCORE, ABOVE, FLOOR = (tl.constexpr(part) for part in range(5))
+# Rows of the int32 scratch [5, S]: the token that the next round judges, -1 if there is none; the bound of the list,
+# how many reach it; how many tokens are above the one whose rank is asked for; the bits of the greatest logit.
+STATE, BOUND, LISTING, RANK, TOP = (tl.constexpr(row) for row in range(5))
 
 
 @triton.jit
 def _part(floats, part: tl.constexpr, row, count, BLOCKS: tl.constexpr, PAD: tl.constexpr, other):
     """A row's numbers of all blocks, which other programs of the launch may have written."""
     block = tl.arange(0, PAD)
-    return tl.load(floats + (part * count + row) * BLOCKS + block, block < BLOCKS, other, cache_modifier=".cg")
+    return tl.load(floats + (count * part + row) * BLOCKS + block, block < BLOCKS, other, cache_modifier=".cg")
 
 
 @triton.jit
@@ -62,15 +70,15 @@ def _winner(floats, tokens_ptr, row, count, shift, BLOCKS: tl.constexpr, PAD: tl
     """The token of the greatest score of all blocks, each of them shifted, the lowest of equals."""
     block = tl.arange(0, PAD)
     tokens = tl.load(tokens_ptr + row * BLOCKS + block, block < BLOCKS, 0x7FFFFFFF, cache_modifier=".cg")
-    _best, token = best_of(_part(floats, 2, row, count, BLOCKS, PAD, float("-inf")) + shift, tokens)
+    _best, token = best_of(_part(floats, SCORE, row, count, BLOCKS, PAD, float("-inf")) + shift, tokens)
     return token
 
 
 @triton.jit
 def _total(floats, row, count, top, inverse, BLOCKS: tl.constexpr, PAD: tl.constexpr):
     """The mass of the row, in weights relative to its greatest logit."""
-    peaks = _part(floats, 0, row, count, BLOCKS, PAD, float("-inf"))
-    masses = _part(floats, 1, row, count, BLOCKS, PAD, 0.0)
+    peaks = _part(floats, PEAK, row, count, BLOCKS, PAD, float("-inf"))
+    masses = _part(floats, MASS, row, count, BLOCKS, PAD, 0.0)
     return tl.sum(masses.to(tl.float64) * weight_of(peaks, top, inverse).to(tl.float64))
 
 
@@ -109,44 +117,47 @@ def _survey_kernel(
     groups: tl.constexpr = BLOCK // GROUP
     peaks = tl.max(tl.reshape(x, [groups, GROUP]), 1)
     top = tl.max(peaks)
-    tl.store(floats_ptr + place, top)
+    tl.store(floats_ptr + part * PEAK + place, top)
     tl.store(group_ptr + place * groups + tl.arange(0, groups), peaks)
     if PLAIN:
-        tl.store(floats_ptr + part + place, tl.sum(weight_of(x, top, 1.0)))
+        tl.store(floats_ptr + part * MASS + place, tl.sum(weight_of(x, top, 1.0)))
     else:
-        temperature, limit = float_of(settings_ptr, 3, count, row), tl.load(settings_ptr + 2 * count + row)
-        filtered = (float_of(settings_ptr, 4, count, row) < 1.0) | (float_of(settings_ptr, 5, count, row) > 0.0)
+        temperature, limit = (
+            float_of(settings_ptr, TEMPERATURE, count, row),
+            tl.load(settings_ptr + count * TOP_K + row),
+        )
+        filtered = (float_of(settings_ptr, TOP_P, count, row) < 1.0) | (float_of(settings_ptr, MIN_P, count, row) > 0.0)
         inverse = inverse_of(temperature)
         if filtered:
-            tl.store(floats_ptr + part + place, tl.sum(weight_of(x, top, inverse)))
+            tl.store(floats_ptr + part * MASS + place, tl.sum(weight_of(x, top, inverse)))
         if limit == 0:
             score = x
             if temperature > 0.0:
-                key0, key1 = tl.load(settings_ptr + row), tl.load(settings_ptr + count + row)
+                key0, key1 = tl.load(settings_ptr + count * KEY0 + row), tl.load(settings_ptr + count * KEY1 + row)
                 score = score_of(x, top, at, key0, key1, inverse, CARD)
             best, token = best_of(score, at)
-            tl.store(floats_ptr + 2 * part + place, best)
+            tl.store(floats_ptr + part * SCORE + place, best)
             tl.store(tokens_ptr + place, token)
     if _arrives_last(arrived_ptr, row, BLOCKS):
-        top = tl.max(_part(floats_ptr, 0, row, count, BLOCKS, PAD, float("-inf")))
+        top = tl.max(_part(floats_ptr, PEAK, row, count, BLOCKS, PAD, float("-inf")))
         finite = tl.abs(top) < float("inf")
-        tl.store(rows_ptr + 4 * count + row, top.to(tl.int32, bitcast=True))
-        tl.store(rows_ptr + 2 * count + row, 0)
-        tl.store(rows_ptr + 3 * count + row, 0)
+        tl.store(rows_ptr + count * TOP + row, top.to(tl.int32, bitcast=True))
+        tl.store(rows_ptr + count * LISTING + row, 0)
+        tl.store(rows_ptr + count * RANK + row, 0)
         bound = 0x7FFFFFFF  # nothing is to be listed
         if limit > 0:
             bound = bound_of(group_ptr + row * BLOCKS * groups, limit, BLOCKS * groups, GROUPS_PAD)
-        tl.store(rows_ptr + count + row, bound)
+        tl.store(rows_ptr + count * BOUND + row, bound)
         if not PLAIN:
             token = 0
             if finite & (limit == 0):
                 shift = tl.zeros([PAD], tl.float32)
                 if temperature > 0.0:  # scores are relative to the greatest logit of their block
-                    shift = shift_of(_part(floats_ptr, 0, row, count, BLOCKS, PAD, float("-inf")), top, inverse)
+                    shift = shift_of(_part(floats_ptr, PEAK, row, count, BLOCKS, PAD, float("-inf")), top, inverse)
                 token = _winner(floats_ptr, tokens_ptr, row, count, shift, BLOCKS, PAD)
             tl.store(out_ptr + row, token)
             tl.store(out_ptr + count + row, finite.to(tl.int32))
-            tl.store(rows_ptr + row, tl.where(finite & filtered & (limit == 0), token, -1))
+            tl.store(rows_ptr + count * STATE + row, tl.where(finite & filtered & (limit == 0), token, -1))
 
 
 @triton.jit
@@ -155,7 +166,7 @@ def _list(
 ):  # fmt: skip
     """Adds the tokens ``at`` of logits ``x`` that reach ``bound`` to the row's list, in any order."""
     passing = (order(x) >= bound) & (x > float("-inf"))
-    counter = rows_ptr + 2 * count + row + tl.zeros_like(at)
+    counter = rows_ptr + count * LISTING + row + tl.zeros_like(at)
     place = tl.atomic_add(counter, tl.full(at.shape, 1, tl.int32), passing, sem="relaxed")
     kept = passing & (place < LISTED)
     tl.store(value_ptr + row * LISTED + place, x, kept)
@@ -165,7 +176,7 @@ def _list(
 @triton.jit
 def _listed(rows_ptr, value_ptr, id_ptr, row, count, LISTED: tl.constexpr):
     """(how many reach the bound, values, tokens) of a row's list."""
-    found = tl.load(rows_ptr + 2 * count + row, cache_modifier=".cg")
+    found = tl.load(rows_ptr + count * LISTING + row, cache_modifier=".cg")
     at = tl.arange(0, LISTED)
     x = tl.load(value_ptr + row * LISTED + at, at < found, float("-inf"), cache_modifier=".cg")
     ids = tl.load(id_ptr + row * LISTED + at, at < found, 0, cache_modifier=".cg")
@@ -187,11 +198,11 @@ def _select_kernel(
     groups: tl.constexpr = BLOCK // GROUP
     release(CHAINED)
     wait(CHAINED)
-    top_k = tl.load(settings_ptr + 2 * count + row)
-    top = tl.load(rows_ptr + 4 * count + row).to(tl.float32, bitcast=True)
+    top_k = tl.load(settings_ptr + count * TOP_K + row)
+    top = tl.load(rows_ptr + count * TOP + row).to(tl.float32, bitcast=True)
     if (top_k > 0) & (tl.abs(top) < float("inf")):
         x_ptr += row.to(tl.int64) * stride
-        bound = tl.load(rows_ptr + count + row)
+        bound = tl.load(rows_ptr + count * BOUND + row)
         group = block * groups + tl.arange(0, groups)
         reaching = order(tl.load(group_ptr + row * BLOCKS * groups + group)) >= bound
         if tl.max(reaching.to(tl.int32)) > 0:
@@ -200,10 +211,10 @@ def _select_kernel(
             x = edited(x_ptr, settings_ptr, bits_ptr, seen_ptr, row, count, words, SIZE, at, live)
             _list(tl.where(live, x, float("-inf")), at, bound, row, count, rows_ptr, value_ptr, id_ptr, LISTED)
         if _arrives_last(arrived_ptr, row, BLOCKS):
-            inverse = inverse_of(float_of(settings_ptr, 3, count, row))
-            top_p, floor = float_of(settings_ptr, 4, count, row), float_of(settings_ptr, 5, count, row)
+            inverse = inverse_of(float_of(settings_ptr, TEMPERATURE, count, row))
+            top_p, floor = float_of(settings_ptr, TOP_P, count, row), float_of(settings_ptr, MIN_P, count, row)
             floor = floor_of(top, inverse, floor)
-            key0, key1 = tl.load(settings_ptr + row), tl.load(settings_ptr + count + row)
+            key0, key1 = tl.load(settings_ptr + count * KEY0 + row), tl.load(settings_ptr + count * KEY1 + row)
             found, x, ids = _listed(rows_ptr, value_ptr, id_ptr, row, count, LISTED)
             if found <= LISTED:
                 token = exact_of_list(x, ids, bound, key0, key1, top_k, top_p, floor, top, inverse, CARD)
@@ -230,29 +241,29 @@ def _round_kernel(
     row, block = tl.program_id(0), tl.program_id(1)
     release(CHAINED)
     wait(CHAINED)
-    state = tl.load(rows_ptr + row)
+    state = tl.load(rows_ptr + count * STATE + row)
     if state >= 0:
         x_ptr += row.to(tl.int64) * stride
         place, part = row * BLOCKS + block, count * BLOCKS
-        top = tl.load(rows_ptr + 4 * count + row).to(tl.float32, bitcast=True)
-        inverse = inverse_of(float_of(settings_ptr, 3, count, row))
-        top_p, min_p = float_of(settings_ptr, 4, count, row), float_of(settings_ptr, 5, count, row)
+        top = tl.load(rows_ptr + count * TOP + row).to(tl.float32, bitcast=True)
+        inverse = inverse_of(float_of(settings_ptr, TEMPERATURE, count, row))
+        top_p, min_p = float_of(settings_ptr, TOP_P, count, row), float_of(settings_ptr, MIN_P, count, row)
         floor = floor_of(top, inverse, min_p)
-        key0, key1 = tl.load(settings_ptr + row), tl.load(settings_ptr + count + row)
+        key0, key1 = tl.load(settings_ptr + count * KEY0 + row), tl.load(settings_ptr + count * KEY1 + row)
         pivot = edited(x_ptr, settings_ptr, bits_ptr, seen_ptr, row, count, words, SIZE, state, state >= 0)
         at = block * BLOCK + tl.arange(0, BLOCK)
         x = edited(x_ptr, settings_ptr, bits_ptr, seen_ptr, row, count, words, SIZE, at, at < SIZE)
         weight = weight_of(x, top, inverse)
-        tl.store(floats_ptr + 3 * part + place, tl.sum(tl.where(x > pivot, weight, 0.0)))
+        tl.store(floats_ptr + part * ABOVE + place, tl.sum(tl.where(x > pivot, weight, 0.0)))
         if FIRST:
-            tl.store(floats_ptr + 4 * part + place, tl.sum(tl.where(x >= floor, weight, 0.0)))
+            tl.store(floats_ptr + part * FLOOR + place, tl.sum(tl.where(x >= floor, weight, 0.0)))
         score = tl.where((x > pivot) & (x >= floor), score_of(x, top, at, key0, key1, inverse, CARD), float("-inf"))
         best, token = best_of(score, at)
-        tl.store(floats_ptr + 2 * part + place, best)
+        tl.store(floats_ptr + part * SCORE + place, best)
         tl.store(tokens_ptr + place, token)
         if _arrives_last(arrived_ptr, row, BLOCKS):
-            above = tl.sum(_part(floats_ptr, 3, row, count, BLOCKS, PAD, 0.0).to(tl.float64))
-            mass = tl.sum(_part(floats_ptr, 4, row, count, BLOCKS, PAD, 0.0).to(tl.float64))
+            above = tl.sum(_part(floats_ptr, ABOVE, row, count, BLOCKS, PAD, 0.0).to(tl.float64))
+            mass = tl.sum(_part(floats_ptr, FLOOR, row, count, BLOCKS, PAD, 0.0).to(tl.float64))
             if min_p <= 0.0:
                 mass = _total(floats_ptr, row, count, top, inverse, BLOCKS, PAD)
             target = tl.where(top_p < 1.0, mass * top_p.to(tl.float64), float("inf"))
@@ -269,7 +280,7 @@ def _round_kernel(
                     passes = (above == 0.0) | ((pivot >= floor) & (above < target))
                     state = tl.where(passes, state, token)
             tl.store(out_ptr + row, state)
-            tl.store(rows_ptr + row, tl.where(passes, -1, state))
+            tl.store(rows_ptr + count * STATE + row, tl.where(passes, -1, state))
 
 
 @triton.jit(do_not_specialize=["count", "MOST"], do_not_specialize_on_alignment=["token_ptr"])
@@ -287,21 +298,21 @@ def _likeliest_kernel(
     wait(CHAINED)
     x_ptr += row.to(tl.int64) * stride
     own = tl.load(x_ptr + tl.load(token_ptr + row)).to(tl.float32)
-    bound = tl.load(rows_ptr + count + row)
+    bound = tl.load(rows_ptr + count * BOUND + row)
     group = block * groups + tl.arange(0, groups)
     peaks = tl.load(group_ptr + row * BLOCKS * groups + group)
     reaching = (peaks > own) | (order(peaks) >= bound)
     if tl.max(reaching.to(tl.int32)) > 0:
         at = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         x = tl.load(x_ptr + at, (at < SIZE) & reaching[:, None], float("-inf")).to(tl.float32)
-        tl.atomic_add(rows_ptr + 3 * count + row, tl.sum((x > own).to(tl.int32)), sem="relaxed")
+        tl.atomic_add(rows_ptr + count * RANK + row, tl.sum((x > own).to(tl.int32)), sem="relaxed")
         _list(x, at, bound, row, count, rows_ptr, value_ptr, id_ptr, LISTED)
     if _arrives_last(arrived_ptr, row, BLOCKS):
-        top = tl.load(rows_ptr + 4 * count + row).to(tl.float32, bitcast=True)
+        top = tl.load(rows_ptr + count * TOP + row).to(tl.float32, bitcast=True)
         total = top + tl.log(_total(floats_ptr, row, count, top, 1.0, BLOCKS, PAD)).to(tl.float32)
         out_ptr += row * (2 + 2 * MOST)
         tl.store(out_ptr, (own - total).to(tl.int32, bitcast=True))
-        tl.store(out_ptr + 1, tl.load(rows_ptr + 3 * count + row, cache_modifier=".cg") + 1)
+        tl.store(out_ptr + 1, tl.load(rows_ptr + count * RANK + row, cache_modifier=".cg") + 1)
         found, values, ids = _listed(rows_ptr, value_ptr, id_ptr, row, count, LISTED)
         listed = (found >= MOST) & (found <= LISTED)
         last, last_id = float("inf"), -1
@@ -378,8 +389,8 @@ def _counters(device: torch.device) -> torch.Tensor:
 def draw(
     x: torch.Tensor, settings: torch.Tensor, bits: torch.Tensor, seen: torch.Tensor, listed: bool, raced: bool
 ) -> torch.Tensor:
-    """int32 ``[2, S]``: the token of each row of ``x[S, V]`` under its column of ``settings`` (see `race_triton`), and
-    1 if its greatest logit is finite; else 0 and 0.
+    """int32 ``[2, S]``: the token of each row of ``x[S, V]`` under its column of ``settings``, see `sampling.Setting`,
+    and 1 if its greatest logit is finite; else 0 and 0.
 
     Settings name rows of ``bits``, see `sampling.allowed_bias`, and of ``seen``, see `runtime.penalties`. ``listed``:
     some row has a top_k; ``raced``: some row has a top_p or min_p and no top_k. A temperature of 0 is greedy: the

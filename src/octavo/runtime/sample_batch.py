@@ -9,14 +9,17 @@ import numpy.typing as npt
 import torch
 
 from octavo.kernels import sampling as kernels
+from octavo.kernels.sampling import Setting
 from octavo.kernels.select import Ops, RowSampling
 from octavo.runtime.base import TokenMask
 from octavo.runtime.penalties import upload
 from octavo.runtime.sampling_rows import SampleItem, SamplingRows
 
+_COPIED = [field for field in Setting if field not in (Setting.KEY0, Setting.KEY1, Setting.PLACE)]
+
 
 class _Batch(NamedTuple):
-    """Some rows, and what does not change from step to step: ``packed`` as `kernels.race_triton` describes settings."""
+    """Some rows, and what does not change from step to step: ``packed`` as of `kernels.sampling.Setting`."""
 
     rows: list[int]
     packed: npt.NDArray[np.int32]
@@ -65,11 +68,9 @@ class BatchSampler:
         """What is the same in each step over ``rows``; found once, since steps are often over the same."""
         if self._batch is None or self._batch.rows != rows:
             of = self._rows.parameters[rows]
-            packed = np.full((11, len(rows)), -1, np.int32)
-            packed[2], packed[7] = of["top_k"], of["slot"]
-            floats = {3: "temperature", 4: "top_p", 5: "min_p", 8: "repetition", 9: "presence", 10: "frequency"}
-            for at, name in floats.items():
-                packed[at] = of[name].view(np.int32)
+            packed = np.full((len(Setting), len(rows)), -1, np.int32)
+            for field in _COPIED:
+                packed[field] = of[field.name.lower()].view(np.int32)
             listed = of["top_k"] > 0
             raced = ~listed & ((of["top_p"] < 1) | (of["min_p"] > 0))
             states = [self._rows[row] for row in rows]
@@ -86,12 +87,12 @@ class BatchSampler:
         return self._batch
 
     def _settings(self, batch: _Batch, items: list[SampleItem], mask: TokenMask | None) -> npt.NDArray[np.int32]:
-        """As `kernels.race_triton` describes them."""
+        """As of `kernels.sampling.Setting`."""
         packed = batch.packed.copy()
         positions = np.array([position for _, position in items], np.uint64)
         packed[:2] = kernels.noise_keys_of(batch.seeds, positions).T
         if mask is not None:
-            packed[6, mask.items] = np.arange(len(mask.items))
+            packed[Setting.PLACE, mask.items] = np.arange(len(mask.items))
         return packed
 
     def record(self, tokens: torch.Tensor, items: list[SampleItem], settings: torch.Tensor) -> None:
