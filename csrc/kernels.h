@@ -121,6 +121,16 @@ struct ArgmaxArgs {
     isize rows, cols, x_stride;
 };
 
+// The likeliest of each row: probs [rows, count] in descending order (of equals, the lower position first) and ids, of
+// softmax(x / temperature[row]). Of a row with NaN or +inf, or of -inf alone, all probs are NaN and ids 0.
+struct LeadArgs {
+    const void* x;  // [rows, cols]
+    const float* temperature;
+    float* probs;
+    int64_t* ids;
+    isize rows, cols, x_stride, count;  // count <= cols
+};
+
 struct GreedyArgs {
     const void* x;  // [rows, cols]
     int32_t* out;   // [2, rows]: the position of the greatest and 1 if that is finite, else 0 and 0
@@ -175,6 +185,7 @@ struct Kernels {
     const char* (*gather)(DType, const Weight&, const GatherArgs&);
     void (*argmax)(DType, const ArgmaxArgs&);
     void (*greedy)(DType, const GreedyArgs&);
+    void (*lead)(DType, const LeadArgs&);
     const char* (*attention)(DType, const AttentionArgs&);
     const char* (*layer)(const LayerArgs&, const LayerInput&);
     const char* (*decoder)(const DecoderArgs&, const DecoderInput&);
@@ -192,6 +203,12 @@ const Kernels& avx512_bf16_kernels();
 #elif defined(__aarch64__)
 const Kernels& neon_dotprod_kernels();
 #endif
+
+// Of `count` values, none of them NaN, the k-th largest (from 1). Reorders them.
+float kth_largest(float* values, isize count, isize k);
+
+// Puts the k largest first, in descending order.
+void sort_largest(uint64_t* values, isize count, isize k);
 
 // A buffer of the calling thread, 64-byte aligned, that lives until the thread asks for a larger one of the same slot.
 enum class Scratch { items, partials, tile, layer, decoder, quantised, weights, count };

@@ -12,6 +12,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace octavo {
 namespace {
@@ -100,6 +103,17 @@ Pool& pool() {
     return *instance;
 }
 
+// On large pages, where the system gives them to who asks.
+void* allocate(std::size_t size) {
+    constexpr std::size_t kLarge = 1 << 21;
+    if (size < kLarge) return std::aligned_alloc(64, size);
+    void* memory = std::aligned_alloc(kLarge, (size + kLarge - 1) / kLarge * kLarge);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (memory) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
 }  // namespace
 
 void share(isize count, Piece piece, void* context) {
@@ -131,7 +145,7 @@ void* scratch(Scratch slot, std::size_t bytes) {
         const std::size_t size = (bytes + 4095) / 4096 * 4096;
         b.memory.reset();
         b.size = 0;
-        b.memory.reset(std::aligned_alloc(64, size));
+        b.memory.reset(allocate(size));
         if (!b.memory) throw std::bad_alloc();
         b.size = size;
     }

@@ -8,6 +8,6 @@
 namespace octavo::OCTAVO_ISA {
 
 inline const Kernels table = {OCTAVO_NAME, norm,   gate,      rotary, store_kv, product, gather,
-                              argmax,      greedy, attention, layer,  decoder,  grouped, combine};
+                              argmax,      greedy, lead,      attention, layer, decoder, grouped, combine};
 
 }  // namespace octavo::OCTAVO_ISA

@@ -252,6 +252,31 @@ def greedy(logits: torch.Tensor) -> torch.Tensor | None:
     return out
 
 
+def lead(logits: torch.Tensor, temperature: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The ``count`` greatest of ``softmax(logits[S, V] / temperature[S, 1])`` in descending order, and their ids.
+
+    float32 and int64 ``[S, min(count, V)]``; NaN and 0 for a row whose greatest logit is not finite or that has NaN.
+    None for logits that the extension does not take.
+    """
+    rows, cols = logits.shape
+    if logits.dtype not in _TYPES or logits.stride(1) != 1 or not cols:
+        return None
+    count, temperature = min(count, cols), temperature.float().contiguous()
+    probs, ids = torch.empty(rows, count), torch.empty((rows, count), dtype=torch.int64)
+    _cpu.lead(
+        logits.dtype is torch.bfloat16,
+        logits.data_ptr(),
+        temperature.data_ptr(),
+        probs.data_ptr(),
+        ids.data_ptr(),
+        rows,
+        cols,
+        logits.stride(0),
+        count,
+    )
+    return probs, ids
+
+
 class PackedLinear:
     """A weight in panels of 16 outputs, the layout of which only the extension knows (csrc/kernels.h, csrc/blocks.h).
 

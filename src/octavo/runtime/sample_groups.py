@@ -128,10 +128,9 @@ class GroupSampler:
         if mode is Mode.GREEDY:
             return kernels.argmax(x)
         drawing = self._drawing(items)
-        probs = kernels.probabilities(x, drawing.temperature)
         if mode is Mode.DRAW:
-            return kernels.draw(probs, drawing.key), x.amax(-1)
-        return kernels.draw_filtered(probs, drawing.key, drawing.filters), x.amax(-1)
+            return kernels.draw(kernels.probabilities(x, drawing.temperature), drawing.key), x.amax(-1)
+        return kernels.sample_filtered(x, drawing.temperature, drawing.key, drawing.filters), x.amax(-1)
 
     def _drawing(self, items: list[SampleItem]) -> _Drawing:
         of = self._rows.parameters[[item.row for item in items]]
