@@ -230,7 +230,7 @@ class ServerConfig:
         None, "key for what concerns all users; default: OCTAVO_ADMIN_API_KEY", secret=True
     )
     served_model_name: str | None = option(None, "name of the model in the API; default: MODEL")
-    chat_template: str | None = option(None, "file with a Jinja chat template, used instead of the model's")
+    chat_template: str | None = option(None, "Jinja chat template, or a file with one, instead of the model's")
     chat_template_content_format: str = option(
         "auto",
         "how the chat template reads a message: as text (string) or as parts (openai); auto finds out",

@@ -372,5 +372,7 @@ def test_a_template_file_is_read_and_checked(tmp_path: Path) -> None:
     assert load_template(str(good)) == load_template("{{ 1 }}") == "{{ 1 }}"
     with pytest.raises(ConfigError, match="broken"):
         load_template(str(broken))
+    with pytest.raises(ConfigError, match="broken"):
+        load_template("{% if %}")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_template(str(tmp_path / "none.jinja"))

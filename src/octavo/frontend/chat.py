@@ -24,6 +24,7 @@ _TEXT_PARTS = {"text", "input_text", "output_text"}
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 _RESERVED |= {"chat_template", "tokenize"}
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names under which templates look for it
+MAX_SHOWN = 100  # characters of a template in a message
 MAX_DEPTH = 64  # of what is nested in a message or a tool
 
 
@@ -123,16 +124,15 @@ class ChatRenderer:
 
 def load_template(source: str) -> str:
     """The template in the file ``source``; or ``source`` itself, if it holds a brace, as templates do."""
-    if "{" in source:
-        return source
+    shown = source if len(source) < MAX_SHOWN else f"{source[:MAX_SHOWN]}…"
     try:
-        text = Path(source).read_text(encoding="utf-8")
+        text = source if "{" in source else Path(source).read_text(encoding="utf-8")
         sandbox.compile_template(text)
     except (OSError, UnicodeDecodeError) as error:
-        cause = f"the chat template {source} cannot be read: {error}."
+        cause = f"the chat template {shown} cannot be read: {error}."
         raise ConfigError(cause, "Give a Jinja file in UTF-8.") from None
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"the chat template {source} is broken: {error.message}, line {error.lineno}.") from None
+        raise ConfigError(f"the chat template {shown} is broken: {error.message}, line {error.lineno}.") from None
     return text
 
 
