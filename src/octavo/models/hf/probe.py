@@ -57,19 +57,19 @@ def spread(max_len: int, device: torch.device) -> torch.Tensor:
 
 
 @contextmanager
-def small_context(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """A cache of its own for one sequence of `TOKENS` tokens."""
-    shape = config.cache_shape(2, PAGE)
+def small_context(config: ModelConfig, dtype: torch.dtype, device: torch.device, sequences: int = 1) -> Iterator[None]:
+    """A cache of its own for ``sequences`` of `TOKENS` tokens each."""
+    shape = config.cache_shape(sequences + 1, PAGE)
 
-    def ints(*values: int) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=device)
+    def ints(count: int) -> torch.Tensor:
+        return torch.arange(count, dtype=torch.int32, device=device)
 
     meta = AttentionMetadata(
-        query_start=ints(0, TOKENS),
-        seq_lens=ints(TOKENS),
-        rows=ints(0),
-        block_table=ints(0).unsqueeze(0),
-        slots=torch.arange(TOKENS, dtype=torch.int32, device=device),
+        query_start=ints(sequences + 1) * TOKENS,
+        seq_lens=torch.full((sequences,), TOKENS, dtype=torch.int32, device=device),
+        rows=ints(sequences),
+        block_table=ints(sequences).unsqueeze(1),
+        slots=(ints(sequences).unsqueeze(1) * PAGE + ints(TOKENS)).flatten(),
         num_decodes=0,
         max_query=TOKENS,
         max_seq=TOKENS,

@@ -109,22 +109,25 @@ def _tried(body: nn.Module, builder: Builder, positions: torch.Tensor) -> list[W
         seen = watch(trial, builder.config, torch.float32, positions)
     except Exception as error:  # code that is not ours
         raise NotNative(f"it could not be tried in float32 ({type(error).__name__}: {error})") from error
-    candidates: dict[Hashable, list[tuple[Wiring, LlamaDecoderLayer]]] = {}
-    wirings = []
+    parts = [builder.parts(layer) for layer in _layers(trial)]
+    of_kind: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(_layers(trial)):
-        parts = builder.parts(layer)
         if layer not in seen:
             raise NotNative(f"layer {index} ({type(layer).__name__}) was not called")
-        if parts.kind not in candidates:  # layers of one kind have the same random weights, too
-            candidates[parts.kind] = list(builder.candidates(parts, positions.device))
-        for wiring, made in candidates[parts.kind]:
-            if _adds_the_same(made, seen[layer], builder.config, positions):
-                wirings.append(wiring)
+        of_kind.setdefault(parts[index].kind, []).append(index)
+    calls, wirings = [seen[layer] for layer in _layers(trial)], dict[int, Wiring]()
+    for indices in of_kind.values():  # which have the same random weights, so that one native layer does for all
+        for wiring, made in builder.candidates(parts[indices[0]], positions.device):
+            left = [index for index in indices if index not in wirings]
+            same_there = _add_the_same(made, [calls[index] for index in left], builder.config, positions)
+            wirings |= {index: wiring for index, found in zip(left, same_there, strict=True) if found}
+            if wirings.keys() >= set(indices):
                 break
-        else:
+    for index, layer in enumerate(_layers(trial)):
+        if index not in wirings:
             raise NotNative(f"layer {index} ({type(layer).__name__}) computes something else than a native layer")
     _check_links(trial, seen, builder)
-    return wirings
+    return [wirings[index] for index in range(len(calls))]
 
 
 def _check_links(trial: nn.Module, seen: Mapping[nn.Module, Call], builder: Builder) -> None:
@@ -179,10 +182,19 @@ def _overlapping(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     return numbers.as_strided(shape, (1, 1))
 
 
-def _adds_the_same(made: LlamaDecoderLayer, call: Call, config: ModelConfig, positions: torch.Tensor) -> bool:
-    """Compares what the layers add to the hidden states; in the sum a difference would drown."""
-    hidden, wanted = call.hidden[0], call.result[0]
-    with small_context(config, torch.float32, positions.device):
-        x, residual = made(hidden.clone(), None, positions)
+def _add_the_same(
+    made: LlamaDecoderLayer, calls: list[Call], config: ModelConfig, positions: torch.Tensor
+) -> list[bool]:
+    """Whether ``made`` adds to the hidden states what each layer called added; in the sum a difference would drown.
+
+    All calls are computed at once, as sequences of their own.
+    """
+    hidden = torch.cat([call.hidden[0] for call in calls])
+    with small_context(config, torch.float32, positions.device, len(calls)):
+        x, residual = made(hidden.clone(), None, positions.repeat(len(calls)))
         x = made.mlp.down_proj.group.all_reduce(x)
-    return same((residual - hidden) + x, wanted - hidden, rounded_at=wanted)
+    added = ((residual - hidden) + x).split(len(positions))
+    return [
+        same(found, call.result[0] - call.hidden[0], rounded_at=call.result[0])
+        for found, call in zip(added, calls, strict=True)
+    ]
