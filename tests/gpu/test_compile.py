@@ -27,12 +27,13 @@ class Hopper:
 
 driver.set_active(Hopper())
 from octavo.kernels import attn_triton, blocks_triton, edit_triton, experts_triton, linear_triton, peers_triton
-from octavo.kernels import rehearsal, sampling_triton, step_triton, triton_ops
+from octavo.kernels import logprobs_triton, rehearsal, sampling_triton, step_triton, survey_triton, triton_ops
 from octavo.kernels.linear_triton import Launch
 from tests.kernels import grid
 
 blocks_triton._selects_bytes = lambda x: True
-for module in (attn_triton, blocks_triton, edit_triton, linear_triton, peers_triton, sampling_triton, step_triton,
+survey_triton.is_card = lambda device: True
+for module in (attn_triton, blocks_triton, edit_triton, linear_triton, peers_triton, step_triton, survey_triton,
                triton_ops):
     module.chained = lambda device: True
 half = torch.bfloat16
@@ -56,7 +57,7 @@ def launches():
     seen = torch.zeros(1, 128256, dtype=torch.int16)
     sampling_triton.draw(logits, settings, settings, seen, True, True)
     edit_triton.record_(settings[0], settings, seen)
-    sampling_triton.logprobs(logits, settings[0], 3)
+    logprobs_triton.logprobs(logits, settings[0], 3)
     triton_ops.greedy(logits)
     pairs = experts_triton.group(torch.zeros(2, 2, dtype=torch.int64), 4)
     experts_triton.grouped_linear(x, weight.view(4, 128, 1024), None, pairs, by_token=True)

@@ -152,8 +152,8 @@ class FusedDecoder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """Sampling in which each row of a batch has its own settings: functions of `kernels.sampling_triton` and
-    `kernels.edit_triton`."""
+    """Sampling in which each row of a batch has its own settings: functions of `kernels.sampling_triton`,
+    `kernels.logprobs_triton` and `kernels.edit_triton`."""
 
     draw: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool, bool], torch.Tensor]
     record_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -314,6 +314,7 @@ def _triton() -> Ops | str:
             edit_triton,
             experts_triton,
             linear_triton,
+            logprobs_triton,
             rehearsal,
             sampling_triton,
             step_triton,
@@ -348,7 +349,7 @@ def _triton() -> Ops | str:
         row_sampling=RowSampling(
             draw=sampling_triton.draw,
             record_=edit_triton.record_,
-            logprobs=sampling_triton.logprobs,
+            logprobs=logprobs_triton.logprobs,
             send=edit_triton.send,
         ),
         rehearse=rehearsal.rehearse,
