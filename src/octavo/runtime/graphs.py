@@ -193,7 +193,6 @@ class PromptGraphs:
     ) -> None:
         most = min(max_tokens, MOST_WORK // max(1, step_bytes(model)))
         self._tokens = [tokens for tokens in TOKENS if tokens <= most] or [min(most, TOKENS[0])]
-        self._max_rows = max_rows
         self._forwards: dict[int, PromptForward] = {}
         for tokens in reversed(self._tokens):
             forward = PromptForward(model, cache, tables, platform, tokens, min(tokens, max_rows))
