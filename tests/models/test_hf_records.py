@@ -18,6 +18,7 @@ from octavo.models.hf import records
 from octavo.models.hf.backend import TransformersModel
 from octavo.models.llama import LlamaForCausalLM
 from octavo.runtime.worker import Worker
+from octavo.verify.subject import Subject
 from tests.models.test_hf_backend import answers, edit_config
 from tools import tiny
 
@@ -47,6 +48,13 @@ def test_the_second_start_runs_the_native_model_with_the_same_answers(family: st
     assert type(first._worker._model) is TransformersModel
     assert type(second._worker._model) is LlamaForCausalLM
     assert answers(first) == answers(second)
+
+
+def test_a_verification_runs_the_backend_itself_each_time(tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path / "model", "llama")
+    started(folder)
+    config = EngineConfig.of(model=str(folder), model_impl="transformers", device="cpu", max_model_len=192)
+    assert type(Subject(config).model) is TransformersModel
 
 
 def test_the_second_start_does_not_import_the_models_of_transformers(tmp_path: Path) -> None:

@@ -43,11 +43,13 @@ class Worker:
 
     ``live`` is a model that is loaded already; what the config names is read from files otherwise. Of a model that
     several devices share, ``rank`` is this one's number; its worker is to `join` the others between init and load.
+    ``anew``: what an earlier start has proven of a Transformers model does not count.
     """
 
-    def __init__(self, live: LiveModel | None = None, *, rank: int = 0) -> None:
+    def __init__(self, live: LiveModel | None = None, *, rank: int = 0, anew: bool = False) -> None:
         self._live = live
         self._rank = rank
+        self._anew = anew
         self._runner: Runner | None = None
         self.group = group.SINGLE
 
@@ -76,7 +78,7 @@ class Worker:
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
         log.info("max length: %d (%s)", self._max_len, reason)
         if isinstance(files, ModelFiles):
-            weights = self._plain_weights(hf)
+            weights = None if self._anew else self._plain_weights(hf)
             self._make, reason = registry.choose(self._model_config, options.model_impl, files.code(), weights)
             log.info("implementation: %s", reason)
         return self._model_config

@@ -19,7 +19,7 @@ class Subject:
     """An engine for ``config``. Raises as `EngineCore` does."""
 
     def __init__(self, config: EngineConfig) -> None:
-        self._worker = Worker()
+        self._worker = Worker(anew=True)
         self._core = EngineCore(config, self._worker)
         self._asked = 0
 
