@@ -407,6 +407,13 @@ def test_end_ids_of_both_files_count(of_config: Any, of_generation: Any, ids: tu
     assert config.eos_ids == ids
 
 
+def test_an_end_of_text_that_is_no_id_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        config = build(tiny.config("llama", eos_token_id=["</s>", 5]))
+    assert config.eos_ids == (5,)
+    assert "'</s>' is no token id" in caplog.text
+
+
 def test_sampling_defaults_have_our_names() -> None:
     got = configs.sampling_defaults(
         {"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "bos_token_id": 1, "top_p": None}

@@ -320,6 +320,8 @@ def _eos_ids(hf: Hf, text: Hf, generation: Mapping[str, Any]) -> tuple[int, ...]
         for token in value if isinstance(value, list) else [value]:
             if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
                 ids[token] = None
+            elif token not in (None, -1):  # -1 is how some tools write that there is none
+                get_logger().warning("eos_token_id %r is no token id: it ends nothing", token)
     return tuple(ids)
 
 
