@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from octavo.errors import RequestError
 from octavo.frontend.chat import ChatRenderer
 from octavo.frontend.template_shape import takes_tools
 from octavo.hub.gguf import GgufReader
+from tests import real_texts
 from tests.frontend.fakes import byte_level
 from tests.real_texts import Chat, chats, installed
 
@@ -31,6 +33,12 @@ OF_UNSLOTH = (
     *("mistral", "phi3", "phi4", "qwen25", "qwen3", "qwen3_instruct", "qwen3_thinking", "starling", "vicuna"),
     *("yi_chat", "zephyr"),
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    real_texts.forget()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import random
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from octavo.frontend.detokenize import IncrementalText, TextDecoder
 from octavo.hub.gguf import GgufReader
 from octavo.hub.source import Source
 from octavo.hub.tokenizer import Tokenizer, load_tokenizer
+from tests import real_texts
 from tests.gguf_files import write_gguf
 from tests.real_texts import ODD, installed, texts
 
@@ -83,6 +84,13 @@ def test_a_tokenizer_json_equals_transformers(package: str) -> None:
 
 
 # --- Qwen -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    real_texts.forget()
+    qwen_table.cache_clear()
 
 
 @functools.cache
