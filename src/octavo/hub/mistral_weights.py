@@ -19,8 +19,6 @@ from octavo.hub.configs import read_json
 from octavo.hub.mistral_config import heads_of
 from octavo.hub.safetensors_file import TensorInfo
 
-WEIGHTS: Final = "consolidated*.safetensors"
-
 _TOP: Final = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _IN_LAYER: Final = {
     "attention.wq": "self_attn.q_proj",
