@@ -18,6 +18,7 @@ from octavo.hub.patches import normalise
 from octavo.hub.resolve import resolve
 from octavo.hub.safetensors_file import TensorInfo
 from octavo.kernels import select
+from octavo.layers.base import Layer
 from octavo.models.llama import LlamaForCausalLM
 from octavo.runtime import loader
 from octavo.runtime.loader import LoadReport, fill_dummy, load
@@ -33,6 +34,10 @@ class Memory:
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self.arrays = dict(arrays)
         self.read_names: list[str] = []
+        self.forgotten: list[int] = []  # how many had been read at each time
+
+    def forget(self) -> None:
+        self.forgotten.append(len(self.read_names))
 
     def tensors(self) -> dict[str, TensorInfo]:
         return {name: TensorInfo(a.dtype, a.data.shape, a.data.nbytes) for name, a in self.arrays.items()}
@@ -226,6 +231,12 @@ def test_layers_are_finished_with_the_chosen_operators_one_at_a_time(monkeypatch
     assert waiting == sorted(set(waiting), reverse=True)
     assert waiting[-1] == 0
     assert target.model.norm.ops is ops
+
+
+def test_what_was_read_is_forgotten_after_each_layer() -> None:
+    target, source = model(), checkpoint()
+    run(target, source)
+    assert len(source.forgotten) == sum(1 for module in target.modules() if isinstance(module, Layer))
 
 
 def test_dummy_weights_are_normal_and_norms_are_one() -> None:

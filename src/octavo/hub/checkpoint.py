@@ -50,6 +50,10 @@ class Checkpoint(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """Lets go of memory that holds what was read; arrays stay as they are."""
+        ...
+
 
 @runtime_checkable
 class BlockCheckpoint(Checkpoint, Protocol):
@@ -96,6 +100,11 @@ class SafetensorsCheckpoint:
         file = self._files[name]
         return Array(file.read(name, slices), file.tensors[name].dtype)
 
+    def forget(self) -> None:
+        """See `Checkpoint`."""
+        for file in set(self._files.values()):
+            file.forget()
+
 
 class GgufCheckpoint:
     """A GGUF file under Hugging Face names, dequantised to float32 on reading."""
@@ -116,6 +125,10 @@ class GgufCheckpoint:
         values = tensor.read(slices, attention_rows(self._reader, tensor))
         offset = value_offset(self._reader, tensor)
         return Array(values + np.float32(offset) if offset else values, "float32")
+
+    def forget(self) -> None:
+        """See `Checkpoint`."""
+        self._reader.forget()
 
     @property
     def stored(self) -> int:

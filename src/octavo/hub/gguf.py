@@ -19,6 +19,7 @@ import numpy as np
 
 from octavo.errors import ModelError
 from octavo.hub.gguf_quants import FORMATS, OTHER_TYPES, BlockFormat, Bytes, Floats, dequantise
+from octavo.hub.mapped import MappedFile
 
 MAX_HEADER = 1 << 28  # bytes before the tensors' data; real ones stay under 32 MiB
 MAX_ENTRIES = 1 << 16
@@ -90,13 +91,22 @@ class GgufReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metadata, self._tensors = _Parser(path).parse()
+        first = _Parser(path)
+        self._files = [first.file]
+        self.metadata, self._tensors = first.parse()
         for part in self._other_parts():
-            _, tensors = _Parser(part).parse()
+            parser = _Parser(part)
+            self._files.append(parser.file)
+            _, tensors = parser.parse()
             twice = sorted(set(tensors) & set(self._tensors))
             if twice:
                 _broken(part, f"tensor {twice[0]!r} is also in another part")
             self._tensors.update(tensors)
+
+    def forget(self) -> None:
+        """See `MappedFile.forget`."""
+        for file in self._files:
+            file.forget()
 
     @property
     def tensors(self) -> Mapping[str, GgufTensor]:
@@ -183,12 +193,12 @@ class _Parser:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._data: Bytes = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            self.file = MappedFile(path)
         except FileNotFoundError:
             raise ModelError(f"{path} does not exist.", "Check the path.", id="HF001") from None
         except (ValueError, OSError) as error:
             _broken(path, f"it cannot be read ({error})")
-        self._view = self._data.data
+        self._view = self.file.data.data
         self._size = len(self._view)
         self._end = min(self._size, MAX_HEADER)
         self._at = 0
@@ -265,7 +275,7 @@ class _Parser:
             end = base + offset + size
             if end > self._size:
                 self._fail(f"tensor {name!r} ends at byte {end}, but the file has {self._size}")
-            blocks = self._data[base + offset : end].reshape(grid)
+            blocks = self.file.data[base + offset : end].reshape(grid)
             tensors[name] = GgufTensor(name, format, shape, blocks, base + offset)
         return tensors
 
@@ -294,8 +304,8 @@ class _Parser:
     def _numbers(self, dtype: str, count: int) -> np.ndarray[Any, Any]:
         start = self._skip(count * np.dtype(dtype).itemsize)
         if dtype == "|b1":  # any byte but 0 is true; numpy's bool must hold 0 or 1
-            return np.asarray(self._data[start : self._at] != 0)
-        found: np.ndarray[Any, Any] = self._data[start : self._at].view(dtype)
+            return np.asarray(self.file.data[start : self._at] != 0)
+        found: np.ndarray[Any, Any] = self.file.data[start : self._at].view(dtype)
         return found
 
     def _strings(self, count: int) -> list[str]:

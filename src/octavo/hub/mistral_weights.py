@@ -55,6 +55,10 @@ class MistralCheckpoint:
         found = self._files.tensors()
         return {name: found[own] for name, own in self._names.items()}
 
+    def forget(self) -> None:
+        """See `hub.checkpoint.Checkpoint`."""
+        self._files.forget()
+
     def read(self, name: str, slices: Slices | None = None) -> Array:
         own = self._names[name]
         if not own.endswith(("attention.wq.weight", "attention.wk.weight")):

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.errors import ModelError
+from octavo.hub.mapped import MappedFile
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the format's own library
 MAX_DIMENSIONS = 64  # numpy's limit
@@ -57,7 +58,7 @@ class SafetensorsFile:
         self._views: dict[str, npt.NDArray[Any]] = {}
         self._begins: dict[str, int] = {}
         try:
-            self._data: npt.NDArray[np.uint8] = np.asarray(np.memmap(path, np.uint8, mode="r"))
+            self._file = MappedFile(path)
         except (ValueError, OSError) as error:
             self._fail(f"it cannot be read ({error})")
         self._parse()
@@ -67,13 +68,17 @@ class SafetensorsFile:
         view = self._views[name][slices or ...]
         return view if view.flags.aligned else view.copy()
 
+    def forget(self) -> None:
+        """See `MappedFile.forget`."""
+        self._file.forget()
+
     def place(self, name: str) -> tuple[int, np.dtype[Any]]:
         """The byte of the file at which the tensor begins, and the numpy type that carries its values."""
         return self._begins[name], self._views[name].dtype
 
     def _parse(self) -> None:
-        size = len(self._data)
-        start = bytes(self._data[:64])
+        size = len(self._file.data)
+        start = bytes(self._file.data[:64])
         if start.startswith(b"version https://git-lfs"):
             self._fail(f"it is a Git LFS pointer of {size} bytes, not the file itself", "Run git lfs pull.")
         if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -83,7 +88,7 @@ class SafetensorsFile:
         length = int.from_bytes(start[:8], "little")
         if length > MAX_HEADER or 8 + length > size:
             self._fail(f"its header claims {length} bytes; the file has {size}, the limit is {MAX_HEADER}")
-        header = self._header(bytes(self._data[8 : 8 + length]))
+        header = self._header(bytes(self._file.data[8 : 8 + length]))
         self._place(header, 8 + length)
 
     def _header(self, text: bytes) -> dict[str, Any]:
@@ -117,16 +122,16 @@ class SafetensorsFile:
             if begin != end or stop - begin != nbytes:
                 self._fail(f"tensor {name!r} of {nbytes} bytes has bytes {begin} to {stop}; it should start at {end}")
             end = stop
-            if base + stop > len(self._data):
-                self._fail(f"tensor {name!r} ends at byte {base + stop}, but the file has {len(self._data)}")
+            if base + stop > len(self._file.data):
+                self._fail(f"tensor {name!r} ends at byte {base + stop}, but the file has {len(self._file.data)}")
             self.tensors[name] = TensorInfo(own, tuple(shape), nbytes)
             self._begins[name] = base + begin
             try:
-                self._views[name] = self._data[base + begin : base + stop].view(carrier).reshape(shape)
+                self._views[name] = self._file.data[base + begin : base + stop].view(carrier).reshape(shape)
             except ValueError as error:  # an empty tensor with a dimension too large for numpy
                 self._fail(f"tensor {name!r} has shape {str(shape)[:80]} ({error})")
-        if base + end != len(self._data):
-            self._fail(f"its tensors end at byte {base + end}, but the file has {len(self._data)}")
+        if base + end != len(self._file.data):
+            self._fail(f"its tensors end at byte {base + end}, but the file has {len(self._file.data)}")
 
     def _offsets(self, name: str, entry: Any) -> tuple[int, int]:
         offsets = entry.get("data_offsets") if isinstance(entry, dict) else None

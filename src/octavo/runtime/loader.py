@@ -101,6 +101,7 @@ def load(
             done += _nbytes(rule, tensors)
             progress("load", done / total)
         layer.finish(ops)
+        checkpoint.forget()
     count = sum(len(rules) for _, rules in plan)
     kinds = sorted({tensors[rule.source].dtype for _, rules in plan for rule in rules if rule.raw})
     return LoadReport(count, total, time.perf_counter() - start, tuple(unused), tuple(kinds))

@@ -38,6 +38,9 @@ class PyTorchCheckpoint:
     def read(self, name: str, slices: Slices | None = None) -> Array:
         return as_array(self._tensors[name].detach(), slices)
 
+    def forget(self) -> None:
+        """The files are torch's."""
+
 
 def as_array(tensor: torch.Tensor, slices: Slices | None) -> Array:
     """``slices`` of a CPU tensor, whose memory the array shares."""

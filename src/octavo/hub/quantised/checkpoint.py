@@ -51,6 +51,10 @@ class QuantisedCheckpoint:
             return self._inner.read(name, slices)
         return Array(np.ascontiguousarray(weight.read(_whole(slices or (), weight.shape))), "float32")
 
+    def forget(self) -> None:
+        """See `hub.checkpoint.Checkpoint`."""
+        self._inner.forget()
+
     def block_types(self) -> dict[str, str]:
         """See `hub.checkpoint.BlockCheckpoint`."""
         types = {name: weight.block_type for name, weight in self._weights.items()}

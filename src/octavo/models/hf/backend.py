@@ -98,6 +98,7 @@ class TransformersModel(SelfLoading):
             nonlocal done
             done += sum(tensors[name].nbytes for name, _ in group.sources)
             progress(done / total)
+            checkpoint.forget()
 
         place = self._placing(device, groups)
         weights.fill(self.model, groups, lambda name, part: as_tensor(checkpoint.read(name, part)), place, loaded)
