@@ -14,6 +14,10 @@ from octavo.parallel.group import current
 from octavo.parallel.shards import cut
 
 
+ATTRIBUTE = "octavo_experts"
+"""Where a module of Transformers' keeps the products that run its experts (`models.hf.experts`); they have `nbytes`."""
+
+
 class GroupedProduct:
     """The products of one kind, such as all "down" ones, of the experts: ``weight[E, out, in]``, ``bias[E, out]``.
 

@@ -11,9 +11,8 @@ from octavo.config import ModelConfig
 from octavo.errors import OutOfMemory, UnsupportedModel
 from octavo.hub.plan import active_experts, kv_remedy
 from octavo.layers.embedding import Embedding
-from octavo.layers.experts import Experts
+from octavo.layers.experts import ATTRIBUTE, Experts
 from octavo.models.base import Model, OwnCache
-from octavo.models.hf.experts import ATTRIBUTE
 from octavo.platforms.base import Platform
 
 

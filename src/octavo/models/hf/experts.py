@@ -17,14 +17,11 @@ import torch
 from torch import nn
 
 from octavo.kernels.select import Ops, ops
-from octavo.layers.experts import GroupedProduct, mixture
+from octavo.layers.experts import ATTRIBUTE, GroupedProduct, mixture
 from octavo.models.hf.probe import TOKENS, same
 
 NAME = "octavo"
 """Our entry in Transformers' registry of forwards of experts."""
-
-ATTRIBUTE = "octavo_experts"
-"""Where a module of experts keeps its `AdoptedExperts`."""
 
 FEW = 3  # experts of the copy with random weights
 CHOSEN = 2  # experts of a token in comparisons
