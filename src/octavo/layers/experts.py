@@ -13,7 +13,6 @@ from octavo.layers.base import Layer, LoadRule, parameter
 from octavo.parallel.group import current
 from octavo.parallel.shards import cut
 
-
 ATTRIBUTE = "octavo_experts"
 """Where a module of Transformers' keeps the products that run its experts (`models.hf.experts`); they have `nbytes`."""
 
