@@ -102,12 +102,12 @@ def test_steps_that_overlap_give_the_same(folder: Path, both: tuple[LLM, LLM]) -
     assert not core.has_work()
 
 
-def test_one_rank_starts_no_process_and_imports_nothing_for_several(folder: Path) -> None:
+def test_one_rank_starts_no_process_and_imports_nothing_for_several_or_for_transformers(folder: Path) -> None:
     code = (
         "import sys; from octavo import LLM\n"
         f"llm = LLM({str(folder)!r}, device='cpu', kv_cache_memory_bytes=1 << 20)\n"
         "print([m for m in sys.modules if m.startswith('octavo.runtime.exec') or m == 'torch.distributed.tensor'"
-        " or m == 'octavo.runtime.parallel'])"
+        " or m == 'octavo.runtime.parallel' or m.startswith('octavo.models.hf')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
