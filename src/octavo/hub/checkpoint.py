@@ -88,9 +88,10 @@ class SafetensorsCheckpoint:
                         id="HF041",
                     )
                 self._files[name] = file
+        self._tensors = {name: file.tensors[name] for name, file in self._files.items()}
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        return {name: file.tensors[name] for name, file in self._files.items()}
+        return self._tensors
 
     def file(self, name: str) -> SafetensorsFile:
         """The file that tensor ``name`` is in."""

@@ -50,10 +50,10 @@ class MistralCheckpoint:
         self._head_size = heads_of(read_json(params), params)[2]
         own = (name for name in self._files.tensors() if not name.startswith(_OF_IMAGES))
         self._names = {hf_name(name): name for name in own}
+        self._tensors = {name: self._files.tensors()[own] for name, own in self._names.items()}
 
     def tensors(self) -> Mapping[str, TensorInfo]:
-        found = self._files.tensors()
-        return {name: found[own] for name, own in self._names.items()}
+        return self._tensors
 
     def forget(self) -> None:
         """See `hub.checkpoint.Checkpoint`."""

@@ -28,12 +28,13 @@ class PyTorchCheckpoint:
         self._tensors: dict[str, torch.Tensor] = {}
         for path in paths:
             self._tensors.update(_load(path))
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        return {
+        self._infos = {
             name: TensorInfo(str(t.dtype).removeprefix("torch."), tuple(t.shape), t.numel() * t.element_size())
             for name, t in self._tensors.items()
         }
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._infos
 
     def read(self, name: str, slices: Slices | None = None) -> Array:
         return as_array(self._tensors[name].detach(), slices)

@@ -124,6 +124,9 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
         ("compressed-int8", "weight_scale", (OUT - 1, 1)),
         ("fp8", "weight_scale_inv", (2, 4)),
         ("modelopt-nvfp4", "weight_scale", (OUT, 4)),
+        ("gptq", "qweight", (OUT,)),
+        ("awq", "scales", ()),
+        ("compressed-w4", "weight_packed", (2, 2, 2)),
     ],
 )
 def test_scales_of_an_odd_shape_are_refused(layout: str, name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
@@ -142,6 +145,8 @@ def test_scales_of_an_odd_shape_are_refused(layout: str, name: str, shape: tuple
         ("awq", {"version": "gemv"}, "'gemv'"),
         ("compressed-w4", {"config_groups": {"a": {"weights": {"num_bits": 3}}}}, "3 bits"),
         ("compressed-w4", {"config_groups": {}}, "groups of layers"),
+        ("compressed-w4", {"config_groups": ["a"]}, "groups of layers"),
+        ("compressed-w4", {"config_groups": {"a": {"weights": {"num_bits": [4]}}}}, r"\[4\] bits"),
     ],
 )
 def test_settings_that_cannot_be_read_are_refused(
@@ -157,7 +162,10 @@ def test_every_method_that_is_named_can_be_read() -> None:
     assert set(METHODS) == set(NAMED)
 
 
-@pytest.mark.parametrize("state", [b"{", b"[1]", b'{"shape": [1, 2, 3]}', b'{"shape": [5, 5]}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "state",
+    [b"{", b"[1]", b'{"shape": [1, 2, 3]}', b'{"shape": 5}', b'{"shape": [48, 128], "blocksize": "x"}', b"\xff\xfe"],
+)
 def test_a_damaged_state_of_bitsandbytes_is_refused(state: bytes, tmp_path: Path) -> None:
     config, make = LAYOUTS["bitsandbytes-4"]
     tensors, _ = make("layer", OUT, SIZE, 0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,13 @@ def test_what_cannot_be_read_is_refused_by_name(config: dict[str, Any], says: st
     with pytest.raises(UnsupportedModel, match=says) as caught:
         check({"quantization_config": config})
     assert caught.value.id == "HF050"
+
+
+@pytest.mark.parametrize("odd", ["x", ["x"], 5, {"a": 5}])
+@pytest.mark.parametrize("key", ["config_groups", "sparsity_config", "format"])
+def test_settings_of_an_odd_type_are_refused_or_left_out(key: str, odd: Any) -> None:
+    with contextlib.suppress(UnsupportedModel):
+        check({"quantization_config": {"quant_method": "compressed-tensors", key: odd}})
 
 
 def test_an_option_may_name_what_the_checkpoint_is_and_nothing_else() -> None:

@@ -10,14 +10,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import numpy as np
 
 from octavo.errors import ModelError
 from octavo.hub.checkpoint import Checkpoint
 from octavo.hub.gguf_quants import Bytes, Floats
-from octavo.hub.quantised.stored import WORD, four_bits, matrix, misfit, packed, shape, transposed, uniform, values
+from octavo.hub.quantised.settings import as_dict
+from octavo.hub.quantised.stored import (
+    WORD,
+    four_bits,
+    matrix,
+    misfit,
+    packed,
+    shape,
+    sizes,
+    transposed,
+    uniform,
+    values,
+)
 from octavo.hub.quantised.weights import BLOCK, Experts, Grouped, Listed, Numbers, Part, Scaled, Weight
 
 Settings = Mapping[str, Any]
@@ -57,8 +69,8 @@ def gptq(checkpoint: Checkpoint, settings: Settings) -> Found:
     bits, found = _bits(settings, "bits", of=(4, 8, 2)), Found()
     less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first version stores zeros less one
     for stem in _stems(checkpoint, ".qweight"):
-        rows, out = shape(checkpoint, f"{stem}.qweight")
-        size, count = rows * WORD // bits, shape(checkpoint, f"{stem}.scales")[0]
+        rows, out = sizes(checkpoint, f"{stem}.qweight", 2)
+        size, count = rows * WORD // bits, sizes(checkpoint, f"{stem}.scales", 2)[0]
         _check_groups(checkpoint, f"{stem}.scales", (count, out), size, count)
         stored = uniform(checkpoint, f"{stem}.qzeros")
         one = None if stored is None else _same_in_word(stored, bits)
@@ -86,8 +98,8 @@ def awq(checkpoint: Checkpoint, settings: Settings) -> Found:
             id="HF050",
         )
     for stem in _stems(checkpoint, ".qweight"):
-        size, words = shape(checkpoint, f"{stem}.qweight")
-        out, count = words * WORD // bits, shape(checkpoint, f"{stem}.scales")[0]
+        size, words = sizes(checkpoint, f"{stem}.qweight", 2)
+        out, count = words * WORD // bits, sizes(checkpoint, f"{stem}.scales", 2)[0]
         _check_groups(checkpoint, f"{stem}.scales", (count, out), size, count)
         found.weights[f"{stem}.weight"] = Grouped(
             (out, size),
@@ -157,7 +169,7 @@ def _tile(checkpoint: Checkpoint, scale: str, size: tuple[int, int], settings: S
     if scales == (size[0], 1):
         return 1, size[1]
     blocks = settings.get("weight_block_size") or settings.get("block_structure")
-    if not (isinstance(blocks, list) and len(blocks) == 2 and all(type(n) is int and n > 0 for n in blocks)):
+    if not _are_sizes(blocks, 2):
         blocks = [-(-n // max(1, count)) for n, count in zip(size, scales, strict=True)]
     if scales != tuple(-(-n // block) for n, block in zip(size, blocks, strict=True)):
         raise misfit(scale, shape(checkpoint, scale), f"tiles of {blocks} of a weight {list(size)} need other scales")
@@ -194,7 +206,7 @@ def _words(checkpoint: Checkpoint, name: str, stem: str, settings: Settings) -> 
 
     Numbers are stored with half of their range added; a zero point is, too.
     """
-    out, words = shape(checkpoint, name)
+    out, words = sizes(checkpoint, name, 2)
     bits = _bits(_weights_of(settings), "num_bits", of=(4, 8))
     size = words * WORD // bits
     group = _columns(checkpoint, f"{stem}.weight_scale", (out, size))
@@ -208,10 +220,9 @@ def _words(checkpoint: Checkpoint, name: str, stem: str, settings: Settings) -> 
 
 def _weights_of(settings: Settings) -> Settings:
     """The settings of weights; groups of layers that differ in them cannot be told apart by their tensors."""
-    groups = settings.get("config_groups")
-    found = [group.get("weights") for group in (groups or {}).values() if isinstance(group, Mapping)]
-    said = [weights for weights in found if isinstance(weights, Mapping)]
-    if len({weights.get("num_bits") for weights in said}) != 1:
+    groups = as_dict(settings.get("config_groups")).values()
+    said = [weights for group in groups if (weights := as_dict(as_dict(group).get("weights")))]
+    if len({str(weights.get("num_bits")) for weights in said}) != 1:
         raise ModelError(
             "quantization_config has groups of layers with different numbers of bits, or none.",
             "Take another variant of the model.",
@@ -238,7 +249,7 @@ def _per_row(checkpoint: Checkpoint, name: str, rows: int) -> Part:
 
 def _nvfp4(checkpoint: Checkpoint, name: str, stem: str, last: str, *, divides: bool) -> Scaled:
     """E2M1 ``[out, in / 2]``, ``weight_scale[out, in / 16]`` in 8-bit floats, and one scale for all of them."""
-    out, octets = shape(checkpoint, name)
+    out, octets = sizes(checkpoint, name, 2)
     scales = f"{stem}.weight_scale"
     if shape(checkpoint, scales) != (out, octets // 8):
         raise misfit(scales, shape(checkpoint, scales), f"{[out, octets // 8]} was expected")
@@ -261,7 +272,7 @@ def mxfp4(checkpoint: Checkpoint, settings: Settings) -> Found:
     """gpt-oss: ``…_blocks[E, out, groups, 16]`` and ``…_scales[E, out, groups]``, for ``…[E, in, out]``."""
     found = Found()
     for stem in _stems(checkpoint, "_blocks"):
-        experts, out, groups, octets = shape(checkpoint, f"{stem}_blocks")
+        experts, out, groups, octets = sizes(checkpoint, f"{stem}_blocks", 4)
         if octets * 2 != BLOCK or shape(checkpoint, f"{stem}_scales") != (experts, out, groups):
             raise misfit(
                 f"{stem}_scales", shape(checkpoint, f"{stem}_scales"), f"{[experts, out, groups]} was expected"
@@ -291,7 +302,7 @@ def bitsandbytes(checkpoint: Checkpoint, settings: Settings) -> Found:
             leaves = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", leaf)
             found.spent |= {f"{name}{each}" for each in leaves}
     for stem in _stems(checkpoint, ".SCB"):
-        out, size = shape(checkpoint, f"{stem}.weight")
+        out, size = sizes(checkpoint, f"{stem}.weight", 2)
         greatest = matrix(checkpoint, f"{stem}.SCB")
         scales: Part = _over_127(greatest)
         found.weights[f"{stem}.weight"] = Grouped((out, size), 8, size, matrix(checkpoint, f"{stem}.weight"), scales, 0)
@@ -306,9 +317,9 @@ def _over_127(greatest: Part) -> Part:
 def _four(checkpoint: Checkpoint, name: str, leaf: str) -> Listed:
     state, size = _state(checkpoint, name + leaf), shape(checkpoint, name)
     count = 2 * int(np.prod(size))
-    wanted = tuple(state.get("shape") or (count, 1))  # a header alone does not have it
-    block = int(state.get("blocksize") or 64)
-    if len(wanted) != 2 or block % 2 or not 0 <= count - int(np.prod(wanted)) <= 1:
+    wanted, block = state.get("shape", [count, 1]), state.get("blocksize", 64)  # a header alone has neither
+    fits = _are_sizes(wanted, 2) and _are_sizes([block, inner := state.get("nested_blocksize", 256)], 2)
+    if not fits or block % 2 or not 0 <= count - int(np.prod(wanted)) <= 1:
         raise misfit(name, size, f"{leaf.rpartition('.')[2]} says shape {wanted} in blocks of {block}")
     octets = checkpoint.tensors()[name]
 
@@ -319,7 +330,6 @@ def _four(checkpoint: Checkpoint, name: str, leaf: str) -> Listed:
         scales = values(checkpoint.read(f"{name}.absmax", (slice(first, last),)))
         if f"{name}.nested_absmax" not in checkpoint.tensors():
             return np.asarray(scales, np.float32)
-        inner = int(state.get("nested_blocksize") or 256)
         outer = values(checkpoint.read(f"{name}.nested_absmax"))
         listed = values(checkpoint.read(f"{name}.nested_quant_map"))
         own = listed[scales] * outer[np.arange(first, last) // inner] + np.float32(state.get("nested_offset") or 0)
@@ -329,6 +339,10 @@ def _four(checkpoint: Checkpoint, name: str, leaf: str) -> Listed:
     if octets.dtype not in ("uint8", "int8") or listed.shape != (16,):
         raise misfit(name, size, f"bytes and 16 values were expected, not {octets.dtype} and {listed.shape}")
     return Listed((wanted[0], wanted[1]), codes, listed, absmax, block)
+
+
+def _are_sizes(value: object, count: int) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) == count and all(type(n) is int and n > 0 for n in value)
 
 
 def _state(checkpoint: Checkpoint, name: str) -> Settings:

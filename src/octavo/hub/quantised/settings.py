@@ -45,8 +45,7 @@ def stated(hf: Hf, file: tuple[str, Hf] | None = None) -> dict[str, Any] | None:
     They are in the config, under this name or an older one, at its top or in its text part, or in a ``file`` of their
     own: its name, of `FILES`, and content. None for a model that is not quantised.
     """
-    text = hf.get("text_config")
-    for part in (hf, text if isinstance(text, Mapping) else {}):
+    for part in (hf, as_dict(hf.get("text_config"))):
         for key in ("quantization_config", "compression_config"):
             if isinstance(part.get(key), Mapping) and part[key]:
                 return _named(part[key], "")
@@ -66,12 +65,17 @@ def _named(settings: Mapping[str, Any], default: str) -> dict[str, Any]:
     return {**settings, "quant_method": ALIASES.get(method, method)}
 
 
+def as_dict(value: object) -> Mapping[str, Any]:
+    """``value`` of a config, nothing if it is not the object that it should be."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def check(hf: Hf) -> None:
     """Raises `UnsupportedModel` HF050 if the normalised config ``hf`` states what cannot be read."""
     settings = hf.get("quantization_config")
     if not settings:
         return
-    settings = settings if isinstance(settings, Mapping) else {}
+    settings = as_dict(settings)
     method = str(settings.get("quant_method") or "")
     if method not in METHODS:
         other = "Transformers can" if method in _OF_TRANSFORMERS else "The tool that made it may"
@@ -92,10 +96,10 @@ def check(hf: Hf) -> None:
 def _odd(method: str, settings: Mapping[str, Any]) -> str | None:
     """What of ``method`` is not read here."""
     if method == "compressed-tensors":
-        groups = settings.get("config_groups") or {}
-        formats = {settings.get("format"), *(g.get("format") for g in groups.values() if isinstance(g, Mapping))}
+        groups = as_dict(settings.get("config_groups")).values()
+        formats = [settings.get("format"), *(as_dict(group).get("format") for group in groups)]
         others = sorted(str(name) for name in formats if name not in (None, "mixed-precision", *_COMPRESSED))
-        sparsity = settings.get("sparsity_config") or {}
+        sparsity = as_dict(settings.get("sparsity_config"))
         if others:
             return f"in format {others[0]}; {', '.join(_COMPRESSED)} can be read"
         if sparsity.get("format") not in (None, "dense"):
@@ -113,7 +117,7 @@ def check_wanted(wanted: str | None, hf: Hf) -> None:
     wanted = ALIASES.get(wanted or "", wanted)
     if wanted not in METHODS:
         return
-    own = (hf.get("quantization_config") or {}).get("quant_method")
+    own = as_dict(hf.get("quantization_config")).get("quant_method")
     if own != wanted:
         said = f"quantised by {own}" if own else "not quantised"
         raise ConfigError(

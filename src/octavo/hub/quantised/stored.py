@@ -106,6 +106,14 @@ def shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
     return found.shape
 
 
+def sizes(checkpoint: Checkpoint, name: str, count: int) -> tuple[int, ...]:
+    """The shape of a tensor of ``count`` dimensions; raises `ModelError` HF043, or HF044 for one of others."""
+    found = shape(checkpoint, name)
+    if len(found) != count:
+        raise misfit(name, found, f"{count} dimensions were expected")
+    return found
+
+
 def uniform(checkpoint: Checkpoint, name: str) -> int | None:
     """The word that all of an int32 tensor consists of, if it is one."""
     words: npt.NDArray[Any] = checkpoint.read(name).data

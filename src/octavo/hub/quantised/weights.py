@@ -114,15 +114,23 @@ def _floats(values: Numbers) -> Floats:
     return np.asarray(values, np.float32)
 
 
+class _Floats:
+    """What GGUF has no type for."""
+
+    block_type: str | None = None
+
+    def blocks(self, rows: slice) -> Bytes:
+        raise NotImplementedError("block_type is None")
+
+
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(_Floats):
     """``value[o, i] * scale[o // high, i // wide]``: floats of few bits, with a scale for a tile of (high, wide)."""
 
     shape: tuple[int, int]
     values: Part
     scales: Part
     tile: tuple[int, int]
-    block_type: str | None = None
 
     def read(self, slices: Slices) -> Floats:
         rows, columns = slices
@@ -131,9 +139,6 @@ class Scaled:
         scales = _repeated(_floats(self.scales(tiles[0], tiles[1])), 0, rows, high)
         values *= _repeated(scales, 1, columns, wide)
         return values
-
-    def blocks(self, rows: slice) -> Bytes:
-        raise NotImplementedError("GGUF has no type for these values")
 
 
 def _repeated(scales: Floats, axis: int, part: slice, size: int) -> Floats:
@@ -146,7 +151,7 @@ def _repeated(scales: Floats, axis: int, part: slice, size: int) -> Floats:
 
 
 @dataclass(frozen=True)
-class Listed:
+class Listed(_Floats):
     """bitsandbytes' four bits: ``listed[code] * absmax``, codes over the flat matrix, the high half of a byte first.
 
     ``absmax`` gives the scales of the blocks ``first : last``, each of ``block`` values.
@@ -157,7 +162,6 @@ class Listed:
     listed: Floats
     absmax: Callable[[int, int], Floats]
     block: int
-    block_type: str | None = None
 
     def read(self, slices: Slices) -> Floats:
         rows, columns = slices
@@ -170,16 +174,13 @@ class Listed:
         skip = start - first * self.block
         return values[skip : skip + stop - start].reshape(-1, self.shape[1])[:, columns]
 
-    def blocks(self, rows: slice) -> Bytes:
-        raise NotImplementedError("GGUF has no type for these values")
-
 
 FP4: Final = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 """The values of E2M1 (OCP Microscaling Formats, 5.3.3)."""
 
 
 @dataclass(frozen=True)
-class Experts:
+class Experts(_Floats):
     """MXFP4 of gpt-oss: ``[E, in, out]``, of codes ``[E, out, groups, 16]`` and exponents ``[E, out, groups]``.
 
     ``stored`` reads experts and outputs of (codes, exponents); a byte's low half comes first, a group has 32 inputs.
@@ -187,7 +188,6 @@ class Experts:
 
     shape: tuple[int, int, int]
     stored: Callable[[slice, slice], tuple[Bytes, Bytes]]
-    block_type: str | None = None
 
     def read(self, slices: Slices) -> Floats:
         experts, inputs, outputs = slices
@@ -195,6 +195,3 @@ class Experts:
         values = FP4[np.stack([codes & 15, codes >> 4], axis=-1)].reshape(*exponents.shape, BLOCK)
         values = np.ldexp(values, exponents.astype(np.int32)[..., None] - 127)
         return values.reshape(*exponents.shape[:2], -1)[..., inputs].swapaxes(1, 2)
-
-    def blocks(self, rows: slice) -> Bytes:
-        raise NotImplementedError("GGUF has no type for these values")
