@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
 from octavo.config import ModelConfig
-from octavo.errors import UnsupportedModel
+from octavo.errors import ModelError, UnsupportedModel
 from octavo.hub.configs import model_config
 from octavo.hub.patches import normalise
 from octavo.models import registry
@@ -59,6 +62,23 @@ def test_quantised_weights_are_refused_by_method() -> None:
         registry.choose(config(quantization_config={"quant_method": "hqq", "bits": 4}), "native")
     assert error.value.id == "HF050"
     assert "hqq" in error.value.cause
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, of 4 experts"),
+        ({"num_local_experts": "many"}, "num_local_experts is 'many'"),
+        ({"intermediate_size": -1}, "intermediate_size is -1"),
+    ],
+)
+def test_numbers_of_experts_that_cannot_be_are_named(change: dict[str, Any], says: str) -> None:
+    made = config("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2)
+    made = dataclasses.replace(made, hf={**made.hf, **change})
+    model_class, _ = registry.choose(made, "native")
+    with pytest.raises(ModelError, match=says) as error:
+        model_class(made, 64)
+    assert error.value.id == "HF002"
 
 
 def test_an_unknown_activation_is_refused_by_name() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from octavo.config import ModelConfig
+from octavo.errors import ModelError
 from octavo.layers.experts import Experts
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
@@ -32,25 +33,40 @@ class Mixture:
 
 
 def mixture_of(config: ModelConfig) -> Mixture:
-    hf, chosen = config.hf, int(config.hf.get("num_experts_per_tok", 0))
+    """What ``config`` says of its experts, the rest from the defaults of Transformers' class; raises `ModelError` HF002
+    for a number that cannot be."""
     if config.architecture == "MixtralForCausalLM":
-        experts = int(hf.get("num_local_experts", 8))
-        return Mixture("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size", experts, chosen or 2, True)
-    experts = int(hf.get("num_experts") or hf.get("num_local_experts", 128))  # Transformers 5 writes the latter
-    parts, sums_to_one = ("gate_proj", "up_proj", "down_proj"), bool(hf.get("norm_topk_prob", False))
-    return Mixture("mlp", parts, "moe_intermediate_size", experts, chosen or 8, sums_to_one)
+        names = ("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size")
+        found = Mixture(*names, _count(config, "num_local_experts", 8), _count(config, "num_experts_per_tok", 2), True)
+    else:
+        key = "num_experts" if config.hf.get("num_experts") else "num_local_experts"  # Transformers 5 writes the latter
+        names = ("mlp", ("gate_proj", "up_proj", "down_proj"), "moe_intermediate_size")
+        sums_to_one = bool(config.hf.get("norm_topk_prob", False))
+        found = Mixture(*names, _count(config, key, 128), _count(config, "num_experts_per_tok", 8), sums_to_one)
+    if found.chosen > found.experts:
+        raise ModelError(
+            f"num_experts_per_tok is {found.chosen}, of {found.experts} experts.", "Correct config.json.", id="HF002"
+        )
+    return found
+
+
+def _count(config: ModelConfig, key: str, default: int) -> int:
+    value = config.hf.get(key) or default
+    if type(value) is not int or value < 1:
+        raise ModelError(f"{key} is {value!r}, not a number of 1 or more.", "Correct config.json.", id="HF002")
+    return value
 
 
 def inner_size(config: ModelConfig) -> int:
     """Values between an expert's products."""
-    return int(config.hf.get(mixture_of(config).inner, 768))
+    return _count(config, mixture_of(config).inner, 768)
 
 
 def is_sparse(config: ModelConfig, layer: int) -> bool:
     """Whether this layer has experts: `decoder_sparse_step` and `mlp_only_layers` are Qwen's."""
     if layer in (config.hf.get("mlp_only_layers") or ()):
         return False
-    return (layer + 1) % int(config.hf.get("decoder_sparse_step", 1)) == 0
+    return (layer + 1) % _count(config, "decoder_sparse_step", 1) == 0
 
 
 class SparseMLP(nn.Module):
