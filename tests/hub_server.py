@@ -48,7 +48,8 @@ class Repo:
 
 
 class Hub:
-    """The server. ``requests`` lists what it was asked for, ``sent`` counts the bytes of its answers.
+    """The server. ``requests`` lists what it was asked for, ``ranges`` which bytes of which path its answers to GET were
+    of, ``sent`` counts the bytes that went out (also to a client that was killed meanwhile).
 
     ``fail_with`` makes it answer everything with that status, ``failures`` so many times at most. With ``cdn`` weights
     are served by another host, as the real one does it; ``leaked`` counts tokens that were sent there. The next
@@ -61,6 +62,7 @@ class Hub:
         self.repos: dict[str, Repo] = {}
         self.renamed: dict[str, str] = {}
         self.requests: list[str] = []
+        self.ranges: list[tuple[str, range]] = []
         self.sent = 0
         self.fail_with: int | None = None
         self.failures = 1 << 30
@@ -246,11 +248,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _bytes(self, data: bytes, headers: dict[str, str]) -> None:
         """``data``, or the range of it that was asked for."""
-        status, headers = 200, {**headers, "Accept-Ranges": "bytes"}
+        status, headers, span = 200, {**headers, "Accept-Ranges": "bytes"}, range(len(data))
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-            data, status = data[first : last + 1], 206
+            data, status, span = data[first : last + 1], 206, range(first, last + 1)
+        if self.command == "GET":
+            self.hub.ranges.append((self.path, span))
         self._send(status, data, headers)
 
     def _json(self, value: Any) -> None:
