@@ -199,7 +199,7 @@ def test_config_without_architectures_and_with_unknown_type_is_refused() -> None
 )
 def test_bad_value_is_an_error_that_names_the_key(key: str, value: Any) -> None:
     with pytest.raises(ModelError) as error:
-        build(tiny.config("llama", **{key: value}))
+        build(tiny.config("smollm3", **{key: value}))  # which reads all of them
     assert error.value.id == "HF002"
     assert key.removeprefix("rms_") in error.value.cause
 

@@ -148,7 +148,7 @@ def test_contradiction_is_an_error_that_names_it(rope: Any, words: list[str]) ->
 
 
 def test_old_layer_type_names_are_replaced() -> None:
-    out, notes = normalise({**LLAMA, "layer_types": ["mamba", "attention", "sliding_attention"]})
+    out, notes = normalise({"layer_types": ["mamba", "attention", "sliding_attention"]})
     assert out["layer_types"] == ["linear_attention", "full_attention", "sliding_attention"]
     assert any("layer_types" in note for note in notes)
 

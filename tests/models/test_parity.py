@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,38 @@ def test_extended_ropes_reach_the_end_of_their_length(tmp_path: Path) -> None:
         tokens, pages = prompt(256), Paged(native(folder, 256))
         row = pages.start()
         close(pages.step({row: tokens})[row], Oracle(folder).logits(tokens))
+
+
+_OTHERS = {  # settings of other families, and other families' names of settings that this config leaves out
+    "attn_logit_softcapping": 1.0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "no_rope_layers": [1, 0, 1],
+    "no_rope_layer_interval": 2,
+    "use_sliding_window": False,
+    "sliding_window": 5,
+    "activation_function": "gelu_new",
+    "layer_norm_eps": 0.5,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "read"),
+    [
+        ("llama", ()),
+        ("mistral", ("layer_types",)),
+        ("mixtral", ()),
+        ("qwen2", ("layer_types", "use_sliding_window")),
+        ("qwen3_moe", ("use_sliding_window",)),
+    ],
+)
+def test_settings_that_a_family_does_not_read_change_nothing(
+    family: str, read: tuple[str, ...], tmp_path: Path
+) -> None:
+    folder = tiny.make(tmp_path, family)
+    hf = json.loads((folder / "config.json").read_text())
+    named = {**hf, **{key: value for key, value in _OTHERS.items() if key not in read}}
+    left_out = {key: value for key, value in named.items() if key not in ("hidden_act", "rms_norm_eps")}
+    (folder / "config.json").write_text(json.dumps(left_out))
+    tokens, pages = prompt(30), Paged(native(folder, MAX_LEN))
+    row = pages.start()
+    close(pages.step({row: tokens})[row], Oracle(folder).logits(tokens))

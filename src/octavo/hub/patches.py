@@ -103,6 +103,17 @@ CLASS_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     },
 }
 
+_OF_ALL: Final[Mapping[str, Any]] = {"hidden_act": "silu", "rms_norm_eps": 1e-6}  # of those types
+
+# Keys that some families read, and of the types above these alone: the classes of the others run without.
+_READERS: Final[Mapping[str, frozenset[str]]] = {
+    "attn_logit_softcapping": frozenset(),
+    "layer_types": frozenset(("mistral", "qwen2", "qwen3", "smollm3")),
+    "no_rope_layer_interval": frozenset(("smollm3",)),
+    "no_rope_layers": frozenset(("smollm3",)),
+    "use_sliding_window": frozenset(("qwen2", "qwen3", "qwen3_moe", "smollm3")),
+}
+
 
 def normalise(hf: Mapping[str, Any]) -> tuple[Hf, list[str]]:
     """A copy of ``hf`` in the one shape, and what was changed. Applying it twice changes nothing more.
@@ -181,9 +192,22 @@ def fill_architectures(hf: Hf, notes: list[str]) -> Hf:
     return {**hf, "architectures": [name]}
 
 
+# Files carry keys of other families, left over from a conversion; Transformers' class (5.23) takes no notice of them.
+def drop_unread(hf: Hf, notes: list[str]) -> Hf:
+    kind = str(hf.get("model_type"))
+    if kind not in CLASS_DEFAULTS or "auto_map" in hf:  # whose own class may read anything
+        return hf
+    unread = [key for key, readers in _READERS.items() if hf.get(key) is not None and kind not in readers]
+    if not unread:
+        return hf
+    notes.append(f"{', '.join(unread)} left out, which models of type {kind} do not read")
+    return {key: value for key, value in hf.items() if key not in unread}
+
+
 # Files of every age leave out values equal to the defaults of the class that wrote them.
 def fill_class_defaults(hf: Hf, notes: list[str]) -> Hf:
-    defaults = dict(CLASS_DEFAULTS.get(str(hf.get("model_type")), {}))
+    own = CLASS_DEFAULTS.get(str(hf.get("model_type")))
+    defaults = {} if own is None else {**_OF_ALL, **own}
     theta = defaults.pop("rope_theta", None)
     out = {**defaults, **hf}
     if theta is not None and _first(hf, _THETA_KEYS) is None and not _rope_given(hf):
@@ -350,6 +374,7 @@ PATCHES: Final[tuple[Patch, ...]] = (
     rename_dtype,
     rename_layer_types,
     fill_architectures,
+    drop_unread,
     fill_class_defaults,
     normalise_rope,
 )
