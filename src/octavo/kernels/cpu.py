@@ -47,8 +47,11 @@ def take_in_(
 
 
 def put_(target: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:
-    """See `reference.put_`; as `take_in_`."""
-    target.numpy()[at.numpy()] = values.numpy()
+    """See `reference.put_`. One by one: done for every token behind a forward, which has emptied the caches, and there
+    an assignment by index arrays costs more than a few dozen of these."""
+    array = target.numpy()
+    for place, value in zip(at.tolist(), values.tolist(), strict=True):
+        array[place] = value
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

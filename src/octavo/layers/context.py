@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +27,18 @@ def current() -> ForwardContext:
     return _current
 
 
-@contextmanager
-def use(context: ForwardContext) -> Iterator[None]:
-    """Makes ``context`` the current one; nesting is an error."""
-    global _current
-    if _current is not None:
-        raise RuntimeError("a forward is already running")
-    _current = context
-    try:
-        yield
-    finally:
+class use:  # noqa: N801
+    """Makes ``context`` the current one; nesting is an error. A class, since a generator costs each step more."""
+
+    def __init__(self, context: ForwardContext) -> None:
+        self._context = context
+
+    def __enter__(self) -> None:
+        global _current
+        if _current is not None:
+            raise RuntimeError("a forward is already running")
+        _current = self._context
+
+    def __exit__(self, *error: object) -> None:
+        global _current
         _current = None

@@ -29,7 +29,7 @@ from octavo.runtime.executor import (
     send_frame,
 )
 from octavo.runtime.parallel import MEMORY_REMEDY
-from octavo.runtime.worker import Worker, told_as_memory_error
+from octavo.runtime.worker import MemoryErrors, Worker
 
 
 class Follower:
@@ -49,11 +49,11 @@ class Follower:
             case Init():
                 self._worker.init(self._start.config)
             case Load():
-                with told_as_memory_error():
+                with MemoryErrors():
                     self._worker.join(self._start.rank, self._folder)
                     self._worker.load(lambda phase, share: None)
             case PlanMemory():
-                with told_as_memory_error():
+                with MemoryErrors():
                     self._worker.plan_memory()
             case _:
                 self._worker.take_tokens()

@@ -129,7 +129,8 @@ class HostSteps:
     """Inputs of steps in which every row goes on with the token it sampled last, where the device is the host.
 
     They are kept for each number of rows and filled in place: made anew for each token, they cost a small model more
-    than its attention.
+    than its attention. Numbers are worked out one by one: behind a forward, which has emptied the processor's caches,
+    each function of numpy takes as long as a hundred of them.
     """
 
     def __init__(self, tables: Tables, page_size: int) -> None:
@@ -143,18 +144,17 @@ class HostSteps:
         overwritten. None, and nothing done, for other plans."""
         if plan.starts or plan.counts[-1] != 1 or not all(plan.samples):  # single tokens come first
             return None
-        arrays, inputs = self._kept.get(len(plan.rows)) or self._make(len(plan.rows))
-        rows, positions, slots = arrays["rows"], arrays["positions"], arrays["slots"]
-        rows[:] = plan.rows
-        positions[:] = plan.computed
-        if not self._tables.have_sampled(rows, positions).all():
+        known, table, size = self._tables.known, self._tables.host_table, self._page_size
+        places = list(zip(plan.rows, plan.computed, strict=True))
+        if any(at < len(known[row]) for row, at in places):
             return None
         self._tables.apply(plan)
-        pages, offsets = np.divmod(positions, self._page_size)
-        np.multiply(self._tables.host_table[rows, pages], self._page_size, out=slots)
-        slots += offsets
-        np.add(positions, 1, out=arrays["seq_lens"])
-        np.take(self._last_token, rows, out=arrays["token_ids"])
+        arrays, inputs = self._kept.get(len(places)) or self._make(len(places))
+        arrays["rows"][:] = plan.rows
+        arrays["positions"][:] = plan.computed
+        arrays["slots"][:] = [table.item(row, at // size) * size + at % size for row, at in places]
+        arrays["seq_lens"][:] = [at + 1 for _, at in places]
+        np.take(self._last_token, arrays["rows"], out=arrays["token_ids"])
         return inputs
 
     def _make(self, count: int) -> tuple[Arrays, StepInputs]:

@@ -15,7 +15,7 @@ from octavo.parallel.group import LostPeer
 from octavo.runtime.base import Pending, Progress, TokenMask
 from octavo.runtime.executor import CLOSE_SECONDS, Executor, Init, Load, PlanMemory, Step, TakeTokens
 from octavo.runtime.runner import Launched
-from octavo.runtime.worker import Worker, told_as_memory_error
+from octavo.runtime.worker import MemoryErrors, Worker
 from octavo.types import StepPlan, StepResult
 
 
@@ -66,7 +66,7 @@ class ParallelWorker:
     def load(self, progress: Progress) -> None:
         """Each rank reads its own part."""
         executor = self._followers()
-        with self._failing_together(), told_as_memory_error():
+        with self._failing_together(), MemoryErrors():
             executor.wait()
             executor.ask(Load())
             self._worker.join(0, executor.folder)
@@ -77,7 +77,7 @@ class ParallelWorker:
     def plan_memory(self) -> tuple[int, int]:
         """All ranks have as many pages as the one with the least memory."""
         executor = self._followers()
-        with self._failing_together(), told_as_memory_error():
+        with self._failing_together(), MemoryErrors():
             executor.ask(PlanMemory())
             found = self._worker.plan_memory(announce=lambda: executor.tell(TakeTokens()))
             executor.wait()

@@ -126,7 +126,7 @@ class Runner:
         self._sampled_rows, self._best, self._logits = inputs.sampled_rows, None, None
         if any(plan.samples):
             at = inputs.logits_at  # in order: as many as there are tokens are all of them
-            self._logits = self._model.logits(hidden if len(at) == len(hidden) else hidden[at])
+            self._logits = self._model.logits(hidden if at.shape[0] == hidden.shape[0] else hidden[at])
 
     def _hidden(self, plan: StepPlan) -> tuple[torch.Tensor, StepInputs]:
         kept = self._host_steps.fill(plan) if self._host_steps is not None else None

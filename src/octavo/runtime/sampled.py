@@ -21,12 +21,11 @@ class LogprobGroup(NamedTuple):
 class Sampled:
     """The tokens of one `Sampler.sample`. ``tokens`` is int32 ``[S]`` on the device, 0 for a bad item.
 
-    ``outcome[2, S or more]`` is as `kernels.sampling.greedy` returns it.
+    ``outcome[2, S or more]``, of which they are the first row, is as `kernels.sampling.greedy` returns it.
     """
 
-    def __init__(self, outcome: torch.Tensor, count: int, logprobs: list[LogprobGroup]) -> None:
-        self.tokens = outcome[0, :count]
-        self._count = count
+    def __init__(self, outcome: torch.Tensor, tokens: torch.Tensor, logprobs: list[LogprobGroup]) -> None:
+        self.tokens = tokens
         # Copies are queued now: queued in `finish`, they would wait for a step that was launched in between.
         self._host = _to_host(outcome)
         self._logprobs = [group._replace(packed=_to_host(group.packed)) for group in logprobs]
@@ -47,8 +46,8 @@ class Sampled:
         """
         if self._copied is not None:
             self._copied.synchronize()
-        tokens: list[int] = self._host[0, : self._count].tolist()
-        finite: list[int] = self._host[1, : self._count].tolist()
+        count, (tokens, finite) = self.tokens.shape[0], self._host.tolist()
+        del tokens[count:], finite[count:]
         bad = [] if all(finite) else [item for item, ok in enumerate(finite) if not ok]
         found: dict[int, TokenLogprobs] = {}
         for group in self._logprobs:

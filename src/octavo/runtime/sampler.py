@@ -84,7 +84,7 @@ class Sampler:
         if self._rows.with_history:
             self._record(tokens, items, settings)
         logprobs = self._logprobs(logits, tokens, items) if self._rows.with_logprobs else []
-        return Sampled(outcome, len(items), logprobs)
+        return Sampled(outcome, tokens, logprobs)
 
     def is_greedy(self, items: list[SampleItem]) -> bool:
         """Whether all ``items`` take the greatest of their unedited logits."""

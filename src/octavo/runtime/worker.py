@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -190,12 +189,12 @@ class Worker:
 
     def step(self, plan: StepPlan) -> None:
         """See `runtime.base.WorkerBase.step`; raises `MemoryError` if the device or the host has none left."""
-        with told_as_memory_error():
+        with MemoryErrors():
             self._running().step(plan)
 
     def sample(self, mask: TokenMask | None = None) -> Launched:
         """See `runtime.base.WorkerBase.sample`; raises as `step` does."""
-        with told_as_memory_error():
+        with MemoryErrors():
             return self._running().sample(mask)
 
     def take_tokens(self) -> None:
@@ -221,17 +220,20 @@ class Worker:
             self.group = group.SINGLE
 
 
-@contextmanager
-def told_as_memory_error() -> Iterator[None]:
-    """Makes a `MemoryError` of what torch raises where a device or the host has no memory left."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(str(error)) from None
-    except RuntimeError as error:
-        if any(words in str(error) for words in NO_MEMORY):
+class MemoryErrors:
+    """A context that makes a `MemoryError` of what torch raises where a device or the host has no memory left.
+
+    A class, since a generator costs several times as much, and every step enters it twice.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if not isinstance(error, RuntimeError):
+            return
+        if isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in NO_MEMORY):
             raise MemoryError(str(error)) from None
-        raise
 
 
 def worker_for(
