@@ -10,13 +10,13 @@ one longest sequence (the engine sees to that), and everybody else can be preemp
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from octavo.cache.pages import Page, PagePool
 from octavo.sched.prefixes import Prefixes
-from octavo.sched.sequence import SequenceState, Status
+from octavo.sched.queue import Queue
+from octavo.sched.sequence import Item, SequenceState, Status
 from octavo.types import (
     FinishReason,
     PageGrant,
@@ -42,17 +42,6 @@ class SchedulerLimits:
     prefix_caching: bool = True
 
 
-@dataclass(slots=True)
-class _Item:
-    """A sequence's part of a step. ``epoch`` tells a later commit whether its pages are still the same."""
-
-    seq: SequenceState
-    first: int  # position of its first token
-    count: int
-    samples: bool
-    epoch: int
-
-
 @dataclass
 class Counters:
     """Totals since the start; see `types.Stats`."""
@@ -74,14 +63,13 @@ class Scheduler:
         self.pool = PagePool(limits.num_pages)
         self.counters = Counters()
         self._sequences: dict[str, SequenceState] = {}
-        # A heap; entries that are not WAITING are stale. Those that wait for a page of another are in `_prefixes`.
-        self._waiting: list[tuple[tuple[int, int], SequenceState]] = []
+        self._waiting = Queue()  # without those that wait for a page of another, who are in `_prefixes`
         self._num_waiting = 0  # in both
         self._running: list[SequenceState] = []  # in the order of admission
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._ended: list[int] = []
         self._prefixes = Prefixes(self.pool, limits.page_size, hash_key, enabled=limits.prefix_caching)
-        self._launched: list[list[_Item]] = []  # plans not committed yet, oldest first
+        self._launched: list[list[Item]] = []  # plans not committed yet, oldest first
         self._arrivals = 0
         self._step = 0
 
@@ -117,7 +105,7 @@ class Scheduler:
 
     def reset_prefix_cache(self) -> None:
         """Nothing computed so far will be found again; running requests keep their pages but share no more of them."""
-        self._requeue(self._prefixes.forget())
+        self._waiting.push(self._prefixes.forget())
         for seq in self._running:
             seq.published = self.limits.max_len  # above any page count: offers none of its pages any more
 
@@ -127,7 +115,7 @@ class Scheduler:
         """The next step, or None if there is nothing to compute now."""
         if self._num_waiting:
             self._make_way()
-        items: list[_Item] = []
+        items: list[Item] = []
         grants: list[PageGrant] = []
         budget = self.limits.max_tokens
         decodes, chunks = [], []
@@ -145,12 +133,12 @@ class Scheduler:
             if seq.status is not Status.RUNNING:
                 continue  # preempted for an earlier one
             if seq.computed + count <= seq.capacity or self._grow(seq, count, grants):
-                items.append(_Item(seq, seq.computed, count, seq.advance(count), seq.epoch))
+                items.append(Item.of(seq, count))
                 budget -= count
         if self.counters.preemptions > preemptions:
             items, budget = self._without_preempted(items)
         starts: list[RowStart] = []
-        if self._waiting:
+        if self._num_waiting:
             self._admit(budget, items, starts)
         return self._plan(items, starts, grants)
 
@@ -163,12 +151,12 @@ class Scheduler:
                 continue
             if item.samples:
                 seq.append(result.tokens[index])
-            if seq.epoch == item.epoch:
+            if item.holds:
                 seq.committed += item.count
                 if seq.committed >= (seq.published + 1) * self.limits.page_size:
-                    self._requeue(self._prefixes.publish(seq))
+                    self._waiting.push(self._prefixes.publish(seq))
             scores = result.prompt_logprobs
-            prompt_logprobs = self._fresh_scores(item, scores[index]) if index in scores else []
+            prompt_logprobs = item.fresh(scores[index]) if index in scores else []
             if index in result.bad:
                 self._finish(seq)
                 outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=_nothing_left(seq), status=500))
@@ -245,18 +233,18 @@ class Scheduler:
         assert sorted(rows + self._free_rows) == list(range(self.limits.max_rows)), "a row is lost or used twice"
         waiting = sum(seq.status is Status.WAITING for seq in self._sequences.values())
         assert waiting == self._num_waiting, f"{waiting} waiting, {self._num_waiting} counted"
-        queued = [*(entry[1] for entry in self._waiting), *self._prefixes.waiting()]
+        queued = [*self._waiting.waiting(), *self._prefixes.waiting()]
         assert waiting == sum(seq.status is Status.WAITING for seq in queued), "a request waits nowhere, or twice"
         assert len(self._sequences) == waiting + len(rows), "a sequence is neither waiting nor running"
 
     # --- parts of a step ------------------------------------------------------------------------------------
 
-    def _without_preempted(self, items: list[_Item]) -> tuple[list[_Item], int]:
+    def _without_preempted(self, items: list[Item]) -> tuple[list[Item], int]:
         """Items that still hold, and the budget they leave; some were preempted after they had their turn."""
         for item in items:
-            if item.epoch != item.seq.epoch:
+            if not item.holds:
                 item.seq.inflight -= item.samples
-        items = [item for item in items if item.epoch == item.seq.epoch]
+        items = [item for item in items if item.holds]
         return items, self.limits.max_tokens - sum(item.count for item in items)
 
     def _grow(self, seq: SequenceState, count: int, grants: list[PageGrant]) -> bool:
@@ -277,12 +265,9 @@ class Scheduler:
         seq.pages.extend(self.pool.take(count))
         seq.capacity = len(seq.pages) * self.limits.page_size
 
-    def _admit(self, budget: int, items: list[_Item], starts: list[RowStart]) -> None:
+    def _admit(self, budget: int, items: list[Item], starts: list[RowStart]) -> None:
         passed: list[SequenceState] = []
-        while budget > 0 and self._free_rows and self._waiting:
-            seq = heapq.heappop(self._waiting)[1]
-            if seq.status is not Status.WAITING:
-                continue
+        while budget > 0 and self._free_rows and (seq := self._waiting.pop()) is not None:
             if not seq.ready:
                 passed.append(seq)
                 continue
@@ -296,19 +281,15 @@ class Scheduler:
             self._num_waiting -= 1
             items.append(self._start(seq, hit, budget, starts))
             budget -= items[-1].count
-        self._requeue(passed)
+        self._waiting.push(passed)
 
     def _make_way(self) -> None:
         """The first in line takes the place of a running request of lower priority, one in each step."""
-        if not self._running:
+        first = self._waiting.first()
+        if first is None or not first.ready or not self._running:
             return
-        while self._waiting and self._waiting[0][1].status is not Status.WAITING:
-            heapq.heappop(self._waiting)
         victim = max(self._running, key=lambda seq: seq.order)
-        if not self._waiting or self._waiting[0][1].order[0] >= victim.order[0]:
-            return
-        first = self._waiting[0][1]
-        if not first.ready:
+        if first.order[0] >= victim.order[0]:
             return
         hit, awaited = self._prefixes.find(first)
         if awaited is None and (not self._free_rows or self._pages_for(first, hit) > self.pool.num_free):
@@ -322,7 +303,7 @@ class Scheduler:
         needed = -(-(seq.known + 1) // self.limits.page_size) - len(hit)
         return needed + sum(page.refs == 0 for page in hit)
 
-    def _start(self, seq: SequenceState, hit: list[Page], budget: int, starts: list[RowStart]) -> _Item:
+    def _start(self, seq: SequenceState, hit: list[Page], budget: int, starts: list[RowStart]) -> Item:
         first = seq.preemptions == 0
         self.pool.reuse(hit)
         seq.start(self._free_rows.pop(), hit, self.limits.page_size)
@@ -334,9 +315,9 @@ class Scheduler:
             self.counters.prompt_tokens += seq.prompt_len
             self.counters.cached_tokens += seq.cached
         starts.append(RowStart(seq.row, list(seq.tokens), seq.prompt_len, [p.id for p in seq.pages], seq.sampling))
-        return _Item(seq, seq.computed, count, seq.advance(count), seq.epoch)
+        return Item.of(seq, count)
 
-    def _plan(self, items: list[_Item], starts: list[RowStart], grants: list[PageGrant]) -> StepPlan | None:
+    def _plan(self, items: list[Item], starts: list[RowStart], grants: list[PageGrant]) -> StepPlan | None:
         if not items:
             return None
         items.sort(key=lambda item: item.count > 1)  # stable: single tokens first
@@ -356,12 +337,6 @@ class Scheduler:
             samples=[item.samples for item in items],
             ended=ended,
         )
-
-    def _fresh_scores(self, item: _Item, scores: list[TokenLogprobs]) -> list[TokenLogprobs]:
-        """Those of ``scores`` (of the tokens after the item's first) that were not sent before a preemption."""
-        fresh = scores[max(item.seq.scored - item.first, 0) :]
-        item.seq.scored += len(fresh)
-        return fresh
 
     def _sampled(
         self, seq: SequenceState, logprobs: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
@@ -406,15 +381,11 @@ class Scheduler:
         self._running.remove(seq)
         self._free_rows.append(seq.row)
         self._ended.append(seq.row)
-        self._requeue(self._prefixes.release(seq))
+        self._waiting.push(self._prefixes.release(seq))
 
     def _wait(self, seq: SequenceState) -> None:
         self._num_waiting += 1
-        self._requeue([seq])
-
-    def _requeue(self, sequences: Iterable[SequenceState]) -> None:
-        for seq in sequences:
-            heapq.heappush(self._waiting, (seq.order, seq))
+        self._waiting.push([seq])
 
 
 def _nothing_left(seq: SequenceState) -> str:

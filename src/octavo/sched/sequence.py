@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import time
 from array import array
+from dataclasses import dataclass
 from enum import Enum
 
 from octavo.cache.pages import Page
 from octavo.cache.prefix import split_keys
-from octavo.types import Request
+from octavo.types import Request, TokenLogprobs
 
 
 class Status(Enum):
@@ -136,3 +137,30 @@ class SequenceState:
         self.epoch += 1
         self.computed = self.committed = self.published = self.capacity = 0
         return pages
+
+
+@dataclass(slots=True)
+class Item:
+    """A sequence's part of a step. ``epoch`` tells a later commit whether its pages are still the same."""
+
+    seq: SequenceState
+    first: int  # position of its first token
+    count: int
+    samples: bool
+    epoch: int
+
+    @classmethod
+    def of(cls, seq: SequenceState, count: int) -> Item:
+        """The next ``count`` tokens of ``seq``, which are launched from now on."""
+        return cls(seq, seq.computed, count, seq.advance(count), seq.epoch)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the sequence has not left its pages since."""
+        return self.epoch == self.seq.epoch
+
+    def fresh(self, scores: list[TokenLogprobs]) -> list[TokenLogprobs]:
+        """Those of ``scores`` (of the tokens after the first) that were not sent before a preemption."""
+        fresh = scores[max(self.seq.scored - self.first, 0) :]
+        self.seq.scored += len(fresh)
+        return fresh
