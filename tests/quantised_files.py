@@ -14,6 +14,7 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 Layer = tuple[Tensors, torch.Tensor]
+Make = Callable[[str, int, int, int], Layer]
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -32,24 +33,34 @@ def words(numbers: torch.Tensor, bits: int, dim: int, order: tuple[int, ...] | N
 def _parts(out: int, size: int, bits: int, group: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (out, size), generator=generator)
-    zeros = torch.randint(1, 1 << bits, (out, size // group), generator=generator)
+    zeros = torch.randint(0, 1 << bits, (out, size // group), generator=generator)
     scales = (torch.rand(out, size // group, generator=generator) * 0.02 + 0.002).half()
     return codes, zeros, scales
 
 
 def gptq(
-    name: str, out: int, size: int, seed: int, *, bits: int = 4, group: int = 32, order: bool = False, sym: bool = False
+    name: str,
+    out: int,
+    size: int,
+    seed: int,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    order: bool = False,
+    zero: int | None = None,
 ) -> Layer:
+    """``zero``: the one of all groups. A word of zeros is stored less a one at each place, as GPTQModel writes it: a 0
+    borrows from the next."""
     codes, zeros, scales = _parts(out, size, bits, group, seed)
-    if sym:
-        zeros.fill_(1 << bits - 1)
+    if zero is not None:
+        zeros.fill_(zero)
     groups = torch.arange(size) // group
     if order:
         groups = groups[torch.randperm(size, generator=torch.Generator().manual_seed(seed))]
     weight = (codes - zeros[:, groups]) * scales.float()[:, groups]
     tensors = {
         f"{name}.qweight": words(codes.T, bits, 0),
-        f"{name}.qzeros": words(zeros.T - 1, bits, 1),
+        f"{name}.qzeros": words(zeros.T, bits, 1) - sum(1 << place for place in range(0, 32, bits)),
         f"{name}.scales": scales.T.contiguous(),
         f"{name}.g_idx": groups.to(torch.int32),
         f"{name}.bias": torch.zeros(out, dtype=torch.float16),
@@ -68,8 +79,10 @@ def awq(name: str, out: int, size: int, seed: int, *, group: int = 32) -> Layer:
     return tensors, weight
 
 
-def packed(name: str, out: int, size: int, seed: int, *, bits: int = 4, group: int = 32, zero: bool = False) -> Layer:
-    """compressed-tensors, pack-quantized."""
+def packed(
+    name: str, out: int, size: int, seed: int, *, bits: int = 4, group: int = 32, zero: str | None = None
+) -> Layer:
+    """compressed-tensors, pack-quantized; ``zero``: with zeros, in "words" or, as its first versions, in "bytes"."""
     codes, zeros, scales = _parts(out, size, bits, group, seed)
     own = zeros if zero else torch.full_like(zeros, 1 << bits - 1)
     weight = (codes - own.repeat_interleave(group, 1)) * scales.float().repeat_interleave(group, 1)
@@ -79,7 +92,8 @@ def packed(name: str, out: int, size: int, seed: int, *, bits: int = 4, group: i
         f"{name}.weight_shape": torch.tensor([out, size]),
     }
     if zero:
-        tensors[f"{name}.weight_zero_point"] = words(zeros, bits, 0)
+        signed = (zeros - (1 << bits - 1)).to(torch.int8)
+        tensors[f"{name}.weight_zero_point"] = words(zeros, bits, 0) if zero == "words" else signed
     return tensors, weight
 
 
@@ -91,15 +105,24 @@ def int8(name: str, out: int, size: int, seed: int) -> Layer:
     return {f"{name}.weight": codes, f"{name}.weight_scale": scales}, codes.float() * scales.float()
 
 
-def fp8(name: str, out: int, size: int, seed: int, *, scale: str = "tiles") -> Layer:
-    """``scale``: "tiles" of 16 x 32 (DeepSeek's way, smaller), "rows" or "one"."""
+def fp8(
+    name: str,
+    out: int,
+    size: int,
+    seed: int,
+    *,
+    scale: str = "tiles",
+    tile: tuple[int, int] = (16, 32),
+    leaf: str = "weight_scale_inv",
+) -> Layer:
+    """``scale``: "tiles" (DeepSeek's way, smaller), "rows" or "one"; ``leaf`` is the name of those of tiles."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(out, size, generator=generator).to(torch.float8_e4m3fn)
     tensors = {f"{name}.weight": values}
     if scale == "tiles":
-        scales = torch.rand(-(-out // 16), -(-size // 32), generator=generator) * 0.02 + 0.01
-        spread = scales.repeat_interleave(16, 0)[:out].repeat_interleave(32, 1)[:, :size]
-        tensors[f"{name}.weight_scale_inv"] = scales
+        scales = torch.rand(-(-out // tile[0]), -(-size // tile[1]), generator=generator) * 0.02 + 0.01
+        spread = scales.repeat_interleave(tile[0], 0)[:out].repeat_interleave(tile[1], 1)[:, :size]
+        tensors[f"{name}.{leaf}"] = scales
     else:
         scales = torch.rand((out, 1) if scale == "rows" else (), generator=generator) * 0.02 + 0.01
         spread = scales
@@ -175,37 +198,51 @@ def mxfp4(name: str, experts: int, out: int, size: int, seed: int) -> Layer:
     return tensors, weight.reshape(experts, out, size).transpose(1, 2).contiguous()
 
 
-def _groups(bits: int, kind: str = "int") -> dict[str, Any]:
-    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": bits, "type": kind}}}}
+def _compressed(format: str, *bits: int, kind: str = "int", **more: Any) -> dict[str, Any]:
+    """With a group of layers for each of ``bits``; ``more`` is said of the weights of all."""
+    groups = {
+        f"group_{i}": {"targets": ["Linear"], "weights": {"num_bits": n, "type": kind, **more}}
+        for i, n in enumerate(bits)
+    }
+    return {"quant_method": "compressed-tensors", "format": format, "config_groups": groups}
 
 
-def _compressed(format: str, bits: int, kind: str = "int") -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "format": format, **_groups(bits, kind)}
+def _four_or_eight(make: Callable[..., Layer]) -> Make:
+    """Layers of ``make`` in four bits and in eight."""
+    return lambda name, out, size, seed: make(name, out, size, seed, bits=8 if seed % 2 else 4)
 
-
-Make = Callable[[str, int, int, int], Layer]
 
 LAYOUTS: dict[str, tuple[dict[str, Any], Make]] = {
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}, gptq),
     "gptq-8": (
         {"quant_method": "gptq", "bits": 8, "group_size": 32},
-        lambda *layer: gptq(*layer, bits=8, sym=True),
+        lambda *layer: gptq(*layer, bits=8, zero=128),
     ),
     "gptq-order": (
         {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
         lambda *layer: gptq(*layer, order=True),
     ),
+    "gptq-by-layer": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {"+:up": {"bits": 8}}},
+        _four_or_eight(gptq),
+    ),
     "gptq-symmetric": (
         {"quant_method": "gptq", "bits": 4, "group_size": 64},
-        lambda *layer: gptq(*layer, group=64, sym=True),
+        lambda *layer: gptq(*layer, group=64, zero=8),
     ),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}, awq),
     "compressed-w4": (_compressed("pack-quantized", 4), packed),
-    "compressed-w4-zero": (_compressed("pack-quantized", 4), lambda *layer: packed(*layer, zero=True)),
+    "compressed-w4-zero": (_compressed("pack-quantized", 4), lambda *layer: packed(*layer, zero="words")),
+    "compressed-w4-zero-bytes": (_compressed("pack-quantized", 4), lambda *layer: packed(*layer, zero="bytes")),
+    "compressed-w4-w8": (_compressed("pack-quantized", 4, 8), _four_or_eight(packed)),
     "compressed-w8": (_compressed("pack-quantized", 8), lambda *layer: packed(*layer, bits=8, group=64)),
     "compressed-int8": (_compressed("int-quantized", 8), int8),
-    "compressed-fp8": (_compressed("float-quantized", 8, "float"), lambda *layer: fp8(*layer, scale="rows")),
-    "compressed-nvfp4": (_compressed("nvfp4-pack-quantized", 4, "float"), nvfp4),
+    "compressed-fp8": (_compressed("float-quantized", 8, kind="float"), lambda *layer: fp8(*layer, scale="rows")),
+    "compressed-fp8-tiles": (
+        _compressed("float-quantized", 8, kind="float", strategy="block", block_structure=[20, 48]),
+        lambda *layer: fp8(*layer, tile=(20, 48), leaf="weight_scale"),  # which do not divide the weight
+    ),
+    "compressed-nvfp4": (_compressed("nvfp4-pack-quantized", 4, kind="float"), nvfp4),
     "fp8": ({"quant_method": "fp8", "weight_block_size": [16, 32]}, fp8),
     "fp8-static": ({"quant_method": "fp8", "activation_scheme": "static"}, lambda *layer: fp8(*layer, scale="one")),
     "modelopt-fp8": (

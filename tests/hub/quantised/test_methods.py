@@ -17,7 +17,7 @@ from octavo.hub.quantised.checkpoint import QuantisedCheckpoint, optional_tensor
 from octavo.hub.quantised.methods import METHODS
 from octavo.hub.quantised.settings import METHODS as NAMED
 from octavo.hub.quantised.settings import stated
-from tests.quantised_files import LAYOUTS, Tensors, gptq, mxfp4, packed
+from tests.quantised_files import LAYOUTS, Tensors, fp8, gptq, mxfp4, packed
 
 OUT, SIZE = 48, 128
 
@@ -91,6 +91,30 @@ def test_what_gguf_has_no_blocks_for_is_read_as_floats_only(layout: str, tmp_pat
     assert opened(tmp_path, make("layer", OUT, SIZE, 3)[0], config).block_types() == {}
 
 
+@pytest.mark.parametrize(("bits", "zero"), [(4, 0), (4, 7), (8, 130)])
+def test_one_zero_for_all_that_is_not_in_the_middle(bits: int, zero: int, tmp_path: Path) -> None:
+    tensors, weight = gptq("layer", OUT, SIZE, 0, bits=bits, zero=zero)
+    checkpoint = opened(tmp_path, tensors, {**LAYOUTS["gptq"][0], "bits": bits})
+    np.testing.assert_allclose(checkpoint.read("layer.weight").data, weight.numpy(), rtol=1e-6, atol=1e-9)
+    assert checkpoint.block_types().get("layer.weight") == {4: "Q4_1"}.get(bits)  # not of one with the zero in them
+
+
+def test_inputs_that_do_not_fill_the_last_word(tmp_path: Path) -> None:
+    tensors, weight = packed("layer", OUT, SIZE, 0, group=4)
+    kept = SIZE - 4
+    tensors["layer.weight_shape"] = torch.tensor([OUT, kept])
+    tensors["layer.weight_scale"] = tensors["layer.weight_scale"][:, : kept // 4].contiguous()
+    found = opened(tmp_path, tensors, LAYOUTS["compressed-w4"][0]).read("layer.weight").data
+    np.testing.assert_allclose(found, weight[:, :kept].numpy(), rtol=1e-6, atol=1e-9)
+
+
+def test_tiles_of_modelopt_have_scales_of_four_dimensions(tmp_path: Path) -> None:
+    tensors, weight = fp8("layer", 200, 300, 0, tile=(128, 128), leaf="weight_scale")
+    tensors["layer.weight_scale"] = tensors["layer.weight_scale"][:, None, :, None].contiguous()
+    checkpoint = opened(tmp_path, tensors, {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"})
+    np.testing.assert_allclose(checkpoint.read("layer.weight").data, weight.numpy(), rtol=1e-6, atol=1e-9)
+
+
 def test_experts_of_gpt_oss_are_read_in_the_order_of_the_model(tmp_path: Path) -> None:
     tensors, weight = mxfp4("experts.gate_up_proj", 3, 24, 64, 0)
     checkpoint = opened(tmp_path, tensors, {"quant_method": "mxfp4"})
@@ -125,6 +149,9 @@ def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
         ("fp8", "weight_scale_inv", (2, 4)),
         ("modelopt-nvfp4", "weight_scale", (OUT, 4)),
         ("gptq", "qweight", (OUT,)),
+        ("gptq", "qzeros", (4, 5)),
+        ("gptq", "g_idx", (SIZE - 1,)),
+        ("fp8", "weight_scale_inv", (3, 1, 4)),
         ("awq", "scales", ()),
         ("compressed-w4", "weight_packed", (2, 2, 2)),
     ],
@@ -135,6 +162,14 @@ def test_scales_of_an_odd_shape_are_refused(layout: str, name: str, shape: tuple
     tensors[f"layer.{name}"] = torch.ones(shape).to(tensors[f"layer.{name}"].dtype)
     with pytest.raises(ModelError, match=f"layer.{name} is") as caught:
         opened(tmp_path, tensors, config)
+    assert caught.value.id == "HF044"
+
+
+def test_an_input_of_a_group_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    tensors, _ = gptq("layer", OUT, SIZE, 0, order=True)
+    tensors["layer.g_idx"][5] = SIZE // 32
+    with pytest.raises(ModelError, match=r"layer\.g_idx is .* of 0 to 3, were expected") as caught:
+        opened(tmp_path, tensors, LAYOUTS["gptq-order"][0])
     assert caught.value.id == "HF044"
 
 

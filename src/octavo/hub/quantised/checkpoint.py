@@ -10,7 +10,8 @@ import numpy as np
 
 from octavo.hub.checkpoint import Array, Checkpoint, Slices
 from octavo.hub.gguf_quants import Bytes
-from octavo.hub.quantised.methods import METHODS, Found
+from octavo.hub.quantised.found import Found
+from octavo.hub.quantised.methods import METHODS
 from octavo.hub.safetensors_file import TensorInfo
 
 _NOT_WEIGHTS: Final = (

@@ -7,16 +7,16 @@ them: AutoGPTQ and GPTQModel, AutoAWQ, compressed-tensors, bitsandbytes, ModelOp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeGuard
+from typing import Final
 
 import numpy as np
 
 from octavo.errors import ModelError
 from octavo.hub.checkpoint import Checkpoint
-from octavo.hub.gguf_quants import Bytes, Floats
+from octavo.hub.gguf_quants import Bytes
+from octavo.hub.quantised.bitsandbytes import bitsandbytes
+from octavo.hub.quantised.found import Found, Method, Settings, are_sizes, stems
 from octavo.hub.quantised.settings import as_dict
 from octavo.hub.quantised.stored import (
     WORD,
@@ -24,33 +24,18 @@ from octavo.hub.quantised.stored import (
     matrix,
     misfit,
     packed,
+    plane,
     shape,
     sizes,
     transposed,
     uniform,
     values,
 )
-from octavo.hub.quantised.weights import BLOCK, Experts, Grouped, Listed, Numbers, Part, Scaled, Weight
+from octavo.hub.quantised.weights import BLOCK, Experts, Grouped, Numbers, Part, Scaled
 
-Settings = Mapping[str, Any]
-
-MAX_STATE: Final = 1 << 16  # bytes of bitsandbytes' description of a weight
+_GPTQ_BITS: Final = (4, 8, 2)
+_PACKED_BITS: Final = (4, 8)
 _AWQ_PLACES: Final = (0, 4, 1, 5, 2, 6, 3, 7)  # of the columns of a word, which is written in the order 0 2 4 6 1 3 5 7
-
-
-@dataclass
-class Found:
-    """Weights by the name that the model has for them, and the tensors that they are made of or that are not needed."""
-
-    weights: dict[str, Weight] = field(default_factory=dict)
-    spent: set[str] = field(default_factory=set)
-
-
-Method = Callable[[Checkpoint, Settings], Found]
-
-
-def _stems(checkpoint: Checkpoint, leaf: str) -> list[str]:
-    return [name.removesuffix(leaf) for name in checkpoint.tensors() if name.endswith(leaf)]
 
 
 def _bits(settings: Settings, *keys: str, of: tuple[int, ...]) -> int:
@@ -66,23 +51,27 @@ def _bits(settings: Settings, *keys: str, of: tuple[int, ...]) -> int:
 
 def gptq(checkpoint: Checkpoint, settings: Settings) -> Found:
     """``qweight[in / per word, out]``, ``qzeros[groups, out / per word]``, ``scales[groups, out]``, ``g_idx[in]``."""
-    bits, found = _bits(settings, "bits", of=(4, 8, 2)), Found()
-    less = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first version stores zeros less one
-    for stem in _stems(checkpoint, ".qweight"):
+    _bits(settings, "bits", of=_GPTQ_BITS)
+    found = Found()
+    for stem in stems(checkpoint, ".qweight"):
         rows, out = sizes(checkpoint, f"{stem}.qweight", 2)
-        size, count = rows * WORD // bits, sizes(checkpoint, f"{stem}.scales", 2)[0]
+        count = sizes(checkpoint, f"{stem}.scales", 2)[0]
+        bits = _bits_of_zeros(checkpoint, stem, count, out)
+        size = rows * WORD // bits
         _check_groups(checkpoint, f"{stem}.scales", (count, out), size, count)
+        # The first version stores zeros less one: a one is added at each place, with carries, as they were subtracted.
+        add = 0 if settings.get("checkpoint_format") == "gptq_v2" else sum(1 << place for place in range(0, WORD, bits))
         stored = uniform(checkpoint, f"{stem}.qzeros")
-        one = None if stored is None else _same_in_word(stored, bits)
-        zeros = transposed(packed(checkpoint, f"{stem}.qzeros", bits, 1))
+        one = None if stored is None else _same_in_word(stored + add, bits)
+        zeros = transposed(packed(checkpoint, f"{stem}.qzeros", bits, 1, add=add))
         found.weights[f"{stem}.weight"] = Grouped(
             (out, size),
             bits,
             size // count,
             transposed(packed(checkpoint, f"{stem}.qweight", bits, 0)),
             transposed(matrix(checkpoint, f"{stem}.scales")),
-            _plus(zeros, less) if one is None else one + less,
-            _order(checkpoint, f"{stem}.g_idx", size // count),
+            one if one == 1 << bits - 1 else zeros,
+            _order(checkpoint, f"{stem}.g_idx", size, count),
         )
         found.spent |= {f"{stem}.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx")}
     return found
@@ -97,7 +86,7 @@ def awq(checkpoint: Checkpoint, settings: Settings) -> Found:
             "Take another variant of the model.",
             id="HF050",
         )
-    for stem in _stems(checkpoint, ".qweight"):
+    for stem in stems(checkpoint, ".qweight"):
         size, words = sizes(checkpoint, f"{stem}.qweight", 2)
         out, count = words * WORD // bits, sizes(checkpoint, f"{stem}.scales", 2)[0]
         _check_groups(checkpoint, f"{stem}.scales", (count, out), size, count)
@@ -114,7 +103,7 @@ def awq(checkpoint: Checkpoint, settings: Settings) -> Found:
 
 
 def _check_groups(checkpoint: Checkpoint, name: str, needed: tuple[int, ...], size: int, groups: int) -> None:
-    if shape(checkpoint, name) != needed or not groups or size % groups:
+    if shape(checkpoint, name) != needed or not groups or not size or size % groups:
         raise misfit(
             name, shape(checkpoint, name), f"{list(needed)}, of groups that divide {size} inputs, were expected"
         )
@@ -126,16 +115,24 @@ def _same_in_word(word: int, bits: int) -> int | None:
     return numbers.pop() if len(numbers) == 1 else None
 
 
-def _plus(part: Part, more: int) -> Part:
-    return lambda rows, columns: part(rows, columns) + np.uint8(more) if more else part(rows, columns)
+def _bits_of_zeros(checkpoint: Checkpoint, stem: str, groups: int, out: int) -> int:
+    """The bits of a layer, which may be others than the config's: tools have settings for layers by their names."""
+    rows, words = sizes(checkpoint, f"{stem}.qzeros", 2)
+    if rows != groups:
+        raise misfit(f"{stem}.scales", (groups, out), f"{rows} groups were expected, as in qzeros")
+    if not out or words * WORD % out:
+        raise misfit(f"{stem}.qzeros", (rows, words), f"zeros of {out} outputs were expected")
+    return _bits({"bits": words * WORD // out}, "bits", of=_GPTQ_BITS)
 
 
-def _order(checkpoint: Checkpoint, name: str, group: int) -> Numbers | None:
-    """The group of each input where that is not ``input // group``."""
+def _order(checkpoint: Checkpoint, name: str, size: int, groups: int) -> Numbers | None:
+    """The group of each of ``size`` inputs where they are not in the order of their groups."""
     if name not in checkpoint.tensors():
         return None
     order = checkpoint.read(name).data
-    plain = not order.any() or bool((order < 0).any()) or bool((order == np.arange(len(order)) // group).all())
+    if order.shape != (size,) or int(order.max()) >= groups:
+        raise misfit(name, order.shape, f"the groups of {size} inputs, of 0 to {groups - 1}, were expected")
+    plain = not order.any() or bool((order < 0).any()) or bool((order == np.arange(size) // (size // groups)).all())
     return None if plain else order.astype(np.int64)
 
 
@@ -162,24 +159,31 @@ def fp8(checkpoint: Checkpoint, settings: Settings) -> Found:
 
 
 def _tile(checkpoint: Checkpoint, scale: str, size: tuple[int, int], settings: Settings) -> tuple[int, int]:
-    """What one scale is for; the config says it where the last tile of a row or a column may be cut."""
-    scales = (*shape(checkpoint, scale), 1, 1)[:2]
+    """What one scale is for: all, a row, a group in it, or a tile; the last one in a row or a column may be cut."""
+    scales = plane(checkpoint, scale)
     if scales == (1, 1):
         return size
-    if scales == (size[0], 1):
-        return 1, size[1]
-    blocks = settings.get("weight_block_size") or settings.get("block_structure")
-    if not _are_sizes(blocks, 2):
-        blocks = [-(-n // max(1, count)) for n, count in zip(size, scales, strict=True)]
-    if scales != tuple(-(-n // block) for n, block in zip(size, blocks, strict=True)):
-        raise misfit(scale, shape(checkpoint, scale), f"tiles of {blocks} of a weight {list(size)} need other scales")
-    return blocks[0], blocks[1]
+    if scales[0] == size[0] and scales[1] and size[1] % scales[1] == 0:
+        return 1, size[1] // scales[1]
+    tile = _tile_size(settings)
+    if scales != tuple(-(-n // side) for n, side in zip(size, tile, strict=True)):
+        raise misfit(
+            scale, shape(checkpoint, scale), f"tiles of {list(tile)} of a weight {list(size)} need other scales"
+        )
+    return tile
+
+
+def _tile_size(settings: Settings) -> tuple[int, int]:
+    """What the config says, at its top or for its groups of layers, else the size that all tools choose by default."""
+    said = (settings.get("weight_block_size"), *(w.get("block_structure") for w in _groups_of(settings)))
+    high, wide = next((tile for tile in said if are_sizes(tile, 2)), [128, 128])
+    return high, wide
 
 
 def compressed(checkpoint: Checkpoint, settings: Settings) -> Found:
     """compressed-tensors: integers in words (``weight_packed``), int8, 8-bit floats, NVFP4, all with scales."""
     found = fp8(checkpoint, settings)
-    for stem in _stems(checkpoint, ".weight_packed"):
+    for stem in stems(checkpoint, ".weight_packed"):
         name = f"{stem}.weight_packed"
         if checkpoint.tensors()[name].dtype == "uint8":
             found.weights[f"{stem}.weight"] = _nvfp4(checkpoint, name, stem, "weight_global_scale", divides=True)
@@ -207,41 +211,65 @@ def _words(checkpoint: Checkpoint, name: str, stem: str, settings: Settings) -> 
     Numbers are stored with half of their range added; a zero point is, too.
     """
     out, words = sizes(checkpoint, name, 2)
-    bits = _bits(_weights_of(settings), "num_bits", of=(4, 8))
-    size = words * WORD // bits
+    bits, size = _packed_size(checkpoint, f"{stem}.weight_shape", words, settings)
     group = _columns(checkpoint, f"{stem}.weight_scale", (out, size))
-    half = 1 << bits - 1
-    zero = f"{stem}.weight_zero_point"
-    zeros = packed(checkpoint, zero, bits, 0) if zero in checkpoint.tensors() else half
+    zeros = _packed_zeros(checkpoint, f"{stem}.weight_zero_point", out, bits)
     scales = _per_row(checkpoint, f"{stem}.weight_scale", out)
-    order = _order(checkpoint, f"{stem}.weight_g_idx", group)
+    order = _order(checkpoint, f"{stem}.weight_g_idx", size, size // group)
     return Grouped((out, size), bits, group, packed(checkpoint, name, bits, 1), scales, zeros, order)
 
 
-def _weights_of(settings: Settings) -> Settings:
-    """The settings of weights; groups of layers that differ in them cannot be told apart by their tensors."""
-    groups = as_dict(settings.get("config_groups")).values()
-    said = [weights for group in groups if (weights := as_dict(as_dict(group).get("weights")))]
-    if len({str(weights.get("num_bits")) for weights in said}) != 1:
+def _packed_size(checkpoint: Checkpoint, name: str, words: int, settings: Settings) -> tuple[int, int]:
+    """(bits, inputs) of a weight of ``words`` a row, whose last word may have places to spare.
+
+    Where the config has groups of layers that differ in bits, the weight's own shape tells them apart.
+    """
+    size = 0  # as in the hole behind a header
+    if name in checkpoint.tensors() and shape(checkpoint, name) == (2,):
+        size = int(checkpoint.read(name).data[1])
+    said = {str(weights.get("num_bits")): weights for weights in _groups_of(settings)}
+    fitting = [bits for bits in _PACKED_BITS if str(bits) in said and words == -(-size // (WORD // bits))]
+    if fitting:
+        return fitting[0], size
+    if len(said) != 1:
         raise ModelError(
             "quantization_config has groups of layers with different numbers of bits, or none.",
             "Take another variant of the model.",
             id="HF050",
         )
-    return said[0]
+    bits = _bits(next(iter(said.values())), "num_bits", of=_PACKED_BITS)
+    return bits, words * WORD // bits
+
+
+def _packed_zeros(checkpoint: Checkpoint, name: str, out: int, bits: int) -> Part | int:
+    """Packed as the weight; tools before compressed-tensors 0.10 wrote signed numbers, one in a byte."""
+    half = 1 << bits - 1
+    if name not in checkpoint.tensors():
+        return half
+    if checkpoint.tensors()[name].dtype == "int32":
+        return packed(checkpoint, name, bits, 0)
+    signed = _per_row(checkpoint, name, out)
+    return lambda rows, columns: signed(rows, columns).astype(np.int16) + half
+
+
+def _groups_of(settings: Settings) -> list[Settings]:
+    """What is said of the weights of each group of layers."""
+    groups = as_dict(settings.get("config_groups")).values()
+    return [weights for group in groups if (weights := as_dict(as_dict(group).get("weights")))]
 
 
 def _columns(checkpoint: Checkpoint, scale: str, size: tuple[int, int]) -> int:
     """How many inputs share a scale."""
-    found = shape(checkpoint, scale)
-    rows, groups = (*found, 1, 1)[:2]
-    if rows not in (1, size[0]) or not groups or size[1] % groups:
-        raise misfit(scale, found, f"a weight {list(size)} needs scales for its rows or for groups in them")
+    rows, groups = plane(checkpoint, scale)
+    if rows not in (1, size[0]) or not groups or not size[1] or size[1] % groups:
+        raise misfit(
+            scale, shape(checkpoint, scale), f"a weight {list(size)} needs scales for its rows or for groups in them"
+        )
     return size[1] // groups
 
 
 def _per_row(checkpoint: Checkpoint, name: str, rows: int) -> Part:
-    part, own = matrix(checkpoint, name), (*shape(checkpoint, name), 1)[0]
+    part, own = matrix(checkpoint, name), plane(checkpoint, name)[0]
     if own == rows:
         return part
     return lambda wanted, columns: np.repeat(part(slice(0, 1), columns), wanted.stop - wanted.start, axis=0)
@@ -262,7 +290,7 @@ def _nvfp4(checkpoint: Checkpoint, name: str, stem: str, last: str, *, divides: 
 def modelopt(checkpoint: Checkpoint, settings: Settings) -> Found:
     """8-bit floats as `fp8`, or NVFP4 (``weight`` uint8, ``weight_scale``, ``weight_scale_2``)."""
     found = fp8(checkpoint, settings)
-    for stem in _stems(checkpoint, ".weight_scale_2"):
+    for stem in stems(checkpoint, ".weight_scale_2"):
         found.weights[f"{stem}.weight"] = _nvfp4(checkpoint, f"{stem}.weight", stem, "weight_scale_2", divides=False)
         found.spent |= {f"{stem}.{leaf}" for leaf in ("weight_scale", "weight_scale_2")}
     return found
@@ -271,7 +299,7 @@ def modelopt(checkpoint: Checkpoint, settings: Settings) -> Found:
 def mxfp4(checkpoint: Checkpoint, settings: Settings) -> Found:
     """gpt-oss: ``…_blocks[E, out, groups, 16]`` and ``…_scales[E, out, groups]``, for ``…[E, in, out]``."""
     found = Found()
-    for stem in _stems(checkpoint, "_blocks"):
+    for stem in stems(checkpoint, "_blocks"):
         experts, out, groups, octets = sizes(checkpoint, f"{stem}_blocks", 4)
         if octets * 2 != BLOCK or shape(checkpoint, f"{stem}_scales") != (experts, out, groups):
             raise misfit(
@@ -288,74 +316,6 @@ def _experts_of(checkpoint: Checkpoint, stem: str) -> Callable[[slice, slice], t
         return checkpoint.read(f"{stem}_blocks", part).data, checkpoint.read(f"{stem}_scales", part).data
 
     return stored
-
-
-_STATES: Final = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
-
-
-def bitsandbytes(checkpoint: Checkpoint, settings: Settings) -> Found:
-    """Four bits: ``weight``, ``.absmax``, ``.quant_map``, ``.quant_state``; eight: ``weight`` int8 and ``SCB[out]``."""
-    found = Found()
-    for leaf in _STATES:
-        for name in _stems(checkpoint, leaf):
-            found.weights[name] = _four(checkpoint, name, leaf)
-            leaves = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", leaf)
-            found.spent |= {f"{name}{each}" for each in leaves}
-    for stem in _stems(checkpoint, ".SCB"):
-        out, size = sizes(checkpoint, f"{stem}.weight", 2)
-        greatest = matrix(checkpoint, f"{stem}.SCB")
-        scales: Part = _over_127(greatest)
-        found.weights[f"{stem}.weight"] = Grouped((out, size), 8, size, matrix(checkpoint, f"{stem}.weight"), scales, 0)
-        found.spent |= {f"{stem}.SCB", f"{stem}.weight_format"}
-    return found
-
-
-def _over_127(greatest: Part) -> Part:
-    return lambda rows, columns: greatest(rows, columns) / np.float32(127)
-
-
-def _four(checkpoint: Checkpoint, name: str, leaf: str) -> Listed:
-    state, size = _state(checkpoint, name + leaf), shape(checkpoint, name)
-    count = 2 * int(np.prod(size))
-    wanted, block = state.get("shape", [count, 1]), state.get("blocksize", 64)  # a header alone has neither
-    fits = _are_sizes(wanted, 2) and _are_sizes([block, inner := state.get("nested_blocksize", 256)], 2)
-    if not fits or block % 2 or not 0 <= count - int(np.prod(wanted)) <= 1:
-        raise misfit(name, size, f"{leaf.rpartition('.')[2]} says shape {wanted} in blocks of {block}")
-    octets = checkpoint.tensors()[name]
-
-    def codes(first: int, last: int) -> Bytes:
-        return checkpoint.read(name).data.reshape(-1)[first:last]
-
-    def absmax(first: int, last: int) -> Floats:
-        scales = values(checkpoint.read(f"{name}.absmax", (slice(first, last),)))
-        if f"{name}.nested_absmax" not in checkpoint.tensors():
-            return np.asarray(scales, np.float32)
-        outer = values(checkpoint.read(f"{name}.nested_absmax"))
-        listed = values(checkpoint.read(f"{name}.nested_quant_map"))
-        own = listed[scales] * outer[np.arange(first, last) // inner] + np.float32(state.get("nested_offset") or 0)
-        return np.asarray(own, np.float32)
-
-    listed = np.asarray(values(checkpoint.read(f"{name}.quant_map")), np.float32)
-    if octets.dtype not in ("uint8", "int8") or listed.shape != (16,):
-        raise misfit(name, size, f"bytes and 16 values were expected, not {octets.dtype} and {listed.shape}")
-    return Listed((wanted[0], wanted[1]), codes, listed, absmax, block)
-
-
-def _are_sizes(value: object, count: int) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and len(value) == count and all(type(n) is int and n > 0 for n in value)
-
-
-def _state(checkpoint: Checkpoint, name: str) -> Settings:
-    octets = checkpoint.read(name).data.astype(np.uint8).tobytes()[:MAX_STATE]
-    if not octets.strip(b"\0"):  # the hole behind a header
-        return {}
-    try:
-        state = json.loads(octets)
-    except (ValueError, RecursionError):
-        state = None
-    if not isinstance(state, dict):
-        raise ModelError(f"{name} holds no JSON object.", "Download the weights again.", id="HF041")
-    return state
 
 
 METHODS: Final[Mapping[str, Method]] = {

@@ -48,15 +48,32 @@ def values(array: Array) -> Numbers:
 
 
 def matrix(checkpoint: Checkpoint, name: str) -> Part:
-    """A tensor of two dimensions, or of fewer, which are taken for a column."""
-    if len(shape(checkpoint, name)) < 2:
-        whole = values(checkpoint.read(name)).reshape(-1, 1)
+    """A tensor as a matrix of the shape that `plane` says."""
+    size = plane(checkpoint, name)
+    if size != shape(checkpoint, name):
+        whole = values(checkpoint.read(name)).reshape(size)
         return lambda rows, columns: whole[rows, columns]
     return lambda rows, columns: values(checkpoint.read(name, (rows, columns)))
 
 
-def packed(checkpoint: Checkpoint, name: str, bits: int, axis: int, places: tuple[int, ...] | None = None) -> Part:
-    """Integers of ``bits`` in words of an int32 matrix, packed along ``axis``, as uint8.
+def plane(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """The size of a tensor as a matrix: fewer than two dimensions are a column, and ModelOpt has one of 1 behind each.
+
+    Raises `ModelError` HF043, or HF044 for other dimensions.
+    """
+    found = shape(checkpoint, name)
+    if len(found) == 4 and found[1::2] == (1, 1):
+        return found[0], found[2]
+    if len(found) > 2:
+        raise misfit(name, found, "a matrix was expected")
+    rows, columns = (*found, 1, 1)[:2]
+    return rows, columns
+
+
+def packed(
+    checkpoint: Checkpoint, name: str, bits: int, axis: int, places: tuple[int, ...] | None = None, *, add: int = 0
+) -> Part:
+    """Integers of ``bits`` in words of an int32 matrix, packed along ``axis``, as uint8; ``add`` is added to each word.
 
     Number i of a word lies at its bits ``bits * places[i]`` on, by default the lowest first.
     """
@@ -69,6 +86,7 @@ def packed(checkpoint: Checkpoint, name: str, bits: int, axis: int, places: tupl
         wanted = spans[axis]
         spans[axis] = slice(wanted.start // count, -(-wanted.stop // count))
         words = np.ascontiguousarray(checkpoint.read(name, (spans[0], spans[1])).data)
+        words = words.view(np.uint32) + np.uint32(add)
         octets = words.view(np.uint8).reshape(*words.shape, 4, 1)
         fields = (octets >> shifts & np.uint8((1 << bits) - 1)).reshape(*words.shape, count)
         fields = fields if order is None else fields[..., order]

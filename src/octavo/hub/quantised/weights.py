@@ -46,7 +46,7 @@ class Weight(Protocol):
 class Grouped:
     """``scale[o, g] * (code[o, i] - zero[o, g])`` with ``g = i // group``, or ``order[i]`` if there is an order.
 
-    ``codes`` are integers of ``bits``; ``zeros`` is a number where all are the same.
+    ``codes`` are integers of ``bits``; ``zeros`` is a number where all are the middle of their range.
     """
 
     shape: tuple[int, int]
