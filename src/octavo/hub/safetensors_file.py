@@ -28,6 +28,7 @@ _DTYPES = {
     "BF16": ("bfloat16", "<u2"),
     "F8_E4M3": ("float8_e4m3fn", "|u1"),
     "F8_E5M2": ("float8_e5m2", "|u1"),
+    "F8_E8M0": ("float8_e8m0fnu", "|u1"),
     "I64": ("int64", "<i8"),
     "I32": ("int32", "<i4"),
     "I16": ("int16", "<i2"),

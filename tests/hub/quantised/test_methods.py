@@ -115,6 +115,13 @@ def test_tiles_of_modelopt_have_scales_of_four_dimensions(tmp_path: Path) -> Non
     np.testing.assert_allclose(checkpoint.read("layer.weight").data, weight.numpy(), rtol=1e-6, atol=1e-9)
 
 
+def test_scales_may_be_powers_of_two_in_a_byte(tmp_path: Path) -> None:
+    tensors, _ = fp8("layer", OUT, SIZE, 0)
+    tensors["layer.weight_scale_inv"] = torch.full((3, 4), 0.25).to(torch.float8_e8m0fnu)
+    found = opened(tmp_path, tensors, LAYOUTS["fp8"][0]).read("layer.weight").data
+    np.testing.assert_array_equal(found, 0.25 * tensors["layer.weight"].float().numpy())
+
+
 def test_experts_of_gpt_oss_are_read_in_the_order_of_the_model(tmp_path: Path) -> None:
     tensors, weight = mxfp4("experts.gate_up_proj", 3, 24, 64, 0)
     checkpoint = opened(tmp_path, tensors, {"quant_method": "mxfp4"})

@@ -75,6 +75,8 @@ def test_the_config_goes_before_a_file_beside_it() -> None:
         ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24"),
         ({"quant_method": "compressed-tensors", "transform_config": {"r1": {}}}, "transforms"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "packed for marlin"),
+        ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "packed for marlin"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(config: dict[str, Any], says: str) -> None:

@@ -106,6 +106,9 @@ def _odd(method: str, settings: Mapping[str, Any]) -> str | None:
             return f"and compressed as {sparsity['format']}, which cannot be read"
         if settings.get("transform_config"):
             return "with transforms of activations (transform_config), which are not computed here"
+    packing = "marlin" if settings.get("is_marlin_format") else settings.get("checkpoint_format")
+    if method == "gptq" and packing not in (None, "gptq", "gptq_v2"):
+        return f"packed for {packing}; gptq and gptq_v2 can be read"
     algorithm = settings.get("quant_algo")
     if method == "modelopt" and algorithm not in _MODELOPT:
         return f"algorithm {algorithm}; {', '.join(_MODELOPT)} can be read"
