@@ -13,7 +13,7 @@ from octavo.parallel.group import SINGLE, Group
 from octavo.platforms.base import T
 from octavo.platforms.cpu import CpuPlatform
 from octavo.runtime import loader
-from octavo.runtime.runner import Runner
+from octavo.runtime.runner import Runner, RunnerLimits
 from octavo.types import RowStart, Sampling, StepPlan
 from tests.parallel.ranks import Ranks
 from tests.parallel.test_native import built
@@ -58,9 +58,7 @@ def run(group: Group, folder: Path) -> list[tuple[list[int], list[float]]]:
         model,
         cache,
         Replaying(),
-        max_rows=4,
-        max_tokens=64,
-        max_len=16,
+        RunnerLimits(max_rows=4, max_tokens=64, max_len=16),
         group=group,
         announce=(lambda: announced.append(number)) if group.size > 1 else None,
     )

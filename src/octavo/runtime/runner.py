@@ -52,10 +52,17 @@ class Launched:
         return result
 
 
-class Runner:
-    """``cache`` as in `kernels.metadata`; ``max_rows`` sequences of up to ``max_len`` tokens, ``max_tokens`` in a step.
+@dataclass(frozen=True, slots=True)
+class RunnerLimits:
+    """``max_rows`` sequences of up to ``max_len`` tokens, ``max_tokens`` in a step."""
 
-    With ``graphs``, steps are captured now where the platform can.
+    max_rows: int
+    max_tokens: int
+    max_len: int
+
+
+class Runner:
+    """``cache`` as in `kernels.metadata`. With ``graphs``, steps are captured now where the platform can.
 
     Of a ``group``, rank 0 samples. Tokens that other ranks do not find themselves are broadcast to them; they call
     `take_tokens` for it, which ``announce`` tells them.
@@ -66,10 +73,8 @@ class Runner:
         model: Model,
         cache: torch.Tensor,
         platform: Platform,
+        limits: RunnerLimits,
         *,
-        max_rows: int,
-        max_tokens: int,
-        max_len: int,
         graphs: bool = True,
         group: Group = SINGLE,
         announce: Callable[[], None] | None = None,
@@ -79,7 +84,7 @@ class Runner:
         self._platform = platform
         self._page_size = cache.shape[4]
         dummy_page = cache.shape[1] - 1
-        self._tables = Tables(max_rows, max_len, self._page_size, dummy_page, platform.device)
+        self._tables = Tables(limits.max_rows, limits.max_len, self._page_size, dummy_page, platform.device)
         self._host_steps = HostSteps(self._tables, self._page_size) if platform.device.type == "cpu" else None
         self._ops = ops = select.ops(platform.device, model.dtype)
         self._group, self._announce = group, announce
@@ -91,14 +96,19 @@ class Runner:
         self._graphs: DecodeGraphs | None = None
         self._prompt_graphs: PromptGraphs | None = None
         if platform.captures:
-            with torch.inference_mode():
-                if graphs and model.capturable:
-                    self._graphs = DecodeGraphs(model, cache, self._tables, platform, max_rows)
-                    if group.size == 1:  # what ranks send each other of many tokens is not captured
-                        self._prompt_graphs = PromptGraphs(model, cache, self._tables, platform, max_rows, max_tokens)
-                elif model.own_cache is None:
-                    warm_up(model, cache, self._tables, platform, max_rows)
-                self._sampler.warm_up(model.dtype)
+            self._prepare(limits, graphs)
+
+    @torch.inference_mode()
+    def _prepare(self, limits: RunnerLimits, graphs: bool) -> None:
+        """Captures steps or launches each kind of them once, so that none waits for a compiler."""
+        model, on = self._model, (self._model, self._cache, self._tables, self._platform, limits.max_rows)
+        if graphs and model.capturable:
+            self._graphs = DecodeGraphs(*on)
+            if self._group.size == 1:  # what ranks send each other of many tokens is not captured
+                self._prompt_graphs = PromptGraphs(*on, limits.max_tokens)
+        elif model.own_cache is None:
+            warm_up(*on)
+        self._sampler.warm_up(model.dtype)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> None:

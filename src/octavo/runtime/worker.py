@@ -29,7 +29,7 @@ from octavo.runtime.base import Progress, TokenMask, WorkerBase
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache, step_bytes
 from octavo.runtime.progress import LoadProgress
-from octavo.runtime.runner import Launched, Runner, largest_step, rehearse
+from octavo.runtime.runner import Launched, Runner, RunnerLimits, largest_step, rehearse
 from octavo.runtime.safetensors_packages import safetensors_reader
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
@@ -171,9 +171,7 @@ class Worker:
             self._model,
             cache,
             self.platform,
-            max_rows=plan.max_rows,
-            max_tokens=tokens,
-            max_len=plan.max_len,
+            RunnerLimits(plan.max_rows, tokens, plan.max_len),
             graphs=not self._config.device.enforce_eager,
             group=self.group,
             announce=announce,
