@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from bench.gpu_reference import Reference
@@ -18,6 +19,7 @@ from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import ModelError, UnsupportedModel
 from octavo.models.hf.backend import TransformersModel
+from octavo.models.hf.build import config_of
 from octavo.models.hf.norms import NormFormula, norm_formula
 from octavo.runtime.worker import Worker
 from tests.core.stub_engine import collect, make_request, run
@@ -419,6 +421,13 @@ def test_a_head_is_called_by_itself_only_if_nothing_follows_it(
     assert model._native is not None
     assert (model._plain_head is not None) == plain
     assert sweep.divergence(model, wanted)[0] < 2e-5
+
+
+def test_a_config_that_its_class_refuses_is_an_error_of_one_line() -> None:
+    with pytest.raises(ModelError, match="LlamaConfig refuses the config") as caught:
+        config_of(transformers.LlamaConfig, {"model_type": "llama", "hidden_act": ["silu"]})
+    assert caught.value.id == "HF002"
+    assert "\n" not in caught.value.cause
 
 
 def test_the_program_ends_without_a_word(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from octavo.config import ModelConfig
 from octavo.errors import ModelError, UnsupportedModel
 from octavo.hub.configs import model_config
 from octavo.hub.patches import normalise
+from octavo.layers.activation import GatedActivation
 from octavo.models import registry
 from octavo.models.base import Model
 from tools import tiny
@@ -48,6 +49,21 @@ def test_the_transformers_backend_runs_what_it_is_asked_for_and_what_has_no_nati
     assert model_class.__name__ == "TransformersModel"
     assert "Transformers backend" in reason
     assert architecture in reason
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu"])
+def test_a_native_model_without_the_activation_gives_way_to_the_transformers_backend(name: str) -> None:
+    made = config(hidden_act=name)
+    model_class, reason = registry.choose(made)
+    assert model_class.__name__ == "TransformersModel"
+    assert f"no hidden_act '{name}'" in reason
+    with pytest.raises(UnsupportedModel, match=f"hidden_act is '{name}'"):
+        registry.choose(made, "native")[0](made, 64)
+
+
+def test_the_registry_knows_the_activations_of_native_models() -> None:
+    for name in registry.ACTIVATIONS:
+        GatedActivation(name)
 
 
 def test_an_architecture_without_native_model_is_refused_where_native_is_asked_for() -> None:

@@ -25,7 +25,7 @@ class GatedActivation(Layer):
         if name not in _OPERATORS:
             raise UnsupportedModel(
                 f"hidden_act is {name!r}; the native models know {', '.join(sorted(_OPERATORS))}.",
-                "Use a model with one of these.",
+                "Leave --model-impl at auto: the Transformers backend has all of them.",
             )
         self.operator = _OPERATORS[name]
 

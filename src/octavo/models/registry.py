@@ -42,6 +42,9 @@ NATIVE = {
     "SmolLM3ForCausalLM": LLAMA,
 }
 
+# The ``hidden_act`` that native models know (`layers.activation`); one with another runs on the Transformers backend.
+ACTIVATIONS = frozenset(("gelu_new", "gelu_pytorch_tanh", "silu", "swish"))
+
 
 def choose(
     config: ModelConfig, impl: str = "auto", code: RepoCode | None = None, weights: Path | None = None
@@ -90,11 +93,13 @@ def find(config: ModelConfig, impl: str = "auto", *, trusts_code: bool = False) 
     if own is not None:  # before the native one: whoever installs it wants it
         package = own.dist.name if own.dist is not None else own.module
         return own.value, f"{own.attr} of package {package} for {config.architecture}"
-    address = NATIVE.get(config.architecture)
+    address, lacking = NATIVE.get(config.architecture), "no native model of it"
+    if address is not None and impl == "auto" and config.hidden_act not in ACTIVATIONS:
+        address, lacking = None, f"the native model of it has no hidden_act {config.hidden_act!r}"
     if address is None and impl == "auto" and named and (trusts_code or not _in_transformers(config.architecture)):
-        return OF_REPO, f"Transformers backend for {config.architecture}: no native model of it; {named} of its repo"
+        return OF_REPO, f"Transformers backend for {config.architecture}: {lacking}; {named} of its repo"
     if address is None and impl == "auto" and _in_transformers(config.architecture):
-        return TRANSFORMERS, f"Transformers backend for {config.architecture}: no native model of it"
+        return TRANSFORMERS, f"Transformers backend for {config.architecture}: {lacking}"
     if address is None:
         known = [*NATIVE, *installed]
         nearest = difflib.get_close_matches(config.architecture, known, n=3, cutoff=0.0)

@@ -86,14 +86,17 @@ def build(wanted: ModelConfig, dtype: torch.dtype, classes: Classes | None = Non
             warnings.simplefilter("ignore")
             model = _made(classes.model, config, dtype)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError, ImportError) as error:
-        said = " ".join(str(error).split())  # one line
         raise ModelError(
-            f"{classes.model.__name__} cannot be built from this config: {type(error).__name__}: {said.rstrip('.')}.",
+            f"{classes.model.__name__} cannot be built from this config: {type(error).__name__}: {_one_line(error)}.",
             "Correct config.json, or install the Transformers, and other packages, that the model was made for.",
             id="HF002",
         ) from error
     _keep_in_float32(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def own_attention(model_class: Any) -> str:
@@ -119,7 +122,7 @@ def config_of(config_class: Any, hf: Mapping[str, Any]) -> Any:
         return config_class.from_dict(_with_floats({k: v for k, v in hf.items() if k != "quantization_config"}))
     except Exception as error:  # each config class validates in its own way
         raise ModelError(
-            f"{config_class.__name__} refuses the config: {type(error).__name__}: {error}.",
+            f"{config_class.__name__} refuses the config: {type(error).__name__}: {_one_line(error)}.",
             "Correct config.json.",
             id="HF002",
         ) from error
