@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+with contextlib.suppress(ImportError):  # tests of kernels run on machines that have little besides PyTorch
+    from hypothesis import HealthCheck, settings
+
+    # The same examples on every machine, and no example fails because the machine was slow.
+    settings.register_profile("octavo", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("octavo")
 
 
 @pytest.fixture(scope="session", autouse=True)

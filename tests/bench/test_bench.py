@@ -80,7 +80,7 @@ def test_the_floor_counts_experts_that_are_chosen() -> None:
 def test_the_rate_of_products_is_measured(monkeypatch: pytest.MonkeyPatch, small: bool) -> None:
     monkeypatch.setattr(floor, "PROBE_SECONDS", 0.001)
     monkeypatch.setattr(floor, "PROBE_SIZE", 256)
-    assert 1e8 < floor.product_rate("cpu", "float32", small) < 1e15
+    assert 1e6 < floor.product_rate("cpu", "float32", small) < 1e15
 
 
 @pytest.mark.usefixtures("_stub")

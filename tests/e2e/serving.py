@@ -7,12 +7,16 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
+
+from tests.waiting import PATIENCE, children, ended
 
 STUB = (
     "import sys; from octavo import log; from octavo.config import EngineConfig, ServerConfig;"
@@ -23,15 +27,36 @@ STUB = (
     "server = ServerConfig(port=int(port), drain_seconds=float(drain), api_server_count=int(apis));"
     "sys.exit(serve(config, server, worker='stub'))"
 )  # MODEL [DRAIN_SECONDS [ENGINES [API_PROCESSES [PORT]]]]
-START_SECONDS = 60
+START_SECONDS = 2 * PATIENCE
+
+# For `Server(engines=…)`. Without it the stub makes 7,000 steps a second, and a client that has to wait for a processor
+# finds all of its requests answered.
+PACED = """
+import time
+from octavo.runtime.stub import StubWorker
+step = StubWorker.step
+def paced(self, plan):
+    time.sleep(0.001)
+    step(self, plan)
+StubWorker.step = paced
+"""
 
 
 class Server:
-    """A running server. ``log()`` is what it has said so far."""
+    """A running server. ``log()`` is what it has said so far.
 
-    def __init__(self, command: list[str], log: Path) -> None:
+    ``engines`` is code that the processes of its engines run first.
+    """
+
+    def __init__(self, command: list[str], log: Path, *, engines: str = "") -> None:
         self._log = log
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+        path = [entry for entry in sys.path if entry]
+        if engines:
+            (folder := log.with_suffix(".engines")).mkdir()
+            first = f"import sys\nif 'octavo.core.process' in sys.orig_argv:\n{textwrap.indent(engines, '    ')}"
+            (folder / "sitecustomize.py").write_text(first)
+            path.insert(0, str(folder))
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
         with log.open("wb") as sink:
             self.process = subprocess.Popen([sys.executable, *command], stdout=sink, stderr=sink, env=env)
         self.url = self._wait()
@@ -42,14 +67,20 @@ class Server:
         return self._log.read_text(errors="replace")
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.url}/metrics").text
-        return sum(map(float, re.findall(rf"^vllm:{name}{{.*}} (.*)$", text, re.MULTILINE)))
+        """The sum over all labels."""
+        return total(self.get("/metrics").text, name)
 
-    def wait(self, seconds: float) -> int:
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=PATIENCE)
+
+    def post(self, path: str, body: object, **options: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}{path}", json=body, timeout=PATIENCE, **options)
+
+    def wait(self, seconds: float = PATIENCE) -> int:
         """The exit code of a server that is to end within ``seconds``, its children with it."""
         children = self.children("")
         code = self.process.wait(seconds)
-        assert all(ended(child, seconds) for child in [*self.cores, *self.apis, *children])
+        assert all(ended(child) for child in [*self.cores, *self.apis, *children])
         return code
 
     def _wait(self) -> str:
@@ -65,39 +96,23 @@ class Server:
     def children(self, module: str) -> list[psutil.Process]:
         """Those children that run ``module``, in the order of their start; none once the server has ended."""
         try:
-            found = psutil.Process(self.process.pid).children()
+            return children(psutil.Process(self.process.pid), module)
         except psutil.NoSuchProcess:
             return []
-        return sorted((child for child in found if module in _command(child)), key=lambda child: child.pid)
 
 
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
-
-
-def ended(process: psutil.Process, seconds: float) -> bool:
-    """Whether ``process`` ends within ``seconds``. A zombie has ended: whoever inherited it reaps it at leisure."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            return True
-        time.sleep(0.005)
-    return False
+def total(metrics: str, name: str) -> float:
+    """The sum of one of ``metrics`` over all labels."""
+    return sum(map(float, re.findall(rf"^vllm:{name}{{.*}} (.*)$", metrics, re.MULTILINE)))
 
 
 @contextlib.contextmanager
-def running(command: list[str], log: Path) -> Iterator[Server]:
-    server = Server(command, log)
+def running(command: list[str], log: Path, *, engines: str = "") -> Iterator[Server]:
+    server = Server(command, log, engines=engines)
     try:
         yield server
     finally:
         server.process.kill()
         server.process.wait()
         for child in [*server.cores, *server.apis]:
-            ended(child, 5)
+            ended(child)

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
-from tests.e2e.serving import Server, ended
-from tests.e2e.test_scale_out_faults import health, under_load, until
+from tests.e2e.serving import Server
+from tests.e2e.test_scale_out_faults import health, under_load
+from tests.waiting import ended, until
 
 ray = pytest.importorskip("ray", reason="needs Ray: pip install 'octavo[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -105,7 +105,7 @@ def test_an_engine_of_a_node_that_vanishes_waits_for_another_node(server: Head, 
     assert asyncio.run(under_load(server, 16)) == {"length": 16}
     cluster.add_node(num_cpus=1)
     until(lambda: health(server) == "ok", 90)
-    assert httpx.get(f"{server.url}/metrics").text.count("octavo:engine_running{") == 2
+    assert server.get("/metrics").text.count("octavo:engine_running{") == 2
 
 
 def test_a_killed_head_leaves_no_engine(server: Head) -> None:

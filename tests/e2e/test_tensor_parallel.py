@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 
 from octavo import LLM, SamplingParams
-from tests.e2e.serving import Server, ended, running
-from tests.e2e.test_scale_out_faults import health, until
+from tests.e2e.serving import Server, running
+from tests.e2e.test_scale_out_faults import health
+from tests.waiting import PATIENCE, children, ended, until
 from tools import tiny
 
 PROMPTS = ["There was a time", "Once", "And then", "He said that"]
@@ -38,7 +38,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 def answers(server: Server) -> list[str]:
     ask = {"prompt": PROMPTS, "max_tokens": 20, "temperature": 0}
-    reply = httpx.post(f"{server.url}/v1/completions", json=ask, timeout=60)
+    reply = server.post("/v1/completions", ask)
     assert reply.status_code == 200, reply.text
     return [choice["text"] for choice in reply.json()["choices"]]
 
@@ -46,7 +46,7 @@ def answers(server: Server) -> list[str]:
 def ranks(server: Server) -> list[psutil.Process]:
     """Processes of ranks other than the first, each a child of its engine."""
     cores = server.children("octavo.core.process")
-    return [child for core in cores for child in core.children() if "octavo.runtime.follower" in child.cmdline()]
+    return [child for core in cores for child in children(core, "octavo.runtime.follower")]
 
 
 def test_two_engines_of_two_ranks_say_what_one_process_says(server: Server, model: Path) -> None:
@@ -62,8 +62,8 @@ def test_an_engine_whose_rank_is_killed_comes_back_and_the_other_goes_on(server:
     assert engine is not None
     victim.kill()
     assert answers(server) == before
-    assert ended(engine, 10)
-    until(lambda: health(server) == "ok" and len(ranks(server)) == 2, 60)
+    assert ended(engine)
+    until(lambda: health(server) == "ok" and len(ranks(server)) == 2)
     assert other in ranks(server)
     assert answers(server) == before
 
@@ -71,13 +71,13 @@ def test_an_engine_whose_rank_is_killed_comes_back_and_the_other_goes_on(server:
 def test_the_end_of_a_server_is_the_end_of_all_ranks(server: Server) -> None:
     found = ranks(server)
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(20) == 0
-    assert all(ended(rank, 10) for rank in found)
+    assert server.process.wait(PATIENCE) == 0
+    assert all(ended(rank) for rank in found)
 
 
 def test_the_bench_takes_several_ranks(model: Path, tmp_path: Path) -> None:
     sizes = ["--num-prompts", "2", "--input-len", "8", "--output-len", "4", "--json", str(tmp_path / "rows")]
     command = [sys.executable, "-m", "octavo", "bench", "throughput", str(model), *OPTIONS, *sizes]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    subprocess.run([*command, "--tensor-parallel-size", "2"], env=env, check=True, timeout=60)
+    subprocess.run([*command, "--tensor-parallel-size", "2"], env=env, check=True, timeout=2 * PATIENCE)
     assert json.loads((tmp_path / "rows").read_text())

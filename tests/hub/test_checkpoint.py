@@ -199,7 +199,7 @@ def test_an_unknown_type_is_named(tmp_path: Path) -> None:
     assert caught.value.id == "HF050"
 
 
-@settings(max_examples=150, deadline=1000)
+@settings(max_examples=150)
 @given(at=st.integers(0, 400), bit=st.integers(0, 7), cut=st.integers(0, 400))
 def test_flips_and_cuts_give_an_error_or_tensors(
     tmp_path_factory: pytest.TempPathFactory, at: int, bit: int, cut: int

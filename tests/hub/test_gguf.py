@@ -230,7 +230,7 @@ def test_every_truncation_is_refused(tmp_path: Path, small: bytes) -> None:
         refused(path, small[:length])
 
 
-@settings(max_examples=150, deadline=2000)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_flipped_bits_give_an_error_or_a_model_but_nothing_else(
     tmp_path_factory: pytest.TempPathFactory, small: bytes, data: st.DataObject
