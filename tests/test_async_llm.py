@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -187,6 +188,26 @@ def test_an_id_that_is_running_is_refused() -> None:
         await second.aclose()
 
     run(work())
+
+
+def test_many_prompts_of_one_request_do_not_hold_up_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+
+    def encode_all(texts: Sequence[str], **options: Any) -> list[list[int]]:
+        threads.append(threading.current_thread())
+        return [TOKENIZER.encode(text) for text in texts]
+
+    monkeypatch.setattr(TOKENIZER, "encode_all", encode_all)
+
+    async def work() -> None:
+        llm, _ = make(says("ab"))
+        few = await llm.prepare_all({"a": "he", "b": [1, 2], "c": "w"})
+        assert [(one.id, one.prompt) for one in few] == [("a", "he"), ("b", None), ("c", "w")]
+        many = await llm.prepare_all({str(i): "he w" for i in range(2000)})
+        assert [one.id for one in many] == [str(i) for i in range(2000)]
+
+    run(work())
+    assert [thread is threading.main_thread() for thread in threads] == [True, False]
 
 
 def test_chat_and_long_prompts_are_prepared_in_threads() -> None:

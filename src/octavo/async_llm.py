@@ -7,7 +7,6 @@ iterator is closed or its task cancelled, so a client that hangs up frees its me
 from __future__ import annotations
 
 import asyncio
-import functools
 import random
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from octavo.types import EngineInfo, Request, RequestOutput, Stats, TokenOutput
 if TYPE_CHECKING:
     from octavo.frontend.fleet import Source
 
-INLINE_SIZE = 4096  # characters or ids of a prompt that is encoded in the event loop, faster than a thread could start
+INLINE_SIZE = 4096  # characters or ids of prompts that are encoded in the event loop, faster than a thread could start
 
 
 class Generation:
@@ -136,17 +135,30 @@ class AsyncLLM:
 
         With ``clamp_max_tokens`` an answer that would outgrow the context is cut at its end instead of refused.
         """
-        id = request_id or new_id()
-        work = functools.partial(
-            self.inputs.process,
-            id,
-            prompt,
-            sampling_params,
-            priority=priority,
-            salt=salt,
-            clamp_max_tokens=clamp_max_tokens,
+        prompts = {request_id or new_id(): prompt}
+        (prepared,) = await self.prepare_all(
+            prompts, sampling_params, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
         )
-        return work() if _size(prompt) <= INLINE_SIZE else await asyncio.to_thread(work)
+        return prepared
+
+    async def prepare_all(
+        self,
+        prompts: Mapping[str, Prompt],
+        sampling_params: SamplingParams | None = None,
+        *,
+        add_special_tokens: bool = True,
+        **options: Any,
+    ) -> list[Prepared]:
+        """As `prepare`, of several prompts by their ids; ``options`` are those of `InputProcessor.process_ids`."""
+
+        def work() -> list[Prepared]:
+            encoded = self.inputs.encode_prompts(prompts.values(), add_special_tokens=add_special_tokens)
+            return [
+                self.inputs.process_ids(id, ids, sampling_params, text=text, **options)
+                for id, (text, ids) in zip(prompts, encoded, strict=True)
+            ]
+
+        return work() if _size(prompts) <= INLINE_SIZE else await asyncio.to_thread(work)
 
     async def prepare_chat(
         self,
@@ -316,7 +328,7 @@ def new_id() -> str:
 
 
 def _size(prompt: object) -> int:
-    """Characters or ids of a prompt of any form, even a wrong one."""
+    """Characters or ids of a prompt of any form, even a wrong one, or of all that a mapping holds."""
     if isinstance(prompt, Mapping):
         return sum(map(_size, prompt.values()))
     return len(prompt) if isinstance(prompt, Sequence) else 0

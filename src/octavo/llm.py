@@ -114,8 +114,8 @@ class LLM:
         """
         several = _prompts(prompts)
         params = _params_for(sampling_params, len(several))
-        prepared = [self._inputs.process(self._id(), p, s) for p, s in zip(several, params, strict=True)]
-        return self._run(prepared, use_tqdm)
+        encoded = self._inputs.encode_prompts(several)
+        return self._run(self._prepared(encoded, params), use_tqdm)
 
     def chat(
         self,
@@ -137,9 +137,9 @@ class LLM:
         template = chat_template
         if template is not None and template not in self._chat.named:
             template = load_template(template)
-        prepared = []
-        for conversation, params in zip(chats, _params_for(sampling_params, len(chats)), strict=True):
-            text = self._chat.render(
+        params = _params_for(sampling_params, len(chats))
+        texts = [
+            self._chat.render(
                 conversation,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
@@ -147,9 +147,10 @@ class LLM:
                 chat_template=template,
                 template_kwargs=chat_template_kwargs,
             )
-            ids = self._inputs.encode_prompt(text, add_special_tokens=False)
-            prepared.append(self._inputs.process_ids(self._id(), ids, params, text=text))
-        return self._run(prepared, use_tqdm)
+            for conversation in chats
+        ]
+        ids = self._inputs.encode_texts(texts, add_special_tokens=False)
+        return self._run(self._prepared(zip(texts, ids, strict=True), params), use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises `ConfigError` if the engine has none."""
@@ -183,8 +184,13 @@ class LLM:
             raise EngineDead("this LLM is closed.", "Make a new one.")
         return self._core
 
-    def _id(self) -> str:
-        return str(next(self._ids))
+    def _prepared(
+        self, encoded: Iterable[tuple[str | None, Sequence[int]]], params: Sequence[SamplingParams | None]
+    ) -> list[Prepared]:
+        return [
+            self._inputs.process_ids(str(next(self._ids)), ids, one, text=text)
+            for (text, ids), one in zip(encoded, params, strict=True)
+        ]
 
     def _run(self, prepared: list[Prepared], use_tqdm: UseTqdm) -> list[RequestOutput]:
         core = self._engine()

@@ -36,6 +36,9 @@ class FakeTokenizer:
         ids = self.lib.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if self._bos and add_special_tokens else list(ids)
 
+    def encode_all(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         self.decoded += len(ids)
         return str(self.lib.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -185,3 +185,19 @@ def test_the_models_defaults_apply_only_when_no_parameters_are_given() -> None:
 def test_text_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(RequestError, match="without a tokenizer"):
         InputProcessor(None, info()).process("r", "text")
+
+
+def test_several_prompts_are_encoded_as_each_alone() -> None:
+    inputs = InputProcessor(sentencepiece(bos=True), info())
+    prompts: list[Any] = ["he", [5, 6], {"prompt": "he w"}, "w", {"prompt": "he", "prompt_token_ids": [7]}]
+    alone = [inputs.process("r", prompt) for prompt in prompts]
+    assert inputs.encode_prompts(prompts) == [(one.prompt, one.prompt_token_ids) for one in alone]
+    bare = inputs.encode_prompts(["he", "w"], add_special_tokens=False)
+    assert [ids for _, ids in bare] == [ids[1:] for _, ids in inputs.encode_prompts(["he", "w"])]
+
+
+def test_one_prompt_of_several_that_cannot_fit_is_refused_before_any_is_encoded() -> None:
+    tokenizer = byte_level()
+    tokenizer.encode_all = lambda *args, **options: pytest.fail("encoded")  # type: ignore[method-assign]
+    with pytest.raises(RequestError, match="100000 characters"):
+        InputProcessor(tokenizer, info()).encode_prompts(["he", "w" * 100_000])

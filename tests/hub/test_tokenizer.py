@@ -372,6 +372,19 @@ def test_half_a_surrogate_pair_is_the_request_s_fault(tmp_path: Path) -> None:
     assert error.value.param == "prompt"
 
 
+def test_texts_encoded_together_are_as_each_alone(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(source(sentencepiece(tmp_path)))
+    texts = TEXTS * 30  # more than one call of the library
+    for special in (True, False):
+        alone = [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+        assert tokenizer.encode_all(texts, add_special_tokens=special) == alone
+
+
+def test_half_a_surrogate_pair_among_several_texts_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="surrogate"):
+        load_tokenizer(source(byte_level(tmp_path))).encode_all(["fine", "\ud800"])
+
+
 # --- remote code ------------------------------------------------------------------------------------------------------
 
 

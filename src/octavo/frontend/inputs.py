@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
@@ -83,9 +83,7 @@ class InputProcessor:
         clamp_max_tokens: bool = False,
     ) -> Prepared:
         """Checks and converts one request; raises `RequestError` naming the field, its value and the limit."""
-        text, ids = self._split(prompt)
-        if ids is None:
-            ids = self.encode_prompt(text or "")
+        ((text, ids),) = self.encode_prompts([prompt])
         return self.process_ids(
             id, ids, params, text=text, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
         )
@@ -130,8 +128,30 @@ class InputProcessor:
             keep = max(1, self.info.max_model_len - (params.max_tokens or 1))
         return (ids, text) if keep is None or len(ids) <= keep else (ids[-keep:], None)
 
+    def encode_prompts(
+        self, prompts: Iterable[Prompt], *, add_special_tokens: bool = True
+    ) -> list[tuple[str | None, Sequence[int]]]:
+        """(text if it is known, token ids) of each of ``prompts``; texts are encoded together."""
+        split = [self._split(prompt) for prompt in prompts]
+        texts = [text or "" for text, ids in split if ids is None]
+        encoded = iter(self.encode_texts(texts, add_special_tokens=add_special_tokens))
+        return [(text, next(encoded) if ids is None else ids) for text, ids in split]
+
+    def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """As `encode_prompt`, of each text; several are encoded on several threads."""
+        if len(texts) < 2 or self.tokenizer is None:
+            return [self.encode_prompt(text, add_special_tokens=add_special_tokens) for text in texts]
+        for text in texts:
+            self._check_length(text)
+        return self.tokenizer.encode_all(texts, add_special_tokens=add_special_tokens)
+
     def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """As `encode`, but a text that cannot fit is refused before seconds are spent on its tokens."""
+        self._check_length(text)
+        return self.encode(text, add_special_tokens=add_special_tokens)
+
+    def _check_length(self, text: str) -> None:
+        """Raises `RequestError` for a text of more characters than the context can hold."""
         limit = self.info.max_model_len
         if len(text) > limit and len(text) > limit * self._longest_token:
             raise RequestError(
@@ -139,7 +159,6 @@ class InputProcessor:
                 "Shorten the prompt.",
                 param="prompt",
             )
-        return self.encode(text, add_special_tokens=add_special_tokens)
 
     @cached_property
     def _longest_token(self) -> int:

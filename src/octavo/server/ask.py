@@ -52,6 +52,7 @@ class Ask:
     """A checked body. It has ``prompts`` or a ``conversation``; ``model`` is the name to answer with.
 
     With ``clamp_max_tokens`` an answer that would outgrow the context is cut at its end instead of refused.
+    ``add_special_tokens`` is of ``prompts``.
     """
 
     model: str
@@ -60,6 +61,7 @@ class Ask:
     conversation: Conversation | None = None
     priority: int = 0
     cache_salt: str = ""
+    add_special_tokens: bool = True
     clamp_max_tokens: bool = False
     stream: bool = False
 
@@ -69,12 +71,14 @@ async def prepare(service: Service, ask: Ask, id: str, origin: Origin) -> list[P
     priority, salt = ask.priority + origin.delay, _salt(origin.owner, ask.cache_salt)
     if ask.conversation is not None:
         return [await _prepare_chat(service, ask, ask.conversation, id, priority, salt)]
-    return [
-        await service.llm.prepare(
-            prompt, ask.params, f"{id}-{i}", priority=priority, salt=salt, clamp_max_tokens=ask.clamp_max_tokens
-        )
-        for i, prompt in enumerate(ask.prompts)
-    ]
+    return await service.llm.prepare_all(
+        {f"{id}-{i}": prompt for i, prompt in enumerate(ask.prompts)},
+        ask.params,
+        add_special_tokens=ask.add_special_tokens,
+        priority=priority,
+        salt=salt,
+        clamp_max_tokens=ask.clamp_max_tokens,
+    )
 
 
 def readers(service: Service, conversation: Conversation, prepared: Prepared) -> list[ChoiceReader]:

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-from octavo.frontend.inputs import Prompt
 from octavo.frontend.outputs import Delta
 from octavo.sampling_params import SamplingParams
 from octavo.server.answers import (
@@ -35,7 +34,8 @@ def read(service: Service, body: CompletionRequest, origin: Origin) -> Ask:
     return Ask(
         model=service.model(body.model),
         params=_params(body, service.llm.default_params()),
-        prompts=[_prompt(service, body, prompt) for prompt in body.prompts()],
+        prompts=body.prompts(),
+        add_special_tokens=body.add_special_tokens is not False,
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         clamp_max_tokens=body.max_tokens is None,  # a default is no demand
@@ -50,12 +50,6 @@ def _params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams
     if _only_echo(body):
         changes["max_tokens"] = 1  # made, and not shown
     return body.sampling_params(defaults, **changes)
-
-
-def _prompt(service: Service, body: CompletionRequest, prompt: str | list[int]) -> Prompt:
-    if body.add_special_tokens is not False or not isinstance(prompt, str):
-        return prompt
-    return {"prompt": prompt, "prompt_token_ids": service.llm.inputs.encode_prompt(prompt, add_special_tokens=False)}
 
 
 def _only_echo(body: CompletionRequest) -> bool:
