@@ -165,13 +165,16 @@ struct DecoderArgs {
 };
 
 // Inputs of all kinds, of which `x`, `residual`, `out`, `sum` and the cache are the decoder's business; `cache` is the
-// first layer's, those of the others follow it `cache_stride` bytes apart.
+// first layer's, those of the others follow it `cache_stride` bytes apart. The result has a row for each of the `wanted`
+// tokens, which ascend, or with a count below 0 for all.
 struct DecoderInput {
     LayerInput* kinds;
     isize kind_count;
     const void* x;
     void *out, *cache;
     isize cache_stride;
+    const int32_t* wanted;
+    isize wanted_count;
 };
 
 // Kernels return null, or a message about an index out of range; nothing has been read through such an index.
@@ -211,7 +214,7 @@ float kth_largest(float* values, isize count, isize k);
 void sort_largest(uint64_t* values, isize count, isize k);
 
 // A buffer of the calling thread, 64-byte aligned, that lives until the thread asks for a larger one of the same slot.
-enum class Scratch { items, partials, tile, layer, decoder, quantised, weights, count };
+enum class Scratch { items, partials, tile, layer, decoder, singles, quantised, weights, count };
 void* scratch(Scratch slot, std::size_t bytes);
 
 }  // namespace octavo

@@ -221,12 +221,13 @@ void make_decoder(Decoder* self, const std::vector<LayerArgs>& layers, const std
 
 // The first `count` layers.
 void decoder(const Decoder& self, isize count, std::vector<LayerInput> steps, address x, address cache,
-             isize cache_stride, address out) {
+             isize cache_stride, address out, address wanted, isize wanted_count) {
     if (count < 1 || count > isize(self.layers.size())) throw std::invalid_argument("there are not so many layers");
     for (isize i = 0; i < count; i++)
         if (self.kinds[i] < 0 || self.kinds[i] >= isize(steps.size())) throw std::invalid_argument("a kind has no step");
     raise(active->decoder({self.layers.data(), self.kinds.data(), count, self.norm, self.eps},
-                          {steps.data(), isize(steps.size()), at(x), at(out), at(cache), cache_stride}));
+                          {steps.data(), isize(steps.size()), at(x), at(out), at(cache), cache_stride,
+                           at<int32_t>(wanted), wanted_count}));
 }
 
 }  // namespace

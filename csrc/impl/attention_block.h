@@ -7,7 +7,8 @@ namespace octavo::OCTAVO_ISA {
 
 constexpr isize kKeys = 128;        // tokens of a block
 constexpr isize kSplit = 512;       // tokens of a split, where a sequence has one block of queries
-constexpr isize kQueryRows = 96;    // rows of an item
+constexpr isize kQueryRows = 96;    // rows of an item, twice as many where threads get enough items all the same:
+constexpr isize kEnoughItems = 8;   // for each; all rows of an item share the packing of its keys
 constexpr isize kMaxDim = 256;
 
 struct Item {
@@ -49,7 +50,8 @@ struct Plan {
 
 // Fills items (null: only counts). Long blocks of a sequence come first, so that threads end together.
 inline Plan plan(const AttentionArgs& a, Item* items) {
-    const isize group = a.heads / a.kv_heads, block = max_of(1, kQueryRows / group);
+    const bool many = a.tokens * a.heads >= 2 * kQueryRows * kEnoughItems * threads();
+    const isize group = a.heads / a.kv_heads, block = max_of(1, (many ? 2 : 1) * kQueryRows / group);
     Plan p{0, 0};
     for (isize b = 0; b < a.items; b++) {
         Sequence s = sequence_of(a, b);
@@ -218,19 +220,21 @@ OCTAVO_INLINE float largest(const AttentionArgs& a, const Row& row, isize width,
 template <class T>
 OCTAVO_INLINE void soften(const AttentionArgs& a, const Row* rows, isize count, isize width, T (*weights)[kKeys],
                           float* shrink) {
+    // In logarithms to the base 2. Scores are stored as they are: the factor that scales them is part of the exponent's.
     alignas(64) float before[kSoftRows] = {}, base[kSoftRows] = {};
     float factor[kSoftRows];
     for (isize r = 0; r < count; r++) {
-        before[r] = *rows[r].top;
+        before[r] = *rows[r].top * kLog2e;
         const float here = largest(a, rows[r], width, factor[r]);
-        if (here > before[r]) *rows[r].top = here;
-        base[r] = *rows[r].top == -INFINITY ? 0.0f : *rows[r].top;  // of a row that has seen nothing yet
+        if (here > *rows[r].top) *rows[r].top = here;
+        base[r] = *rows[r].top == -INFINITY ? 0.0f : *rows[r].top * kLog2e;  // of a row that has seen nothing yet
+        factor[r] *= kLog2e;
     }
-    for (isize r = 0; r < count; r += kLanes) store(shrink + r, vexp2((load(before + r) - load(base + r)) * kLog2e));
+    for (isize r = 0; r < count; r += kLanes) store(shrink + r, vexp2(load(before + r) - load(base + r)));
     for (isize r = 0; r < count; r++) {
         vf added{};
         for (isize i = 0; i < width; i += kLanes) {
-            const vf v = vexp2((load(rows[r].scores + i) * factor[r] - base[r]) * kLog2e);
+            const vf v = vexp2(load(rows[r].scores + i) * factor[r] - base[r]);
             added += v;
             store(weights[r] + i, v);
         }

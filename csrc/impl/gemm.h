@@ -165,6 +165,16 @@ OCTAVO_INLINE void each_unit(isize panels, isize rows, F f) {
     });
 }
 
+// Asks for the lines of `rows` rows of the result, to be written after a tile: a store whose line is not there holds up
+// those behind it, and the rows of a long prompt's result are never in a cache.
+template <int PANELS>
+OCTAVO_INLINE void ask_for_result(const LinearArgs& a, isize row, int rows, isize first_panel) {
+    constexpr int kLinePanels = 64 / (kPanel * sizeof(bf16));
+    for (int r = 0; r < rows; r++)
+        for (int p = 0; p < PANELS; p += kLinePanels)
+            __builtin_prefetch(a.to + (row + r) * a.to_stride + (first_panel + p) * kPanel, 1);
+}
+
 // `weight`: the unit's panels.
 template <int PANELS>
 void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
@@ -180,6 +190,7 @@ void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
             with_rows(int(unit.rows - r < kTileRows ? unit.rows - r : kTileRows), [&](auto height) {
                 constexpr int ROWS = decltype(height)::value;
                 vf acc[ROWS][kVecs] = {};
+                if (last) ask_for_result<PANELS>(a, unit.first_row + r, ROWS, unit.first_panel);
                 if (from)
                     for (int i = 0; i < ROWS * kVecs; i++)
                         acc[i / kVecs][i % kVecs] = load(partial + (r * kVecs + i) * kLanes);

@@ -153,6 +153,35 @@ def test_fused_decoder_equals_its_layers_and_the_norm(count: int, items: tuple[t
     assert torch.equal(cache.view(torch.int16), other.view(torch.int16))
 
 
+WANTED = {"last": [-1], "none": [], "first and last": [0, -1], "all": None, "some": [1, 2, 5, -3]}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("which", WANTED)
+def test_a_decoder_leaves_out_what_nobody_wants(which: str, count: int) -> None:
+    batch = replace(CASE, items=grid.DECODES + grid.PREFILLS).batch(torch.bfloat16)
+    positions, cache, other = positions_of(batch), model_cache(batch, 3), model_cache(batch, 3)
+    places = WANTED[which]
+    tokens = list(range(len(positions))) if places is None else [place % len(positions) for place in places]
+    x = normal(len(positions), SIZE, seed=9)
+    made = decoder(DECODER)
+    whole = made(x, positions, cache, batch.meta, count)
+    got = made(x, positions, other, batch.meta, count, torch.tensor(tokens, dtype=torch.int32))
+    torch.testing.assert_close(got, whole[tokens], rtol=2e-2, atol=2e-2)  # one query is summed in another order
+    assert torch.equal(cache.view(torch.int16), other.view(torch.int16))
+
+
+def test_tokens_are_wanted_in_ascending_order_and_exist() -> None:
+    batch = CASE.batch(torch.bfloat16)
+    positions, cache = positions_of(batch), model_cache(batch, 3)
+    x, made = normal(len(positions), SIZE, seed=9), decoder(DECODER)
+    for tokens in ([1, 0], [0, 0], [-1], [len(positions)]):
+        with pytest.raises(IndexError, match="wanted"):
+            made(x, positions, cache, batch.meta, 3, torch.tensor(tokens, dtype=torch.int32))
+    with pytest.raises(ValueError, match="int32"):
+        made(x, positions, cache, batch.meta, 3, torch.tensor([0]))
+
+
 def test_a_fused_decoder_refuses_what_it_was_not_made_for() -> None:
     batch = CASE.batch(torch.bfloat16)
     positions, cache = positions_of(batch), model_cache(batch, 3)

@@ -117,7 +117,13 @@ class _Decoder:
         self._native = _cpu.Decoder([layer.native for layer in layers], numbers, norm.data_ptr(), eps)
 
     def __call__(
-        self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata, layers: int
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        cache: torch.Tensor,
+        meta: AttentionMetadata,
+        layers: int,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `select.FusedDecoder`. Raises ValueError for another type or shape, IndexError for wrong indices."""
         if not 0 < layers <= min(len(self._layers), len(cache)) or cache.dtype is not torch.bfloat16:
@@ -125,7 +131,9 @@ class _Decoder:
         first = cache[0]
         steps = [_Step(parts, positions, first, meta) for parts in self._kinds]
         _check_hidden(x, (steps[0].tokens, self._size))
-        out = torch.empty_like(x)
+        if wanted is not None and (wanted.dtype is not torch.int32 or wanted.dim() != 1 or not wanted.is_contiguous()):
+            raise ValueError(f"wanted tokens are {wanted.dtype} {tuple(wanted.shape)}, not int32 [S], dense")
+        out = x.new_empty(x.shape if wanted is None else (wanted.shape[0], self._size))
         self._native.run(
             layers,
             [step.native for step in steps],
@@ -133,6 +141,8 @@ class _Decoder:
             cache.data_ptr(),
             cache.stride(0) * cache.element_size(),
             out.data_ptr(),
+            0 if wanted is None else wanted.data_ptr(),
+            -1 if wanted is None else wanted.shape[0],
         )
         return out
 

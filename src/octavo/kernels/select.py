@@ -144,9 +144,18 @@ class FusedDecoder(Protocol):
     """The layers of a decoder and the norm after them in one call."""
 
     def __call__(
-        self, x: torch.Tensor, positions: torch.Tensor, cache: torch.Tensor, meta: AttentionMetadata, layers: int
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor,
+        cache: torch.Tensor,
+        meta: AttentionMetadata,
+        layers: int,
+        wanted: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Embeddings ``x[T, C]`` through the first ``layers`` to hidden states ``[T, C]``; ``cache`` is the model's."""
+        """Embeddings ``x[T, C]`` through the first ``layers`` to hidden states ``[T, C]``; ``cache`` is the model's.
+
+        With ``wanted``, int32 ``[S]`` in ascending order, to those of these tokens: ``[S, C]``.
+        """
         ...
 
 

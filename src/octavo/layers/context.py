@@ -11,10 +11,18 @@ from octavo.kernels.metadata import AttentionMetadata
 
 @dataclass(slots=True)
 class ForwardContext:
-    """``kv_cache`` is the whole ``[layers, pages, 2, kv_heads, page_size, head_dim]`` (see `kernels.metadata`)."""
+    """``kv_cache`` is the whole ``[layers, pages, 2, kv_heads, page_size, head_dim]`` (see `kernels.metadata`).
+
+    ``wanted``, int32 ``[S]`` in ascending order, are the tokens whose hidden states the model is to return; None: all.
+    """
 
     attention: AttentionMetadata
     kv_cache: torch.Tensor
+    wanted: torch.Tensor | None = None
+
+    def of_wanted(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``hidden[T, C]`` of all tokens to ``[S, C]``."""
+        return hidden if self.wanted is None else hidden[self.wanted]
 
 
 _current: ForwardContext | None = None

@@ -63,7 +63,8 @@ class Model(nn.Module):
 
     @abstractmethod
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """``token_ids[T]`` at ``positions[T]`` to hidden states ``[T, C]``, after the last norm."""
+        """``token_ids[T]`` at ``positions[T]`` to the hidden states after the last norm: ``[S, C]`` of the tokens that
+        the context wants, or ``[T, C]``."""
 
     @abstractmethod
     def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:

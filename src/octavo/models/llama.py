@@ -169,15 +169,14 @@ class Decoder(nn.Module):
         self.norm = norm
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """``token_ids[T]`` at ``positions[T]`` to ``[T, C]``."""
-        x, residual = self.embed_tokens(token_ids), None
+        """As `models.base.Model.forward`."""
+        x, residual, step = self.embed_tokens(token_ids), None, context.current()
         if self.fused is not None and len(self.layers):
-            step = context.current()
-            return self.fused(x, positions, step.kv_cache, step.attention, len(self.layers))
+            return self.fused(x, positions, step.kv_cache, step.attention, len(self.layers), step.wanted)
         for layer in self.layers:
             x, residual = layer(x, residual, positions)
         x, _ = self.norm.add(x, residual)
-        return x
+        return step.of_wanted(x)
 
     @cached_property
     def fused(self) -> FusedDecoder | None:

@@ -32,10 +32,12 @@ class StepInputs:
     table_values: torch.Tensor  # [P]
     attention: AttentionMetadata
 
-    def forward(self, model: Model, ops: Ops, tables: Tables, cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[T, C]``; the tables on the device take the changes before."""
+    def forward(
+        self, model: Model, ops: Ops, tables: Tables, cache: torch.Tensor, wanted: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Hidden states of the ``wanted`` tokens, or of all; the tables on the device take the changes before."""
         self.take_in(ops, tables)
-        return self.run(model, cache)
+        return self.run(model, cache, wanted)
 
     def take_in(self, ops: Ops, tables: Tables) -> None:
         """Completes ``token_ids``, and changes the block table."""
@@ -48,9 +50,9 @@ class StepInputs:
             self.table_values,
         )
 
-    def run(self, model: Model, cache: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[T, C]`` of what is taken in."""
-        with context.use(context.ForwardContext(self.attention, cache)):
+    def run(self, model: Model, cache: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states of what is taken in, see `layers.context.ForwardContext`."""
+        with context.use(context.ForwardContext(self.attention, cache, wanted)):
             hidden: torch.Tensor = model(self.token_ids, self.positions)
         return hidden
 

@@ -132,22 +132,26 @@ class Runner:
 
     def _forward(self, plan: StepPlan) -> None:
         hidden, inputs = self._hidden(plan)
-        self._prompt_logprobs = self._score_prompts(plan, hidden)
-        self._sampled_rows, self._best, self._logits = inputs.sampled_rows, None, None
-        if any(plan.samples):
-            at = inputs.logits_at  # in order: as many as there are tokens are all of them
-            self._logits = self._model.logits(hidden if at.shape[0] == hidden.shape[0] else hidden[at])
+        if self._scored:
+            self._prompt_logprobs = self._score_prompts(plan, hidden)
+            hidden = hidden[inputs.logits_at]
+        self._sampled_rows, self._best = inputs.sampled_rows, None
+        self._logits = self._model.logits(hidden) if any(plan.samples) else None
 
     def _hidden(self, plan: StepPlan) -> tuple[torch.Tensor, StepInputs]:
+        """Hidden states of the last token of each item that samples; of all tokens where prompts are scored."""
         kept = self._host_steps.fill(plan) if self._host_steps is not None else None
         if kept is not None:
             return kept.run(self._model, self._cache), kept
         parts = lay_out(plan, self._tables, self._page_size)
         graph = self._prompt_graphs.fitting(parts) if self._prompt_graphs is not None else None
         if graph is not None:
-            return graph.run(parts)
+            hidden, inputs = graph.run(parts)
+            return hidden if self._scored else hidden[inputs.logits_at], inputs
         inputs = send(parts, plan, self._tables, self._platform)
-        return inputs.forward(self._model, self._ops, self._tables, self._cache), inputs
+        every = self._scored or len(parts["logits_at"]) == len(parts["token_ids"])
+        wanted = None if every else inputs.logits_at
+        return inputs.forward(self._model, self._ops, self._tables, self._cache, wanted), inputs
 
     @torch.inference_mode()
     def sample(self, mask: TokenMask | None = None) -> Launched:
@@ -187,8 +191,6 @@ class Runner:
 
     def _score_prompts(self, plan: StepPlan, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the prompt tokens that this step's chunks predict."""
-        if not self._scored:
-            return {}
         scores: dict[int, list[TokenLogprobs]] = {}
         start = 0
         for b, (row, count, computed) in enumerate(zip(plan.rows, plan.counts, plan.computed, strict=True)):

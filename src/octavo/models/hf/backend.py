@@ -22,6 +22,7 @@ from octavo.errors import OctavoError
 from octavo.hub.checkpoint import Checkpoint
 from octavo.hub.quantised.checkpoint import optional_tensors
 from octavo.kernels import select
+from octavo.layers import context
 from octavo.layers.base import Layer
 from octavo.log import get_logger
 from octavo.models.base import Loaded, OwnCache, SelfLoading, Share, as_tensor
@@ -172,7 +173,7 @@ class TransformersModel(SelfLoading):
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self._generic is not None:
-            return self._generic.forward(token_ids)
+            return context.current().of_wanted(self._generic.forward(token_ids))
         positions = positions + self._first_position if self._first_position else positions
         if self._native is not None:
             found: torch.Tensor = self._native(token_ids, positions)
@@ -180,8 +181,7 @@ class TransformersModel(SelfLoading):
         output = self.body(
             input_ids=token_ids.long().unsqueeze(0), position_ids=positions.long().unsqueeze(0), use_cache=False
         )
-        hidden: torch.Tensor = output[0][0]
-        return hidden
+        return context.current().of_wanted(output[0][0])
 
     def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._generic is not None:

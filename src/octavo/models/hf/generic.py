@@ -103,7 +103,7 @@ class Generic:
         raise self._refused("its answers change with its own cache")
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """As `models.base.Model.forward`; a row whose first token is computed begins anew."""
+        """Hidden states ``[T, C]`` of the tokens of a step; a row whose first token is computed begins anew."""
         meta = context.current().attention
         starts, ends, rows = meta.query_start.tolist(), meta.seq_lens.tolist(), meta.rows.tolist()
         hidden = []
