@@ -244,3 +244,12 @@ def test_a_plan_of_a_gguf_file_in_a_repo(hub: Hub, shell: Shell, tmp_path: Path)
     assert found["quantisation"] == "GGUF F32 dequantised on loading"
     assert found["rope"] == ["longrope, theta 10000, 8 of 8 dimensions"]
     assert found["downloads"] == [["m-F32.gguf", file.stat().st_size]]
+
+
+@pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+def test_a_plan_knows_a_quantisation_that_a_file_of_its_own_tells(
+    file: str, method: str, hub: Hub, shell: Shell, model: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in model.iterdir()}
+    hub.push("owner/name", {**files, file: json.dumps({"bits": 4, "group_size": 32}).encode()})
+    assert method in shell.plan("owner/name")["quantisation"]

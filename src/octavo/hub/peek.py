@@ -17,6 +17,7 @@ from typing import Final
 
 from octavo.errors import ModelError
 from octavo.hub import gguf, safetensors_file
+from octavo.hub.quantised import settings
 from octavo.hub.repo import Repo
 from octavo.hub.resolve import locate
 from octavo.hub.source import CONFIGS, Source, named_by_index
@@ -24,7 +25,7 @@ from octavo.hub.source import CONFIGS, Source, named_by_index
 READERS: Final = 8  # files that are looked at together
 SAFETENSORS_START: Final = 1 << 17  # bytes; the headers of nearly all files are shorter
 GGUF_START: Final = 1 << 23  # bytes; the vocabulary is in the header
-_CONFIGS: Final = (*CONFIGS, "generation_config.json", "hf_quant_config.json")
+_CONFIGS: Final = (*CONFIGS, "generation_config.json", *settings.FILES)
 
 
 @dataclass(frozen=True)
