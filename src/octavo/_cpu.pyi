@@ -155,5 +155,14 @@ class Layer:
 class Decoder:
     def __init__(self, layers: list[Layer], kinds: list[int], norm_at: int, eps: float, /) -> None: ...
     def run(
-        self, count: int, steps: list[Step], x_at: int, cache_at: int, cache_stride: int, out_at: int, /
+        self,
+        count: int,
+        steps: list[Step],
+        x_at: int,
+        cache_at: int,
+        cache_stride: int,
+        out_at: int,
+        wanted_at: int,
+        wanted: int,
+        /,
     ) -> None: ...
