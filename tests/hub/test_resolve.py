@@ -285,6 +285,35 @@ def test_weights_that_the_index_does_not_name_are_not_fetched(hub: Hub, client: 
     assert hub.requests == []
 
 
+def index_of(*shards: str) -> bytes:
+    return json.dumps({"weight_map": {f"tensor.{i}": shard for i, shard in enumerate(shards)}}).encode()
+
+
+@pytest.mark.parametrize("above", [{}, {"model-00001-of-00002.safetensors": b"first"}])
+def test_shards_in_folders_are_fetched_if_the_index_names_them(
+    above: dict[str, bytes], hub: Hub, client: Client
+) -> None:
+    small = {name: FILES[name] for name in ("config.json", "tokenizer.json")}
+    nested = {"weights/part-1.safetensors": b"one", "weights/part-2.safetensors": b"two"}
+    index = {"model.safetensors.index.json": index_of(*above, *nested)}
+    hub.push("owner/name", {**small, **above, **nested, **index, "lora/adapter.safetensors": b"other"})
+    assert set(client()["files"]) == {*small, *above, *nested, *index}
+    hub.requests.clear()
+    assert set(client(env={"HF_HUB_OFFLINE": "1"})["files"]) == {*small, *above, *nested, *index}
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("load_format", ["auto", "safetensors"])
+def test_a_shard_that_the_repo_lacks_is_named_before_the_others_are_fetched(
+    load_format: str, hub: Hub, client: Client
+) -> None:
+    hub.push("owner/name", {k: v for k, v in FILES.items() if k != "model-00002-of-00002.safetensors"})
+    got = client(load_format=load_format)
+    assert got["id"] == "HF040"
+    assert "model-00002-of-00002.safetensors" in got["cause"]
+    assert not any("model-00001" in request for request in hub.requests)
+
+
 def test_snapshot_of_another_program_with_an_index_of_other_weights_is_complete(
     hub: Hub, client: Client, tmp_path: Path
 ) -> None:

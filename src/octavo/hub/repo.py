@@ -20,6 +20,7 @@ from octavo.hub.source import (
     has_tokenizer,
     is_ambiguous,
     missing_files,
+    named_but_absent,
     named_by_index,
     wanted_files,
 )
@@ -178,10 +179,16 @@ class Repo:
         return commit, names
 
     def _fetch(self, commit: str, names: list[str]) -> Path:
-        """Fetches what the cache lacks of ``names``, in parallel; an index first, if it may leave some out."""
+        """Fetches what the cache lacks of ``names``, in parallel; an index first, if it may name fewer or more."""
         if is_ambiguous(names):
-            indices = [name for name in names if name.endswith(".index.json")]
-            names = named_by_index(names, self._fetch_all(commit, indices))
+            folder = self._fetch_all(commit, [name for name in names if name.endswith(".index.json")])
+            if absent := named_but_absent(names, folder):
+                raise ModelError(
+                    f"an index of {self.label} names {', '.join(absent[:5])}, which the repo does not have.",
+                    "Name another --revision, or tell the owner of the repo.",
+                    id="HF040",
+                )
+            names = named_by_index(names, folder)
         return self._fetch_all(commit, names)
 
     def _fetch_all(self, commit: str, names: list[str]) -> Path:

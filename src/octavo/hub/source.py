@@ -92,8 +92,12 @@ def wanted_files(
     if not weights:
         return out
     for pattern in _WEIGHTS.get(load_format, ()):
-        if found := _weights(names, pattern):
-            return [*out, *(n for n in names if _matches(n, _INDEX[pattern])), *found]
+        indices = [n for n in names if _matches(n, _INDEX[pattern])]
+        found = _weights(names, pattern)
+        if indices and not _is_one_set(found):  # an index may name files in folders
+            found += _nested(names, pattern)
+        if found:
+            return [*out, *indices, *found]
     return out
 
 
@@ -102,6 +106,23 @@ def _weights(names: list[str], pattern: str) -> list[str]:
     if pattern.startswith("consolidated"):
         return found if "params.json" in names else []
     return [n for n in found if not any(fnmatch.fnmatchcase(n, other) for other in _NOT_WEIGHTS)]
+
+
+def _nested(names: list[str], pattern: str) -> list[str]:
+    """Weights in folders, but for other companies' formats of the same ones."""
+    suffix = pattern.rpartition("*")[2]
+    return [n for n in names if "/" in n and n.endswith(suffix) and not n.startswith("original/")]
+
+
+def _is_one_set(weights: list[str]) -> bool:
+    """Whether these are shards 1 to N of N of one model, by their names."""
+    parts = [re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})\.\w+", name) for name in weights]
+    known = [part for part in parts if part is not None]
+    sets = {(part[1], int(part[3])) for part in known}
+    if len(known) != len(weights) or len(sets) != 1:
+        return False
+    (_, count) = sets.pop()
+    return {int(part[2]) for part in known} == set(range(1, count + 1))
 
 
 def named_by_index(names: Iterable[str], folder: Path) -> list[str]:
@@ -116,11 +137,17 @@ def named_by_index(names: Iterable[str], folder: Path) -> list[str]:
 
 
 def is_ambiguous(names: Iterable[str]) -> bool:
-    """Whether there are weight files that an index, which is among ``names``, may leave out."""
+    """Whether there is an index among ``names`` that may leave out weight files, or name more."""
     names = list(names)
     weights = [name for name in names if name.endswith((".safetensors", ".bin"))]
-    numbered = (re.fullmatch(r".+-\d{5}-of-\d{5}\.\w+", name) for name in weights)
-    return any(name.endswith(".index.json") for name in names) and not all(numbered)
+    return any(name.endswith(".index.json") for name in names) and not _is_one_set(weights)
+
+
+def named_but_absent(names: Iterable[str], folder: Path) -> list[str]:
+    """The shards that an index among ``names``, which is in ``folder``, names, and that are not among ``names``."""
+    present = set(names)
+    named = (shards_of(folder / name) or set() for name in present if name.endswith(".index.json"))
+    return sorted(set().union(*named) - present)
 
 
 def shards_of(index: Path) -> set[str] | None:
