@@ -17,6 +17,7 @@ from octavo.core.process import run
 from octavo.runtime.stub import StubWorker
 from octavo.types import Abort, Hello, Outputs, Ping, Pong, Ready, Request, ResetPrefixCache, Sampling, Submit
 from tests.core.test_transport import Client
+from tests.waiting import PATIENCE
 
 GOOD = [
     msgspec.msgpack.encode(message)
@@ -69,7 +70,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     thread.start()
     yield made
     made.send({"type": "shutdown"})
-    thread.join(5)
+    thread.join(PATIENCE)
     assert ends == [0]
     made.close()
 

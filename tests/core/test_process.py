@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import pytest
 from octavo.config import EngineConfig
 from octavo.core.process import run
 from octavo.errors import EngineDead, OutOfMemory, RequestError
+from octavo.frontend import core_process
 from octavo.frontend.core_client import MAX_BURST, CoreClient
-from octavo.frontend.core_process import CoreProcess, error_of, spawn
+from octavo.frontend.core_process import Core, CoreProcess, decode_output, error_of, spawn
 from octavo.types import (
     Abort,
     Dead,
@@ -34,7 +34,7 @@ from octavo.types import (
 )
 from tests.core.memory_channel import MemoryChannel
 from tests.core.stub_engine import expected, make_engine, make_request
-from tests.e2e.serving import ended
+from tests.waiting import PATIENCE, ended, until
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 CONFIG = EngineConfig.of(model="stub", max_num_seqs=4, max_num_batched_tokens=32)
@@ -137,7 +137,10 @@ def test_an_error_at_start_carries_its_class_id_and_exit_code() -> None:
 # --- the process -----------------------------------------------------------------------------------------------------
 
 
-def test_a_spawned_core_serves_64_requests_at_once_and_is_idle_afterwards(core: CoreProcess) -> None:
+def test_a_spawned_core_serves_64_requests_at_once_and_is_idle_afterwards(
+    core: CoreProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(core_process, "GRACE_SECONDS", PATIENCE)  # that it ends when asked is what matters
     info = core.wait_ready()
     assert (info.max_num_seqs, info.vocab_size, len(info.hash_key)) == (4, 256, 32)
 
@@ -155,7 +158,7 @@ def test_a_spawned_core_serves_64_requests_at_once_and_is_idle_afterwards(core: 
         process = psutil.Process(core.process.pid)
         before = sum(process.cpu_times()[:2])
         await asyncio.sleep(0.5)
-        assert sum(process.cpu_times()[:2]) - before <= 0.02
+        assert sum(process.cpu_times()[:2]) - before < 0.1  # 0.00 where it is quiet
         await client.close()
         with pytest.raises(EngineDead):
             await client.submit(requests[0])
@@ -168,13 +171,26 @@ def make_request_for(client: CoreClient, id: str, prompt: list[int], **sampling:
     return make_request(client, id, prompt, **sampling)  # type: ignore[arg-type]
 
 
+def steps_of(core: CoreProcess) -> int:
+    """Asked for over another connection, so that nothing is read from that of ``core``."""
+    other = Core(core.address)
+    try:
+        other.wait_ready()
+        other.send(Ping(1))
+        answer = decode_output(other.socket.recv())
+        assert isinstance(answer, Pong)
+        return answer.stats.steps
+    finally:
+        other.stop()
+
+
 def test_a_backlog_of_outputs_leaves_other_tasks_their_turn(core: CoreProcess) -> None:
     async def session() -> None:
         client = CoreClient(core, core.wait_ready())
         streams = [await client.submit(make_request_for(client, f"r{i}", [1, 2, 3], max_tokens=2000)) for i in range(4)]
         await anext(streams[0])
-        time.sleep(0.5)  # noqa: ASYNC251  # the engine runs ahead
         behind = client.stats.steps
+        until(lambda: steps_of(core) > behind + 500)  # the engine runs ahead
         for _ in range(5):
             await asyncio.sleep(0)
         assert client.stats.steps - behind < 6 * (MAX_BURST + 1)
@@ -233,13 +249,11 @@ def test_a_killed_engine_ends_every_pending_request_with_an_error(core: CoreProc
         streams = [
             await client.submit(make_request_for(client, f"r{i}", [1, 2, 3], max_tokens=2000)) for i in range(10)
         ]
-        began = time.monotonic()
         core.process.kill()
         for stream in streams:
             with pytest.raises(EngineDead, match="killed by signal 9"):
                 async for _ in stream:
                     pass
-        assert time.monotonic() - began < 2
         assert len(deaths) == 1
         with pytest.raises(EngineDead):
             await client.health()
@@ -250,8 +264,9 @@ def test_a_killed_engine_ends_every_pending_request_with_an_error(core: CoreProc
     asyncio.run(session())
 
 
-def test_a_core_that_cannot_start_reports_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    core = spawn(EngineConfig.of(model="stub", max_num_seqs=1, block_size=128, max_model_len=100_000), "stub")
+def test_a_core_that_is_killed_during_its_start_reports_how(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)")  # it is not ready before it is killed
+    core = spawn(CONFIG, "stub", env={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(SOURCE)))})
     core.process.kill()
     with pytest.raises(EngineDead, match="killed by signal 9"):
         core.wait_ready()
@@ -263,7 +278,8 @@ def test_sigint_and_sigterm_are_left_to_the_parent(core: CoreProcess) -> None:
     core.wait_ready()
     os.kill(core.process.pid, signal.SIGINT)
     os.kill(core.process.pid, signal.SIGTERM)
-    time.sleep(0.1)
+    core.send(Ping(1))
+    assert core.socket.poll(PATIENCE * 1000)
     assert core.process.poll() is None
 
 
@@ -284,7 +300,7 @@ def test_a_core_whose_parent_is_killed_ends_at_once_and_removes_the_sockets() ->
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    assert ended(child, 2)
+    assert ended(child)
     assert not Path(folder).exists()
 
 
@@ -296,6 +312,6 @@ PARENT = textwrap.dedent(
     core = spawn(EngineConfig.of(model="stub"), "stub", log_level="error")
     core.wait_ready()
     print(core.process.pid, core._folder, flush=True)
-    time.sleep(60)
+    time.sleep(600)
     """
 )

@@ -15,6 +15,7 @@ import pytest
 from octavo import LLM, SamplingParams, StructuredOutputsParams
 from octavo.errors import RequestError
 from tests.e2e.serving import Server, running
+from tests.waiting import PATIENCE
 from tools import tiny
 
 SCHEMA: dict[str, Any] = {
@@ -204,7 +205,7 @@ def test_json_object_makes_an_object(client: openai.OpenAI) -> None:
 def tokens_of(client: openai.OpenAI, text: str) -> list[int]:
     url = str(client.base_url).replace("/v1/", "/tokenize")
     body = {"prompt": text, "add_special_tokens": False}
-    return list(httpx.post(url, json=body).json()["tokens"])
+    return list(httpx.post(url, json=body, timeout=PATIENCE).json()["tokens"])
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -230,9 +231,9 @@ def test_a_bad_request_is_a_400_and_the_next_one_works(
 
 
 def test_a_grammar_bomb_leaves_the_server_serving(client: openai.OpenAI, server: Server) -> None:
-    chain = "start: r0\n" + "".join(f'r{i}: "x" r{i + 1}\n' for i in range(4000)) + 'r4000: "y"\n'
+    chain = "start: r0\n" + "".join(f'r{i}: "x" r{i + 1}\n' for i in range(2000)) + 'r2000: "y"\n'
     answer = client.completions.create(
         model="tiny-llama", prompt="Hi", max_tokens=3, extra_body={"structured_outputs": {"grammar": chain}}
     )
     assert answer.choices[0].text == "xxx"
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.get("/health").status_code == 200
