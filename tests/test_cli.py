@@ -173,6 +173,12 @@ def test_secrets_are_not_shown_with_the_rest_of_a_config() -> None:
     assert "model='m'" in repr(EngineConfig.of(model="m"))
 
 
+def test_the_stored_login_may_be_asked_for_by_name() -> None:
+    for said in (True, "True", "true", None):
+        assert EngineConfig.of(model="m", hf_token=said).model.hf_token is None
+    assert EngineConfig.of(model="m", hf_token="hf_x").model.hf_token == "hf_x"
+
+
 @pytest.mark.parametrize(
     ("format", "said"),
     [("instanttensor", "several threads"), ("runai_streamer_sharded", "Download"), ("tensorizer", "safetensors")],

@@ -102,7 +102,9 @@ class ModelOptions:
     hf_overrides: dict[str, Any] = option({}, "JSON merged over config.json")
     generation_config: str = option("auto", "sampling defaults: 'auto' (the model's), 'vllm' (none) or a folder")
     override_generation_config: dict[str, Any] = option({}, "JSON merged over the sampling defaults")
-    hf_token: str | None = option(None, "token for the Hub; default: HF_TOKEN or the stored login", secret=True)
+    hf_token: str | None = option(
+        None, "token for the Hub; default, and with True: HF_TOKEN or the stored login", secret=True
+    )
     download_dir: str | None = option(None, "cache folder for downloads; default: that of the Hugging Face client")
     seed: int = option(0, "seed of dummy weights and of requests that bring none")
 
@@ -179,6 +181,8 @@ class EngineConfig:
                 f"unknown option {', '.join(unknown)}.",
                 f"Did you mean {', '.join(near) or 'one of octavo serve --help'}?",
             )
+        if str(flat.get("hf_token")).lower() == "true":  # as vLLM calls the default
+            flat = {**flat, "hf_token": None}
         parts = {
             part.name: typing.get_type_hints(cls)[part.name](**{k: v for k, v in flat.items() if homes[k] == part.name})
             for part in dataclasses.fields(cls)

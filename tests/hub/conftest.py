@@ -20,7 +20,7 @@ CLIENT = """
 import json, os, sys
 from octavo.errors import ModelError
 from octavo.hub import repo, resolve as module
-repo.RETRY_DELAYS = (0.0, 0.0)
+repo.RETRY_DELAYS = (0.0,) * len(repo.RETRY_DELAYS)
 for line in sys.stdin:
     cwd, kwargs = json.loads(line)
     os.chdir(cwd)

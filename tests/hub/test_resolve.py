@@ -407,7 +407,7 @@ def test_every_answer_of_the_hub_has_its_error(refused: tuple[int, str, str], hu
     assert got["id"] == id
     assert said in got["cause"]
     assert got["remedy"]
-    assert hub.requests.count("GET /api/models/owner/name") == (3 if again else 1)
+    assert hub.requests.count("GET /api/models/owner/name") == (5 if again else 1)
 
 
 def test_a_home_that_is_a_file_is_named(hub: Hub, client: Client, tmp_path: Path) -> None:
@@ -493,19 +493,19 @@ def test_offline_with_a_missing_shard_names_it(hub: Hub, client: Client) -> None
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_hub_that_does_not_answer_is_asked_three_times(status: int, hub: Hub, client: Client) -> None:
+def test_hub_that_does_not_answer_is_asked_five_times(status: int, hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
     hub.fail_with = status
     got = client()
     assert got["id"] == "HF006"
     assert str(status) in got["cause"]
-    assert "3 attempts" in got["cause"]
-    assert len(hub.requests) == 3
+    assert "5 attempts" in got["cause"]
+    assert len(hub.requests) == 5
 
 
 def test_short_failure_is_survived(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES)
-    hub.fail_with, hub.failures = 503, 2
+    hub.fail_with, hub.failures = 503, 4
     assert set(client()["files"]) == NEEDED
 
 

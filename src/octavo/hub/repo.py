@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from octavo.log import get_logger
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata, ModelInfo
 
-RETRY_DELAYS: Final = (1.0, 3.0)  # seconds before the second and the third attempt
+RETRY_DELAYS: Final = (0.5, 1.0, 2.0, 4.0)  # seconds before the second attempt and further ones, about
+JITTER: Final = 0.25  # share by which they vary, so that processes that failed together do not ask together again
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,8 @@ class Repo:
                     raise
                 if failure.id != "HF006" or delay is None:
                     raise failure from error
-                time.sleep(max(delay, hub_errors.retry_after(error)))
+                pause = delay * random.uniform(1 - JITTER, 1 + JITTER)
+                time.sleep(max(pause, hub_errors.retry_after(error)))
         raise AssertionError("unreachable")
 
 
