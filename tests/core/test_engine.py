@@ -60,10 +60,18 @@ def test_out_of_memory_in_a_step_fails_its_requests_and_the_next_ones_work(overl
     assert collect(run(core))["b"] == expected([1, 2, 3], 4)
 
 
-def test_a_row_with_bad_logits_ends_alone() -> None:
+@pytest.mark.parametrize(
+    ("restriction", "status", "words"),
+    [
+        ({}, 500, "The model produced logits"),
+        ({"allowed_token_ids": (5,)}, 400, "No token is left"),
+        ({"bad_words": ((5,),)}, 400, "No token is left"),
+    ],
+)
+def test_a_row_with_bad_logits_ends_alone(restriction: dict[str, object], status: int, words: str) -> None:
     core = make_engine()
     worker, sample = core._worker, core._worker.sample
-    core.add(make_request(core, "a", [1, 2, 3], max_tokens=4))
+    core.add(make_request(core, "a", [1, 2, 3], max_tokens=4, **restriction))
     core.add(make_request(core, "b", [4, 5], max_tokens=4))
 
     def poisoned(mask: object) -> object:
@@ -74,7 +82,9 @@ def test_a_row_with_bad_logits_ends_alone() -> None:
 
     worker.sample = poisoned
     outputs = run(core)
-    assert [(o.id, o.status) for o in outputs if o.finish_reason == "error"] == [("a", 500)]
+    (failed,) = [o for o in outputs if o.finish_reason == "error"]
+    assert (failed.id, failed.status) == ("a", status)
+    assert failed.error.startswith(words)
     assert collect(outputs)["b"] == expected([4, 5], 4)
 
 

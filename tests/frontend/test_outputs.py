@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from octavo.errors import EngineDead, Overloaded, RequestError
+from octavo.errors import OctavoError, Overloaded, RequestError
 from octavo.frontend.detokenize import TextDecoder
 from octavo.frontend.inputs import InputProcessor
 from octavo.frontend.outputs import OutputProcessor, RequestState
@@ -149,6 +149,13 @@ def test_no_logprobs_unless_asked_for() -> None:
     assert (one.logprobs, one.cumulative_logprob) == (None, None)
 
 
+def test_the_only_token_of_a_prompt_has_no_logprob_but_a_place() -> None:
+    s = state(prompt_logprobs=1)
+    s.process(out("c"))
+    assert s.snapshot().prompt_logprobs == [None]
+    assert state().snapshot().prompt_logprobs is None
+
+
 def test_prompt_logprobs_start_with_none_and_may_come_in_chunks() -> None:
     a, b = token("a"), token("b")
     s = state(prompt_logprobs=0)
@@ -172,10 +179,11 @@ def test_cached_tokens_and_times_are_reported() -> None:
     assert result.metrics.arrival_time <= first <= result.metrics.finished_time
 
 
-@pytest.mark.parametrize(("status", "kind"), [(400, RequestError), (503, Overloaded), (500, EngineDead)])
+@pytest.mark.parametrize(("status", "kind"), [(400, RequestError), (503, Overloaded), (500, OctavoError)])
 def test_an_error_is_raised_by_its_status(status: int, kind: type[Exception]) -> None:
-    with pytest.raises(kind, match="no room"):
+    with pytest.raises(kind, match="no room") as raised:
         state().process(TokenOutput(id="r", finish_reason="error", error="no room", status=status))
+    assert type(raised.value) is kind  # the engine is not dead for the failure of one request
 
 
 def test_no_text_without_detokenize() -> None:

@@ -97,6 +97,19 @@ def test_logprobs_name_each_token_its_rivals_and_its_place() -> None:
     run(work)
 
 
+def test_an_answer_that_the_server_s_end_cuts_off_before_its_first_token_is_still_one() -> None:
+    def script(request: Request) -> list[TokenOutput]:
+        return [TokenOutput(id=request.id, finish_reason="abort")]
+
+    async def work() -> None:
+        response = await Server(script).post("/v1/completions", TEXT | {"echo": True, "logprobs": 1})
+        (choice,) = response.json()["choices"]
+        assert (response.status_code, choice["finish_reason"], choice["text"]) == (200, "abort", "hello")
+        assert choice["logprobs"]["token_logprobs"] == [None]
+
+    run(work)
+
+
 def test_echo_with_zero_tokens_scores_the_prompt_as_evaluation_harnesses_ask() -> None:
     async def work() -> None:
         server = Server()

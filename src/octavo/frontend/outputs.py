@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 
 import msgspec
 
-from octavo.errors import EngineDead, OctavoError, Overloaded, RequestError
+from octavo.errors import OctavoError, Overloaded, RequestError
 from octavo.frontend.detokenize import Detokenizer, TextDecoder
 from octavo.frontend.inputs import Prepared
 from octavo.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs, TokenOutput
@@ -75,6 +75,8 @@ class RequestState:
         self.prepared = prepared
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[Logprobs | None] | None = None
+        if prepared.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]  # nothing predicts the first token
         self.metrics = RequestMetrics(arrival_time=prepared.arrival_time)
         self._decoder = decoder
         self._eos_ids = frozenset() if prepared.params.ignore_eos else frozenset(eos_ids)
@@ -100,7 +102,7 @@ class RequestState:
 
         When the delta has a ``finish_reason`` and ``output`` has none, a stop string was found: the caller aborts
         ``output.id``. What the core says of that output from then on is ignored here.
-        Raises the error that ended the request, if one did: `RequestError`, `Overloaded` or `EngineDead`.
+        Raises the error that ended the request, if one did: `RequestError`, `Overloaded` or another `OctavoError`.
         """
         one = self._outputs[self._index[output.id]]
         if one.finish_reason is not None:
@@ -139,9 +141,8 @@ class RequestState:
     def _take_prompt(self, output: TokenOutput) -> None:
         if output.cached and self._index[output.id] == 0:
             self.num_cached_tokens = output.cached
-        if output.prompt_logprobs and self._index[output.id] == 0:
-            known = self.prompt_logprobs or [None]  # nothing predicts the first token
-            self.prompt_logprobs = known + [self._logprobs(lp) for lp in output.prompt_logprobs]
+        if output.prompt_logprobs and self.prompt_logprobs is not None and self._index[output.id] == 0:
+            self.prompt_logprobs = [*self.prompt_logprobs, *map(self._logprobs, output.prompt_logprobs)]
 
     def _take_tokens(self, one: _Output, output: TokenOutput) -> int:
         """Appends tokens up to a stop string; returns how many."""
@@ -240,4 +241,4 @@ def error_of(output: TokenOutput) -> OctavoError:
         return Overloaded(output.error, "")
     if output.status == RequestError.status:
         return RequestError(output.error)
-    return EngineDead(output.error)
+    return OctavoError(output.error)

@@ -159,7 +159,7 @@ class Scheduler:
             prompt_logprobs = item.fresh(scores[index]) if index in scores else []
             if index in result.bad:
                 self._finish(seq)
-                outputs.append(TokenOutput(id=seq.id, finish_reason="error", error=_nothing_left(seq), status=500))
+                outputs.append(_nothing_left(seq))
             elif item.samples:
                 outputs.append(self._sampled(seq, result.logprobs.get(index), prompt_logprobs))
             elif prompt_logprobs:
@@ -388,8 +388,11 @@ class Scheduler:
         self._waiting.push([seq])
 
 
-def _nothing_left(seq: SequenceState) -> str:
-    """Why no token of ``seq`` could be sampled."""
-    if seq.sampling.guide is None:
-        return "The model produced logits that are not finite for this request. Try another prompt, or --dtype float32."
-    return "No token is left that the grammar and the request's other restrictions allow, or logits are not finite."
+def _nothing_left(seq: SequenceState) -> TokenOutput:
+    """The end of a request of which no token could be sampled."""
+    of = seq.sampling
+    if of.guide is not None or of.allowed_token_ids or of.bad_words:
+        error = "No token is left that the restrictions of the request allow, or its logits are not finite. Drop some."
+        return TokenOutput(id=seq.id, finish_reason="error", error=error, status=400)
+    error = "The model produced logits that are not finite for this request. Try another prompt, or --dtype float32."
+    return TokenOutput(id=seq.id, finish_reason="error", error=error, status=500)

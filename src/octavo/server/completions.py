@@ -146,7 +146,8 @@ class _Answer(CompletionAnswer[CompletionRequest]):
     def _logprobs(self, result: RequestOutput, output: CompletionOutput) -> CompletionLogprobs:
         made, as_ids = CompletionLogprobs(), bool(self._body.return_tokens_as_token_ids)
         if self._body.echo:
-            for token, entry in zip(result.prompt_token_ids, result.prompt_logprobs or [None], strict=True):
+            whole = output.finish_reason != "abort"  # the end of the server may come before the prompt is computed
+            for token, entry in zip(result.prompt_token_ids, result.prompt_logprobs or [], strict=whole):
                 unnamed = f"token_id:{token}" if as_ids else self._decode([token])
                 name = unnamed if entry is None else name_of(token, entry[token], as_ids)
                 made.add(token, entry, name, as_ids=as_ids)
