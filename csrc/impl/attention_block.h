@@ -184,7 +184,6 @@ OCTAVO_INLINE void pack_block(const Block<T>& block, isize count, isize dim, Wor
 }
 
 constexpr int kSoftRows = 16;  // most rows of `soften`
-constexpr float kLog2e = 1.44269504088896341f;
 
 // A row's scores of a block and what is known of the blocks before.
 struct Row {

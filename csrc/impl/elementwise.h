@@ -47,10 +47,13 @@ void norm_of(const NormArgs& a) {
 
 inline void norm(DType type, const NormArgs& a) { type == DType::f32 ? norm_of<float>(a) : norm_of<bf16>(a); }
 
+// x / (1 + e^-y)
+OCTAVO_INLINE vf times_sigmoid(vf x, vf y) { return x / (1.0f + vexp2(vmin(splat(126.0f), y * -kLog2e))); }
+
 OCTAVO_INLINE vf activate(Gate gate, vf x) {
-    if (gate == Gate::silu) return x / (1.0f + vexp(-x));
-    vf inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-    return x / (1.0f + vexp(-2.0f * inner));  // 0.5 * (1 + tanh(y)) without the cancellation
+    if (gate == Gate::silu) return times_sigmoid(x, x);
+    const vf inner = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+    return times_sigmoid(x, 2.0f * inner);  // 0.5 * (1 + tanh(inner)) without the cancellation
 }
 
 template <class T>

@@ -159,7 +159,9 @@ OCTAVO_INLINE vf vexp(vf x) {
     p = p * r * r + r + 1.0f;
     return (vf)((vi)((vf)((vi)p + exponent)) & ~tiny);
 }
-// 2^x for x up to 0, by a polynomial in what is left of x beside an integer (relative error 1e-7); below -126 it is 0.
+constexpr float kLog2e = 1.44269504088896341f;
+
+// 2^x for x up to 127, by a polynomial in what is left of x beside an integer (relative error 1e-7); below -126 it is 0.
 OCTAVO_INLINE vf vexp2(vf x) {
 #if defined(__AVX512F__)
     const vf n = (vf)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
