@@ -19,6 +19,7 @@ from octavo import cli, options
 from octavo.config import LOAD_PACKAGES, EngineConfig, ServerConfig, option_fields
 from octavo.errors import ConfigError, ModelError, OutOfMemory
 from octavo.sampling_params import SamplingParams
+from octavo.vllm_options import INSTEAD
 
 ROOT = Path(__file__).parent.parent
 
@@ -165,6 +166,62 @@ def test_runner_and_convert_of_text_generation_are_accepted(argv: tuple[str, ...
 def test_pooling_is_refused(argv: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="no pooling models"):
         options.engine_config(parse("serve", "m", *argv))
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("--enable-chunked-prefill",),
+        ("--disable-log-stats",),
+        ("--no-enable-lora",),
+        ("--async-scheduling",),
+        ("--swap-space", "4"),
+        ("--cpu_offload_gb", "0"),
+        ("--pipeline-parallel-size=1",),
+        ("--scheduling-policy", "priority"),
+    ],
+)
+def test_an_option_of_vllm_that_changes_nothing_is_accepted(argv: tuple[str, ...]) -> None:
+    assert options.engine_config(parse("serve", *argv, "m")) == EngineConfig.of(model="m")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--enable-lora",), "--enable-lora is True.*give False"),
+        (("--no-enable-chunked-prefill",), "--enable-chunked-prefill is False.*give True"),
+        (("--pipeline-parallel-size", "2"), "--pipeline-parallel-size is 2.*give 1"),
+        (("--cpu-offload-gb", "much"), "--cpu-offload-gb is 'much'"),
+    ],
+)
+def test_an_option_of_vllm_that_would_change_something_is_refused(argv: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        options.engine_config(parse("generate", "m", *argv))
+
+
+def test_options_of_vllm_s_server_that_change_nothing_are_accepted() -> None:
+    argv = ("--enable-auto-tool-choice", "--enable-reasoning", "--uvicorn-log-level", "warning")
+    assert options.server_config(parse("serve", "m", *argv)) == options.server_config(parse("serve", "m"))
+    with pytest.raises(ConfigError, match="--enable-reasoning is False"):
+        options.server_config(parse("serve", "m", "--no-enable-reasoning"))
+
+
+def test_what_is_accepted_for_vllm_s_sake_is_not_advertised(capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in (("serve", "--help"), ("serve", "--swap")):
+        with pytest.raises(SystemExit):
+            cli.main(list(argv))
+    said = capsys.readouterr()
+    assert "--swap-space" not in said.out + said.err
+
+
+@pytest.mark.parametrize("flag", sorted(INSTEAD))
+def test_an_option_that_octavo_has_not_is_refused_with_what_to_do_instead(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", "m", flag, "x"])
+    assert ended.value.code == 2
+    assert f"octavo has no {flag}: {INSTEAD[flag]}" in capsys.readouterr().err
 
 
 def test_secrets_are_not_shown_with_the_rest_of_a_config() -> None:

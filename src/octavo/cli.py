@@ -24,11 +24,8 @@ from octavo.options import (
     server_config,
 )
 from octavo.verify import command as verify_command
+from octavo.vllm_options import INSTEAD
 
-FORMER = {  # options that other engines had once, and what took their place
-    "--rope-scaling": "--hf-overrides.rope_parameters JSON",
-    "--rope-theta": "--hf-overrides.rope_theta N",
-}
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_PIPE = 141  # 128 + SIGPIPE
 
@@ -199,8 +196,8 @@ def _refuse(parser: Parser, unknown: list[str]) -> None:
     first = unknown[0].partition("=")[0]
     if not first.startswith("-"):
         parser.error(f"unexpected argument {first!r}; see {parser.prog} --help")
-    if first in FORMER:
-        parser.error(f"{first} is gone; use {FORMER[first]}")
+    if first in INSTEAD:
+        parser.error(f"octavo has no {first}: {INSTEAD[first]}")
     near = ", ".join(difflib.get_close_matches(first, parser.flags(), n=3))
     parser.error(f"unknown option {first}; " + (f"did you mean {near}?" if near else f"see {parser.prog} --help"))
 

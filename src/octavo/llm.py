@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
+from octavo import vllm_options
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
 from octavo.frontend.chat import ChatRenderer, Message, load_template
@@ -35,23 +36,6 @@ if TYPE_CHECKING:
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 UseTqdm = bool | Callable[..., Any]  # a callable makes the bar, as tqdm's own class does
-
-# Options of vLLM's LLM that octavo does not have, with the values that change nothing; None: every value does.
-NO_EFFECT: dict[str, tuple[Any, ...] | None] = {
-    "allowed_local_media_path": ("",),
-    "convert": ("auto", "none"),
-    "cpu_offload_gb": (0,),
-    "disable_custom_all_reduce": None,
-    "disable_log_stats": None,
-    "enable_chunked_prefill": (None, True),
-    "enable_expert_parallel": (False,),
-    "enable_lora": (False,),
-    "max_seq_len_to_capture": None,
-    "pipeline_parallel_size": (1,),
-    "runner": ("auto", "generate"),
-    "swap_space": None,
-    "task": ("auto", "generate", None),
-}
 
 
 class LLM:
@@ -233,14 +217,7 @@ def engine_config(model: str | os.PathLike[str], options: Mapping[str, Any]) -> 
     """The config for the arguments of `LLM`; raises `ConfigError` for those that octavo does not have."""
     if not isinstance(model, str | os.PathLike):
         raise ConfigError(f"model is of type {type(model).__name__}.", "Give a repo id, a folder or a .gguf file.")
-    known = dict(options)
-    for name in sorted(NO_EFFECT.keys() & known.keys()):
-        value, fine = known.pop(name), NO_EFFECT[name]
-        if fine is not None and value not in fine:
-            raise ConfigError(
-                f"{name} is {value!r}, which octavo does not have.",
-                f"Leave it out, or give {' or '.join(map(repr, fine))}.",
-            )
+    known = vllm_options.without(options)
     if known.get("distributed_executor_backend") in (None, "uni"):
         known.pop("distributed_executor_backend", None)
     elif known["distributed_executor_backend"] == "ray":

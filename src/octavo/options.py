@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from octavo import vllm_options
 from octavo.config import EngineConfig, ServerConfig, check_choice, default_model, option_fields
 from octavo.errors import ConfigError
 from octavo.sampling_params import SamplingParams
@@ -65,8 +66,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def flags(self) -> list[str]:
-        """Every option that this parser knows."""
-        return [flag for action in self._actions for flag in action.option_strings]
+        """Every option that this parser lists."""
+        return [flag for action in self._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
 
 
 class _Format(argparse.HelpFormatter):
@@ -163,13 +164,15 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         if part not in groups:
             groups[part] = parser.add_argument_group((hints[part].__doc__ or part).strip())
         _add(groups[part], field)
-    _add_runner(groups["model"])
+    vllm_options.add_runner(groups["model"])
+    vllm_options.add_ineffective(parser, vllm_options.OPTIONS)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The config that ``args`` describe; raises `ConfigError`. Without MODEL it is `default_model`, if installed."""
     values = _values(args, (field for _, field in option_fields(EngineConfig)))
-    _check_runner(args)
+    vllm_options.check_runner(args)
+    vllm_options.check_ineffective(args, vllm_options.OPTIONS)
     named = args.model_argument
     if named and values.get("model", named) != named:
         raise ConfigError(f"two models are named: {named} and --model {values['model']}.", "Name one.")
@@ -184,46 +187,13 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig.of(**{**values, "model": model})
 
 
-# Tasks that vLLM had before --runner and --convert took their place, and what they became.
-LEGACY_TASKS = {
-    "auto": ("auto", "auto"),
-    "generate": ("generate", "none"),
-    "embed": ("pooling", "embed"),
-    "embedding": ("pooling", "embed"),
-    "classify": ("pooling", "classify"),
-    "score": ("pooling", "classify"),
-    "reward": ("pooling", "embed"),
-}
-
-
-def _add_runner(group: Any) -> None:
-    """vLLM's options that choose between generating and pooling; octavo generates."""
-    group.add_argument("--runner", default="auto", metavar="RUNNER", help="generate or auto, which mean the same")
-    group.add_argument("--convert", default="auto", metavar="KIND", help="none or auto, which mean the same")
-    group.add_argument("--task", metavar="TASK", help="former name of --runner and --convert")
-
-
-def _check_runner(args: argparse.Namespace) -> None:
-    """Refuses whatever is not generating text, under its present name."""
-    runner, convert, given = args.runner, args.convert, f"--runner {args.runner} --convert {args.convert}"
-    if args.task is not None:
-        if args.task not in LEGACY_TASKS:
-            raise ConfigError(f"--task is {args.task!r}.", f"Give one of {', '.join(LEGACY_TASKS)}.")
-        runner, convert = LEGACY_TASKS[args.task]
-        given = f"--task {args.task}, which is --runner {runner} --convert {convert}"
-    if runner not in ("auto", "generate") or convert not in ("auto", "none"):
-        raise ConfigError(
-            f"{given}: octavo generates text and has no pooling models.", "Leave these options out, or say generate."
-        )
-
-
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """A group of options for `ServerConfig`, but for ``--log-level``, which every command has."""
     group = parser.add_argument_group((ServerConfig.__doc__ or "server").strip())
     for field in dataclasses.fields(ServerConfig):
         if field.name != "log_level":
             _add(group, field)
-    group.add_argument("--enable-auto-tool-choice", action="store_true", help="no effect: tools can always be chosen")
+    vllm_options.add_ineffective(parser, vllm_options.SERVER_OPTIONS)
 
 
 def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
@@ -236,6 +206,7 @@ def add_log_level(parser: argparse.ArgumentParser, default: str) -> None:
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
     """The config that ``args`` describe; raises `ConfigError`."""
+    vllm_options.check_ineffective(args, vllm_options.SERVER_OPTIONS)
     return ServerConfig(**_values(args, dataclasses.fields(ServerConfig)))
 
 

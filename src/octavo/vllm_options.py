@@ -1,0 +1,151 @@
+"""Options of vLLM that octavo does not have.
+
+A command line or a call that was written for vLLM goes through as long as it means the same: values that would change
+nothing are accepted, and others are refused by name, with what to do instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from octavo.errors import ConfigError
+
+
+class Foreign(NamedTuple):
+    """``fine`` are the values that change nothing, None: every one; a ``switch`` has the forms --x and --no-x."""
+
+    fine: tuple[Any, ...] | None
+    switch: bool = False
+
+
+OPTIONS: dict[str, Foreign] = {
+    "allowed_local_media_path": Foreign(("",)),
+    "async_scheduling": Foreign(None, switch=True),
+    "convert": Foreign(("auto", "none")),
+    "cpu_offload_gb": Foreign((0,)),
+    "disable_custom_all_reduce": Foreign(None, switch=True),
+    "disable_log_stats": Foreign(None, switch=True),
+    "enable_chunked_prefill": Foreign((None, True), switch=True),
+    "enable_expert_parallel": Foreign((False,), switch=True),
+    "enable_lora": Foreign((False,), switch=True),
+    "max_seq_len_to_capture": Foreign(None),
+    "pipeline_parallel_size": Foreign((1,)),
+    "runner": Foreign(("auto", "generate")),
+    "scheduling_policy": Foreign(("fcfs", "priority")),
+    "swap_space": Foreign(None),
+    "task": Foreign(("auto", "generate", None)),
+}
+SERVER_OPTIONS: dict[str, Foreign] = {
+    "disable_uvicorn_access_log": Foreign(None, switch=True),
+    "enable_auto_tool_choice": Foreign((True,), switch=True),  # tools can always be chosen
+    "enable_log_requests": Foreign((True,), switch=True),
+    "enable_reasoning": Foreign((True,), switch=True),
+    "uvicorn_log_level": Foreign(None),
+}
+
+# What to do instead of options that are not accepted in any form.
+INSTEAD = {
+    "--allowed-origins": "pages from other origins need a proxy that adds the headers of CORS",
+    "--chat-template-kwargs": "send chat_template_kwargs with each request",
+    "--compilation-config": "leave it out; --enforce-eager turns CUDA graphs off",
+    "--config": "give the options themselves",
+    "--default-chat-template-kwargs": "send chat_template_kwargs with each request",
+    "--guided-decoding-backend": "leave it out: grammars are llguidance's",
+    "--limit-mm-per-prompt": "leave it out: only text is read",
+    "--lora-modules": "merge the adapter into the model",
+    "--max-logprobs": "leave it out: the limit is 20",
+    "--num-gpu-blocks-override": "use --kv-cache-memory-bytes",
+    "--rope-scaling": "use --hf-overrides.rope_parameters JSON",
+    "--rope-theta": "use --hf-overrides.rope_theta N",
+    "--root-path": "have the proxy take the prefix off",
+    "--speculative-config": "leave it out: there is no speculative decoding",
+    "--ssl-certfile": "have a proxy end TLS",
+    "--ssl-keyfile": "have a proxy end TLS",
+    "--structured-outputs-config": "leave it out: grammars are llguidance's",
+}
+
+RUNNER = {"runner", "convert", "task"}  # which `check_runner` looks at together
+
+# Tasks that vLLM had before --runner and --convert took their place, and what they became.
+LEGACY_TASKS = {
+    "auto": ("auto", "auto"),
+    "generate": ("generate", "none"),
+    "embed": ("pooling", "embed"),
+    "embedding": ("pooling", "embed"),
+    "classify": ("pooling", "classify"),
+    "score": ("pooling", "classify"),
+    "reward": ("pooling", "embed"),
+}
+
+
+def without(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` but for those of `OPTIONS`; raises `ConfigError` for a value that would change something."""
+    known = dict(options)
+    for name in sorted(OPTIONS.keys() & known.keys()):
+        _check(name, known.pop(name), OPTIONS[name].fine, str)
+    return known
+
+
+def add_runner(group: Any) -> None:
+    """The options that choose between generating and pooling; octavo generates."""
+    group.add_argument("--runner", default="auto", metavar="RUNNER", help="generate or auto, which mean the same")
+    group.add_argument("--convert", default="auto", metavar="KIND", help="none or auto, which mean the same")
+    group.add_argument("--task", metavar="TASK", help="former name of --runner and --convert")
+
+
+def check_runner(args: argparse.Namespace) -> None:
+    """Refuses whatever is not generating text, under its present name."""
+    runner, convert, given = args.runner, args.convert, f"--runner {args.runner} --convert {args.convert}"
+    if args.task is not None:
+        if args.task not in LEGACY_TASKS:
+            raise ConfigError(f"--task is {args.task!r}.", f"Give one of {', '.join(LEGACY_TASKS)}.")
+        runner, convert = LEGACY_TASKS[args.task]
+        given = f"--task {args.task}, which is --runner {runner} --convert {convert}"
+    if runner not in ("auto", "generate") or convert not in ("auto", "none"):
+        raise ConfigError(
+            f"{given}: octavo generates text and has no pooling models.", "Leave these options out, or say generate."
+        )
+
+
+def add_ineffective(parser: argparse.ArgumentParser, options: Mapping[str, Foreign]) -> None:
+    """``options`` as flags that help does not list, but for those that ``parser`` has already."""
+    known = {flag for action in parser._actions for flag in action.option_strings}
+    for name, (_, switch) in options.items():
+        flag = _flag(name)
+        if flag in known:
+            continue
+        settings: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        if switch:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **settings)
+        else:
+            parser.add_argument(flag, type=_value, **settings)
+
+
+def check_ineffective(args: argparse.Namespace, options: Mapping[str, Foreign]) -> None:
+    """Raises `ConfigError` for a flag of `add_ineffective` whose value would change something."""
+    for name, (fine, _) in options.items():
+        if name not in RUNNER and hasattr(args, name):
+            _check(name, getattr(args, name), fine, _flag)
+
+
+def _check(name: str, value: Any, fine: tuple[Any, ...] | None, shown: Any) -> None:
+    if fine is not None and value not in fine:
+        raise ConfigError(
+            f"{shown(name)} is {value!r}, which octavo does not have.",
+            f"Leave it out, or give {' or '.join(repr(one) for one in fine if one is not None)}.",
+        )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _value(text: str) -> Any:
+    """A number where the text is one."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
