@@ -129,6 +129,13 @@ def legacy_map(folder: Path) -> Path:
     return folder
 
 
+def legacy_tokens(folder: Path) -> Path:
+    """And added tokens were in another: their ids, by text."""
+    legacy_map(folder)
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 2, "<new2>": 384}))
+    return folder
+
+
 def listed(id: int, content: str, **flags: bool) -> dict[str, Any]:
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
     return {str(id): {"content": content, **plain, **flags}}
@@ -163,6 +170,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "split special": lambda folder: byte_level(folder, split_special_tokens=True),
     "clean up": lambda folder: byte_level(folder, clean_up_tokenization_spaces=True),
     "legacy map": legacy_map,
+    "legacy tokens": legacy_tokens,
     "truncating": truncating,
     "sentencepiece": sentencepiece,
     "unigram": unigram,
@@ -332,9 +340,9 @@ def test_a_tokenizer_that_found_no_vocabulary_is_refused(tmp_path: Path) -> None
     assert error.value.id == "HF060"
 
 
-@pytest.mark.parametrize("bad", [{"added_tokens_decoder": {"x": {"content": "y"}}}, {"added_tokens_decoder": [1]}])
-def test_broken_settings_are_an_error_not_a_crash(bad: dict[str, Any], tmp_path: Path) -> None:
-    byte_level(tmp_path, **bad)
+@pytest.mark.parametrize("bad", [{"x": {"content": "y"}}, [1], {"384": {}}, {"384": "<new>"}])
+def test_broken_settings_are_an_error_not_a_crash(bad: Any, tmp_path: Path) -> None:
+    byte_level(tmp_path, added_tokens_decoder=bad)
     with pytest.raises(ModelError) as error:
         load_tokenizer(source(tmp_path))
     assert error.value.id == "HF002"

@@ -197,9 +197,11 @@ def _from_json(source: Source, path: Path, config: Mapping[str, Any]) -> HfToken
     settings = _settings(source, config)
     try:
         _add_tokens(backend, settings)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
         raise ModelError(
-            f"tokenizer_config.json of {source.name} is broken: {error}.", "Download it again.", id="HF002"
+            f"tokenizer_config.json of {source.name} is broken: {type(error).__name__}: {error}.",
+            "Download it again.",
+            id="HF002",
         ) from None
     backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
     # Meant for WordPiece; with BPE it would eat spaces that belong to the text, so Transformers ignores it there, too.
@@ -229,11 +231,13 @@ def _from_mistral(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
 
 
 def _settings(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
-    """``tokenizer_config.json``; one without ``added_tokens_decoder`` is of an age when another file held the names."""
-    extra = source.file("special_tokens_map.json")
-    if "added_tokens_decoder" in config or extra is None:
+    """``tokenizer_config.json``; one without ``added_tokens_decoder`` is of an age when other files held names and
+    tokens."""
+    if "added_tokens_decoder" in config:
         return dict(config)
-    return {**config, **read_json(extra)}
+    named, added = source.file("special_tokens_map.json"), source.file("added_tokens.json")
+    settings = {**config, **(read_json(named) if named else {})}
+    return {**settings, added.name: read_json(added)} if added else settings
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -254,11 +258,15 @@ def _text_of(token: Any) -> str | None:
 def _add_tokens(backend: Backend, settings: Mapping[str, Any]) -> None:
     """Adds the tokens that the config has beyond ``tokenizer.json``: listed ones by id, then named and further ones."""
     known = backend.get_added_tokens_decoder()
-    listed = {int(i): _added(token) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
-    wanted = [token for i, token in sorted(listed.items()) if i not in known or repr(known[i]) != repr(token)]
-    have = {token.content for token in known.values()} | {token.content for token in wanted}
     further = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
     more = [*_special_tokens(settings).values(), *(further if isinstance(further, list) else ())]
+    special = {_text_of(token) for token in more}
+    listed = {int(i): _added(token) for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    for text, i in (settings.get("added_tokens.json") or {}).items():
+        if int(i) not in known:
+            listed[int(i)] = _added({"content": text}, special=text in special)
+    wanted = [token for i, token in sorted(listed.items()) if i not in known or repr(known[i]) != repr(token)]
+    have = {token.content for token in known.values()} | {token.content for token in wanted}
     for token in more:
         text = _text_of(token)
         if text is not None and text not in have:
