@@ -48,8 +48,8 @@ class Repo:
 
 
 class Hub:
-    """The server. ``requests`` lists what it was asked for, ``ranges`` which bytes of which path its answers to GET were
-    of, ``sent`` counts the bytes that went out (also to a client that was killed meanwhile).
+    """The server. ``requests`` lists what it was asked for, ``ranges`` which bytes of which path its answers to GET
+    were of, ``sent`` counts the bytes that went out (also to a client that was killed meanwhile).
 
     ``fail_with`` makes it answer everything with that status, ``failures`` so many times at most. With ``cdn`` weights
     are served by another host, as the real one does it; ``leaked`` counts tokens that were sent there. The next
@@ -64,6 +64,7 @@ class Hub:
         self.requests: list[str] = []
         self.ranges: list[tuple[str, range]] = []
         self.sent = 0
+        self.counting = threading.Lock()
         self.fail_with: int | None = None
         self.failures = 1 << 30
         self.cdn = False
@@ -281,5 +282,7 @@ class _Handler(BaseHTTPRequestHandler):
             for start in range(0, len(body), step or 1):
                 if rate:
                     time.sleep(step / rate)
-                self.wfile.write(body[start : start + step])
-                self.hub.sent += len(body[start : start + step])
+                piece = body[start : start + step]
+                with self.hub.counting:  # before it goes out: who has the whole answer finds all of it counted
+                    self.hub.sent += len(piece)
+                self.wfile.write(piece)

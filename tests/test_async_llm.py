@@ -16,6 +16,7 @@ from octavo.frontend.loading import TextModel
 from octavo.sampling_params import SamplingParams
 from octavo.types import Request, TokenOutput
 from tests.frontend.fakes import FakeClient, byte_level, info
+from tests.waiting import PATIENCE
 
 TOKENIZER = byte_level(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
 EOS = TOKENIZER.eos_id
@@ -39,7 +40,7 @@ def make(script: Callable[[Request], list[TokenOutput]], **facts: Any) -> tuple[
 
 def run(work: Awaitable[Any]) -> Any:
     async def main() -> Any:
-        return await asyncio.wait_for(work, 10)
+        return await asyncio.wait_for(work, PATIENCE)
 
     return asyncio.run(main())
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import openai
 import pytest
 
 from tests.e2e.serving import STUB, Server, running
+from tests.waiting import PATIENCE, until
 from tools import tiny
 
 OPTIONS = ("--dtype", "float32", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "16M", "--device", "cpu")
@@ -49,7 +49,7 @@ def test_every_api_gives_the_same_greedy_text(server: Server, client: openai.Ope
     assert response.output_text == text
     *_, last = client.responses.create(**ASK, stream=True)
     assert last.response.output_text == text
-    rendered = httpx.post(f"{server.url}/render", json={"body": {"messages": TURN}}).json()["prompts"][0]
+    rendered = server.post("/render", {"body": {"messages": TURN}}).json()["prompts"][0]
     assert len(rendered["token_ids"]) == response.usage.input_tokens
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as claude:
         turn: Any = {"model": "tiny-llama", "messages": TURN}
@@ -104,17 +104,15 @@ def requests(count: int) -> bytes:
 def run_batch(*options: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     command = [sys.executable, "-m", "octavo", "run-batch", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, env=env, check=False)
 
 
 def test_a_batch_runs_while_others_are_served(client: openai.OpenAI) -> None:
     file = client.files.create(file=("in.jsonl", requests(60)), purpose="batch")
     batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
     assert client.responses.create(**ASK).status in ("completed", "incomplete")
-    deadline = time.monotonic() + 60
-    while batch.status not in ("completed", "failed") and time.monotonic() < deadline:
-        time.sleep(0.1)
-        batch = client.batches.retrieve(batch.id)
+    until(lambda: client.batches.retrieve(batch.id).status in ("completed", "failed"), 2 * PATIENCE)
+    batch = client.batches.retrieve(batch.id)
     assert batch.status == "completed", batch
     assert batch.output_file_id is not None
     assert client.files.content(batch.output_file_id).text.count('"status_code":200') == 60
@@ -127,12 +125,12 @@ def test_files_lie_in_a_private_folder_until_the_server_ends(
     with running(["-c", STUB, str(model), "0"], tmp_path / "log") as stub:
         assert not list(tmp_path.glob("octavo-files-*"))
         form = {"files": {"file": ("in.jsonl", requests(1))}, "data": {"purpose": "batch"}}
-        assert httpx.post(f"{stub.url}/v1/files", **form).status_code == 200  # type: ignore[arg-type]
+        assert httpx.post(f"{stub.url}/v1/files", timeout=PATIENCE, **form).status_code == 200  # type: ignore[arg-type]
         (folder,) = tmp_path.glob("octavo-files-*")
         assert folder.stat().st_mode & 0o777 == 0o700
         assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o600}
         stub.process.terminate()
-        assert stub.wait(20) == 0
+        assert stub.wait() == 0
         assert not list(tmp_path.glob("octavo-files-*"))
 
 

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import psutil
 import pytest
 
 from octavo import LLM, AsyncLLM, EngineConfig, SamplingParams
 from octavo.errors import EngineDead, ModelError
 from octavo.frontend.loading import load_text_model
+from tests.waiting import PATIENCE, children
 from tools import tiny
 
 LIMITS = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "kv_cache_memory_bytes": 4 << 20, "device": "cpu"}
@@ -114,25 +114,27 @@ def test_async_llm_starts_a_process_and_ends_it(model: Path) -> None:
         with pytest.raises(EngineDead):
             await client.health()
 
-    asyncio.run(asyncio.wait_for(work(), 60))
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
 
 
 def test_a_start_that_is_cancelled_leaves_no_process(model: Path) -> None:
     async def work() -> None:
+        before = set(children())
         task = asyncio.create_task(AsyncLLM.start(EngineConfig.of(model=str(model), **LIMITS)))
         await asyncio.sleep(0.1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert psutil.Process().children() == []
+        assert set(children()) <= before
 
-    asyncio.run(asyncio.wait_for(work(), 60))
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
 
 
 def test_async_llm_that_cannot_start_says_why_and_leaves_no_process(tmp_path: Path) -> None:
     async def work() -> None:
+        before = set(children())
         with pytest.raises(ModelError):
             await AsyncLLM.start(EngineConfig.of(model=str(tmp_path)))
-        assert psutil.Process().children() == []
+        assert set(children()) <= before
 
-    asyncio.run(asyncio.wait_for(work(), 60))
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))

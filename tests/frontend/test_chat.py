@@ -338,10 +338,10 @@ def test_a_broken_template_is_an_error_of_the_model() -> None:
     ],
 )
 def test_a_template_that_runs_away_is_stopped(template: str) -> None:
-    began = time.monotonic()
+    began = time.thread_time()
     with pytest.raises(RequestError):
         renderer(template).render(CHATS["one"])
-    assert time.monotonic() - began < 6
+    assert time.thread_time() - began < 20  # it takes less than one; each of them alone would take minutes at least
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from octavo import LLM
@@ -17,6 +16,7 @@ from octavo.frontend.offline import SeveralCores
 from octavo.sampling_params import SamplingParams
 from octavo.types import Request, Sampling
 from tests.core.stub_engine import collect, expected
+from tests.waiting import children
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 CONFIG = EngineConfig.of(model="stub", max_num_seqs=4, max_num_batched_tokens=64, data_parallel_size=2, device="cpu")
@@ -26,10 +26,11 @@ KEY = b"k" * 32
 @pytest.fixture
 def cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[SeveralCores]:
     monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    before = set(children())
     made = SeveralCores(CONFIG, KEY, "stub")
     yield made
     made.close()
-    assert psutil.Process().children() == []
+    assert set(children()) <= before
 
 
 def request(id: str, tokens: list[int], max_tokens: int = 8) -> Request:
@@ -82,6 +83,7 @@ def test_llm_takes_them_as_one_engine(cores: SeveralCores) -> None:
 
 def test_a_start_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+    before = set(children())
     with pytest.raises(ModelError):
         SeveralCores(EngineConfig.of(model=str(tmp_path), data_parallel_size=2, device="cpu"), KEY, "real")
-    assert psutil.Process().children() == []
+    assert set(children()) <= before

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.hub_server import Hub
+from tests.waiting import PATIENCE
 
 Client = Callable[..., Any]
 
@@ -68,7 +69,7 @@ class Clients:
 
     def close(self) -> None:
         for process in self._running.values():
-            process.communicate(timeout=20)  # the end of its input ends it
+            process.communicate(timeout=PATIENCE)  # the end of its input ends it
 
 
 @pytest.fixture(scope="module")

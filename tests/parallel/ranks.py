@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 MOST = 4
-SECONDS = 60.0
+SECONDS = 240.0
 PRELOADED = [
     "octavo._cpu",
     "octavo.models.hf.backend",

@@ -8,12 +8,11 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from octavo import LLM, SamplingParams
@@ -23,9 +22,11 @@ from octavo.core.engine import EngineCore
 from octavo.errors import ConfigError, EngineDead, OctavoError, OutOfMemory
 from octavo.runtime.worker import worker_for
 from tests.core.stub_engine import collect, make_request, run
+from tests.waiting import PATIENCE, children, ended, until
 from tools import tiny
 
 PROMPTS = [{"prompt_token_ids": [5 + i, 7, 9, 20, 30, 40 + i] * (3 + i)} for i in range(5)]
+HUNG_SECONDS = 5  # more than what a machine that is busy lets a rank wait for another that does its part
 OPTIONS: dict[str, Any] = {"device": "cpu", "kv_cache_memory_bytes": 1 << 20, "max_num_seqs": 4}
 WISHES = {
     "greedy": SamplingParams(max_tokens=10, temperature=0, ignore_eos=True),
@@ -57,23 +58,9 @@ def config_of(folder: Path, **options: Any) -> EngineConfig:
     return EngineConfig.of(**{"model": str(folder), "tensor_parallel_size": 2, **OPTIONS, **options})
 
 
-def followers(parent: int | None = None) -> list[int]:
+def followers(parent: psutil.Process | None = None) -> list[psutil.Process]:
     """Processes of ranks that ``parent``, by default this process, has started and that live."""
-    found = []
-    for path in Path(f"/proc/{parent or os.getpid()}/task").glob("*/children"):
-        for pid in path.read_text().split():
-            if b"octavo.runtime.follower" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
-    return found
-
-
-def within(seconds: float, reached: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not reached():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+    return children(parent, "octavo.runtime.follower")
 
 
 @pytest.mark.parametrize("wish", WISHES)
@@ -109,7 +96,7 @@ def test_one_rank_starts_no_process_and_imports_nothing_for_several_or_for_trans
         "print([m for m in sys.modules if m.startswith('octavo.runtime.exec') or m == 'torch.distributed.tensor'"
         " or m == 'octavo.runtime.parallel' or m.startswith('octavo.models.hf')])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE)
     assert done.stdout.strip() == "[]"
 
 
@@ -129,17 +116,17 @@ def test_a_model_that_cannot_be_divided_is_refused_and_leaves_no_process(folder:
     assert followers() == before
 
 
-def start(folder: Path, **options: Any) -> tuple[EngineCore, int, list[OctavoError]]:
+def start(folder: Path, **options: Any) -> tuple[EngineCore, psutil.Process, list[OctavoError]]:
     """An engine, the process of rank 1, and what the engine is told when it dies."""
     deaths: list[OctavoError] = []
     before = set(followers())
     config = config_of(folder, **options)
     core = EngineCore(config, worker_for(config, on_death=deaths.append))
-    (pid,) = set(followers()) - before
-    return core, pid, deaths
+    (rank,) = set(followers()) - before
+    return core, rank, deaths
 
 
-def ended(core: EngineCore) -> OctavoError:
+def end_of_a_request(core: EngineCore) -> OctavoError:
     """How a request ends."""
     core.add(make_request(core, "a", [5, 6, 7] * 20, max_tokens=200))
     with pytest.raises(OctavoError) as error:
@@ -149,41 +136,48 @@ def ended(core: EngineCore) -> OctavoError:
 
 
 def test_a_killed_rank_is_told_at_once_and_ends_the_next_step(folder: Path) -> None:
-    core, pid, deaths = start(folder)
-    os.kill(pid, signal.SIGKILL)
-    assert within(5, lambda: bool(deaths))
-    error = ended(core)
+    core, rank, deaths = start(folder)
+    rank.kill()
+    until(lambda: bool(deaths))
+    error = end_of_a_request(core)
     assert error is deaths[0]
     assert isinstance(error, EngineDead)
     assert "rank 1 was killed by signal 9" in error.cause
 
 
-def test_a_rank_that_is_killed_in_a_step_ends_the_step(folder: Path) -> None:
-    core, pid, deaths = start(folder)
-    threading.Timer(0.1, os.kill, (pid, signal.SIGKILL)).start()
-    error = ended(core)
+def test_a_rank_that_is_killed_in_a_step_ends_the_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    core, rank, deaths = start(folder)
+    step, steps = core._worker.step, []
+
+    def killed_in_the_fourth(plan: Any) -> None:
+        steps.append(plan)
+        if len(steps) == 4:
+            rank.kill()
+        step(plan)
+
+    monkeypatch.setattr(core._worker, "step", killed_in_the_fourth)
+    error = end_of_a_request(core)
+    assert len(steps) >= 4
     assert "rank 1 was killed by signal 9" in error.cause
-    assert within(5, lambda: deaths == [error])
+    until(lambda: deaths == [error])
 
 
 def test_a_rank_that_hangs_is_named_when_the_time_is_over(folder: Path) -> None:
-    core, pid, deaths = start(folder, distributed_timeout_seconds=1)
-    os.kill(pid, signal.SIGSTOP)
-    began = time.monotonic()
-    error = ended(core)
+    core, rank, deaths = start(folder, distributed_timeout_seconds=HUNG_SECONDS)
+    rank.suspend()
+    error = end_of_a_request(core)
     assert "rank 1 did not take part in a step" in error.cause
-    assert time.monotonic() - began < 10
-    assert within(5, lambda: deaths == [error])
-    assert pid not in followers()
+    until(lambda: deaths == [error])
+    assert rank not in followers()
 
 
 def test_a_rank_without_memory_is_named(tmp_path: Path) -> None:
     sizes = {"num_hidden_layers": 1, "intermediate_size": 8192, "max_position_embeddings": 2048}
     wide = tiny.make(tmp_path, "llama", **sizes)  # a step of 1800 tokens asks the system for 59 MB at once
-    core, pid, _ = start(wide)
-    used = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    core, rank, _ = start(wide)
+    used = int(Path(f"/proc/{rank.pid}/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + (40 << 20)  # for threads' own stacks and data, without which the C library ends the process
-    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
+    resource.prlimit(rank.pid, resource.RLIMIT_AS, (limit, limit))
     core.add(make_request(core, "a", [5, 6, 7] * 600, max_tokens=2))
     with pytest.raises(OctavoError) as error:
         run(core)
@@ -195,16 +189,16 @@ def test_a_rank_without_memory_is_named(tmp_path: Path) -> None:
 def test_ranks_end_with_a_parent_that_is_killed(folder: Path) -> None:
     code = (
         f"from octavo import LLM\nllm = LLM({str(folder)!r}, tensor_parallel_size=2, device='cpu',"
-        " kv_cache_memory_bytes=1 << 20)\nprint('ready', flush=True)\nimport time; time.sleep(60)"
+        " kv_cache_memory_bytes=1 << 20)\nprint('ready', flush=True)\nimport time; time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert parent.stdout is not None
     with parent.stdout:
         assert parent.stdout.readline() == b"ready\n"
-    (pid,) = followers(parent.pid)
+    (rank,) = followers(psutil.Process(parent.pid))
     parent.kill()
     parent.wait()
-    assert within(5, lambda: not Path(f"/proc/{pid}").exists())
+    assert ended(rank)
 
 
 @pytest.mark.parametrize(
@@ -218,26 +212,22 @@ def test_a_service_answers_every_request_and_leaves_no_process(how: signal.Signa
 
 async def _fell_a_rank_of_a_service(folder: Path, how: signal.Signals, cause: str) -> None:
     deaths: list[OctavoError] = []
-    config = config_of(folder, max_model_len=200, distributed_timeout_seconds=2)
+    config = config_of(folder, max_model_len=200, distributed_timeout_seconds=HUNG_SECONDS)
     llm = await AsyncLLM.start(config, log_level="error", on_death=deaths.append)
     try:
-        (core,) = (pid for pid in _children(os.getpid()) if followers(pid))
+        (core,) = (child for child in children() if followers(child))
         (rank,) = followers(core)
         params = SamplingParams(max_tokens=150, temperature=0, ignore_eos=True)
         runs = [llm.run(await llm.prepare(prompt, params)) for prompt in PROMPTS]
         async for _ in runs[0]:
             break
-        os.kill(rank, how)
+        rank.send_signal(how)
         for generation in runs[1:]:
             with pytest.raises(EngineDead, match=cause):
                 async for _ in generation:
                     pass
-        assert within(5, lambda: not Path(f"/proc/{rank}").exists())
-        assert within(5, lambda: core not in _children(os.getpid()) or not followers(core))
+        assert ended(rank)
+        until(lambda: not followers(core))
     finally:
         await llm.close()
     assert len(deaths) == 1
-
-
-def _children(parent: int) -> list[int]:
-    return [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]

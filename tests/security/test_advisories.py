@@ -35,6 +35,7 @@ from octavo.structured import GrammarSpec
 from tests.e2e.serving import STUB, running
 from tests.frontend.fakes import info
 from tests.server.fake import Server
+from tests.waiting import PATIENCE, until
 from tools import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,7 +115,7 @@ TESTS: dict[int, tuple[str, ...]] = {
 }
 
 
-def run(work: Callable[[], Coroutine[Any, Any, None]], seconds: float = 20) -> None:
+def run(work: Callable[[], Coroutine[Any, Any, None]], seconds: float = 2 * PATIENCE) -> None:
     asyncio.run(asyncio.wait_for(work(), seconds))
 
 
@@ -247,13 +248,16 @@ def test_8_what_a_model_writes_is_never_run(tool: str, text: str, tmp_path: Path
     "unit", ["<", "[", "<tool_call>", '{"name": "go", "arguments": {', "[TOOL_CALLS]go", " \n", "\\"]
 )
 def test_9_reading_what_a_model_writes_takes_time_in_proportion(tool: str, unit: str) -> None:
-    parser = Formats(tool=tool, reasoning="think").parser("", {"go": {}}, forced_calls=False)
-    assert parser is not None
-    began = time.process_time()
-    for _ in range(20):
-        parser.feed(unit * 500)
-    parser.finish()
-    assert time.process_time() - began < 1.0
+    times = []
+    for count in (20, 80):
+        parser = Formats(tool=tool, reasoning="think").parser("", {"go": {}}, forced_calls=False)
+        assert parser is not None
+        began = time.thread_time()
+        for _ in range(count):
+            parser.feed(unit * 500)
+        parser.finish()
+        times.append(time.thread_time() - began)
+    assert times[1] < 8 * times[0] + 1.0  # four times as much, where a square would be sixteen times
 
 
 @pytest.mark.parametrize("refused", [False, True])
@@ -270,11 +274,11 @@ def test_9_a_hostile_field_name_costs_no_time() -> None:
     async def work() -> None:
         server = Server()
         for name in ("`" * 2_000_000, " - at `$" * 300_000, "a" * 5_000_000):
-            began = time.monotonic()
+            began = time.process_time()
             refused = await server.post("/v1/completions", TEXT | {name: 1})
             assert refused.status_code == 400
             assert len(refused.content) < 2000
-            assert time.monotonic() - began < 2
+            assert time.process_time() - began < 10  # a tenth where nothing else runs; a hostile pattern takes hours
 
     run(work)
 
@@ -297,12 +301,10 @@ def test_11_a_template_that_runs_away_is_stopped_at_every_endpoint_while_others_
     async def work() -> None:
         server = Server(template=BOMB, max_model_len=4096)
         assert (await server.post(path, RENDERING[path])).status_code == 200
-        began = time.monotonic()
         bomb = asyncio.create_task(server.post(path, _boom(RENDERING[path])))
         await asyncio.sleep(0.01)
         assert (await server.post("/v1/completions", TEXT)).status_code == 200
-        assert (await bomb).status_code == 400
-        assert time.monotonic() - began < 8
+        assert (await bomb).status_code == 400  # in time, where the template itself would take an hour
 
     run(work)
 
@@ -424,7 +426,7 @@ def test_14_every_number_is_bounded_and_the_next_request_works(path: str) -> Non
             assert response.status_code == 400, (field, response.text[:200])
         assert (await server.post(path, GENERATING[path])).status_code == 200
 
-    run(work, 60)
+    run(work)
 
 
 @pytest.mark.parametrize("path", [*GENERATING, "/tokenize", "/detokenize", "/render", "/v1/messages/count_tokens"])
@@ -443,7 +445,6 @@ def test_14_deep_nesting_is_refused(path: str, unit: str) -> None:
 
 def test_14_health_is_a_heartbeat_of_the_engines_loop(core: CoreProcess, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that is stopped has an open socket, and does not answer."""
-    monkeypatch.setattr(core_client, "HEARTBEAT_SECONDS", 0.3)
     process = psutil.Process(core.process.pid)
 
     async def work() -> None:
@@ -451,7 +452,8 @@ def test_14_health_is_a_heartbeat_of_the_engines_loop(core: CoreProcess, monkeyp
         await client.health()
         process.suspend()
         try:
-            with pytest.raises(EngineDead):
+            with monkeypatch.context() as patch, pytest.raises(EngineDead):
+                patch.setattr(core_client, "HEARTBEAT_SECONDS", 0.3)
                 await client.health()
         finally:
             process.resume()
@@ -479,7 +481,9 @@ def test_15_what_one_key_has_cached_another_does_not_find(guarded: Any) -> None:
     def cached(key: str) -> int:
         body = {"prompt": list(range(1, 100)), "max_tokens": 1}
         headers = {"authorization": f"Bearer {key}"}
-        usage = httpx.post(f"{guarded.url}/v1/completions", json=body, headers=headers).json()["usage"]
+        usage = httpx.post(f"{guarded.url}/v1/completions", json=body, headers=headers, timeout=PATIENCE).json()[
+            "usage"
+        ]
         return int(usage["prompt_tokens_details"]["cached_tokens"])
 
     assert cached("a") == 0
@@ -499,14 +503,10 @@ def test_14_a_client_that_stops_reading_holds_up_nobody(guarded: Any) -> None:
         slow.connect(("127.0.0.1", port))
         slow.sendall(head % len(long) + long)
         for _ in range(5):
-            began = time.monotonic()
-            answer = httpx.post(f"{guarded.url}/v1/completions", json=short, headers=headers, timeout=10)
-            assert answer.status_code == 200
-            assert time.monotonic() - began < 5
-    deadline = time.monotonic() + 10
-    with httpx.Client(headers=headers) as client:
-        while client.get(f"{guarded.url}/load").json()["kv_cache_usage"]:
-            assert time.monotonic() < deadline
+            answer = httpx.post(f"{guarded.url}/v1/completions", json=short, headers=headers, timeout=30)
+            assert answer.status_code == 200  # long before the slow one is cut off, which is after a minute
+    with httpx.Client(headers=headers, timeout=PATIENCE) as client:
+        until(lambda: client.get(f"{guarded.url}/load").json()["kv_cache_usage"] == 0)
 
 
 # --- all of it without asserts ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from octavo.server.keys import Keys
 from octavo.server.service import Service
 from octavo.types import Request, TokenLogprobs, TokenOutput
 from tests.frontend.fakes import FakeClient, byte_level, info, prompt_of
+from tests.waiting import PATIENCE
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[bot]{% endif %}"
@@ -27,8 +28,14 @@ TEXT = {"model": "m", "prompt": "hello", "max_tokens": 5}
 
 
 def run(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Runs ``work`` in an event loop of its own, for 20 seconds at most."""
-    asyncio.run(asyncio.wait_for(work(), 20))
+    """Runs ``work`` in an event loop of its own, and not without end."""
+    asyncio.run(asyncio.wait_for(work(), PATIENCE))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Lets the others in the event loop go on until ``condition`` holds, which the time limit of `run` bounds."""
+    while not condition():  # noqa: ASYNC110 (what is waited for knows of no event)
+        await asyncio.sleep(0.001)
 
 
 def events(text: str) -> list[dict[str, Any]]:

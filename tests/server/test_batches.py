@@ -21,7 +21,8 @@ from octavo.server.files.multipart import parse
 from octavo.server.files.store import FileStore
 from octavo.types import Request, TokenOutput
 from tests.server.clients import Said
-from tests.server.fake import run
+from tests.server.fake import run, until
+from tests.waiting import PATIENCE
 
 FIELD = b"\r\n--x\r\ncontent-disposition: form-data; name=a\r\n\r\n1"
 CHAT = "/v1/chat/completions"
@@ -155,8 +156,8 @@ def test_a_batch_ends_when_the_server_does(tmp_path: Path) -> None:
         setup = Batches(tmp_path)
         setup.said.server.fake._script = lambda request: []
         batch = await setup.start(line("a"))
-        await asyncio.sleep(0.05)
-        assert await setup.service.drained(5)
+        await until(lambda: setup.said.server.fake.requests != [])
+        assert await setup.service.drained(PATIENCE)
         await asyncio.gather(*setup.service.batches.values())
         found = BatchStore(tmp_path / "files").get(b"", batch.id)
         assert (found.status, found.request_counts.failed) == ("failed", 0)
@@ -169,7 +170,7 @@ def test_a_batch_whose_server_was_killed_is_told_as_failed(tmp_path: Path) -> No
         setup = Batches(tmp_path)
         setup.said.server.fake._script = lambda request: []
         batch = await setup.start(line("a"))
-        await asyncio.sleep(0.05)
+        await until(lambda: setup.said.server.fake.requests != [])
         (task,) = setup.service.batches.values()
         task.cancel()
         await asyncio.wait((task,))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from octavo.types import Request, TokenOutput
-from tests.server.fake import TEXT, Server, events, run, speak
+from tests.server.fake import TEXT, Server, events, run, speak, until
+from tests.waiting import PATIENCE
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -75,7 +76,7 @@ def test_a_server_that_is_shutting_down_refuses_and_lets_running_requests_end() 
     async def work() -> None:
         server = Server(speak([70] * 50, ends=False))
         running = asyncio.create_task(server.post("/v1/completions", TEXT | {"max_tokens": 60}))
-        await asyncio.sleep(0.05)
+        await until(lambda: server.fake.requests != [])
         assert await server.service.drained(0.01) is False
         late = await server.post("/v1/completions", TEXT)
         assert (late.status_code, late.headers["retry-after"]) == (503, "1")
@@ -83,7 +84,7 @@ def test_a_server_that_is_shutting_down_refuses_and_lets_running_requests_end() 
         await server.fake.abort([r.id for r in server.fake.requests])
         answer = (await running).json()
         assert answer["choices"][0]["finish_reason"] == "abort"
-        assert await server.service.drained(1) is True
+        assert await server.service.drained(PATIENCE) is True
 
     run(work)
 
@@ -107,12 +108,11 @@ def test_a_client_that_leaves_aborts_all_its_requests(stream: bool) -> None:
 
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
         task = asyncio.create_task(server.app(scope, receive, send))  # type: ignore[arg-type]
-        await asyncio.sleep(0.1)
-        assert len(server.fake.requests) == 4
+        await until(lambda: len(server.fake.requests) == 4)
         assert not server.fake.aborted
         left.set()
         await task
         assert sorted(server.fake.aborted) == sorted(r.id for r in server.fake.requests)
-        assert await server.service.drained(0.1)
+        assert await server.service.drained(PATIENCE)
 
     run(work)

@@ -17,7 +17,7 @@ from octavo.server.openapi import document, page
 from octavo.server.route import Route
 from octavo.types import Stats
 from tests.frontend.fakes import prompt_of
-from tests.server.fake import Server, run
+from tests.server.fake import Server, run, until
 
 LINE = b'{"custom_id": "a", "url": "/v1/completions", "body": {}}'
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
@@ -200,7 +200,7 @@ def test_load_counts_what_is_being_answered() -> None:
     async def work() -> None:
         server = Server(lambda request: [])  # hangs until it is aborted
         running = asyncio.create_task(server.post("/v1/completions", BODIES["/v1/completions"]))
-        await asyncio.sleep(0.05)
+        await until(lambda: server.fake.requests != [])
 
         async def health() -> Stats:
             return Stats(running=1, waiting=2, pages_used=5, pages_total=20)
