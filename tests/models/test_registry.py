@@ -85,7 +85,9 @@ def test_quantised_weights_are_refused_by_method() -> None:
     [
         ({"num_experts_per_tok": 9}, "num_experts_per_tok is 9, of 4 experts"),
         ({"num_local_experts": "many"}, "num_local_experts is 'many'"),
+        ({"num_local_experts": 10**30}, "num_local_experts is 10+, not a number from 1 to 1048576"),
         ({"intermediate_size": -1}, "intermediate_size is -1"),
+        ({"mlp_only_layers": 1}, "mlp_only_layers is 1, not a list"),
     ],
 )
 def test_numbers_of_experts_that_cannot_be_are_named(change: dict[str, Any], says: str) -> None:

@@ -19,6 +19,8 @@ from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import Rotary
 from octavo.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
+MAX_COUNT = 1 << 20  # of experts, and of values between an expert's products
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -52,8 +54,8 @@ def mixture_of(config: ModelConfig) -> Mixture:
 
 def _count(config: ModelConfig, key: str, default: int) -> int:
     value = config.hf.get(key) or default
-    if type(value) is not int or value < 1:
-        raise ModelError(f"{key} is {value!r}, not a number of 1 or more.", "Correct config.json.", id="HF002")
+    if type(value) is not int or not 1 <= value <= MAX_COUNT:
+        raise ModelError(f"{key} is {value!r}, not a number from 1 to {MAX_COUNT}.", "Correct config.json.", id="HF002")
     return value
 
 
@@ -64,7 +66,10 @@ def inner_size(config: ModelConfig) -> int:
 
 def is_sparse(config: ModelConfig, layer: int) -> bool:
     """Whether this layer has experts: `decoder_sparse_step` and `mlp_only_layers` are Qwen's."""
-    if layer in (config.hf.get("mlp_only_layers") or ()):
+    plain = config.hf.get("mlp_only_layers") or []
+    if not isinstance(plain, list):
+        raise ModelError(f"mlp_only_layers is {plain!r}, not a list.", "Correct config.json.", id="HF002")
+    if layer in plain:
         return False
     return (layer + 1) % _count(config, "decoder_sparse_step", 1) == 0
 
