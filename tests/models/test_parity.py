@@ -181,6 +181,8 @@ _OTHERS = {  # settings of other families, and other families' names of settings
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "no_rope_layers": [1, 0, 1],
     "no_rope_layer_interval": 2,
+    "mlp_only_layers": [1],
+    "decoder_sparse_step": 2,
     "use_sliding_window": False,
     "sliding_window": 5,
     "activation_function": "gelu_new",
@@ -195,7 +197,7 @@ _OTHERS = {  # settings of other families, and other families' names of settings
         ("mistral", ("layer_types",)),
         ("mixtral", ()),
         ("qwen2", ("layer_types", "use_sliding_window")),
-        ("qwen3_moe", ("use_sliding_window",)),
+        ("qwen3_moe", ("use_sliding_window", "mlp_only_layers", "decoder_sparse_step")),
     ],
 )
 def test_settings_that_a_family_does_not_read_change_nothing(

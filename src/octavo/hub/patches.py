@@ -108,7 +108,9 @@ _OF_ALL: Final[Mapping[str, Any]] = {"hidden_act": "silu", "rms_norm_eps": 1e-6}
 # Keys that some families read, and of the types above these alone: the classes of the others run without.
 _READERS: Final[Mapping[str, frozenset[str]]] = {
     "attn_logit_softcapping": frozenset(),
+    "decoder_sparse_step": frozenset(("qwen3_moe",)),
     "layer_types": frozenset(("mistral", "qwen2", "qwen3", "smollm3")),
+    "mlp_only_layers": frozenset(("qwen3_moe",)),
     "no_rope_layer_interval": frozenset(("smollm3",)),
     "no_rope_layers": frozenset(("smollm3",)),
     "use_sliding_window": frozenset(("qwen2", "qwen3", "qwen3_moe", "smollm3")),
