@@ -16,7 +16,7 @@ from octavo.core import compiler, grammar, trial
 from octavo.core.engine import EngineCore
 from octavo.core.grammar import Constraint
 from octavo.core.vocabulary import Vocabulary
-from octavo.errors import ModelError
+from octavo.errors import ModelError, OctavoError
 from octavo.runtime.stub import VOCAB, StubWorker
 from octavo.structured import GrammarSpec, Guide, StructuredOutputsParams
 from octavo.types import Request, TokenOutput
@@ -200,6 +200,20 @@ def test_a_tokenizer_that_cannot_be_loaded_refuses_grammars_and_nothing_else() -
     core = EngineCore(config, StubWorker(64, 256), overlap=False, vocabulary=fail)
     assert "no tokenizer" in refusal_of(core, spec(choice=["ok"])).error
     ask(core, {"plain": None})
+    core.close()
+
+
+def test_what_kept_a_grammar_from_being_compiled_once_does_not_refuse_it_for_good(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(self: trial.Trial, spec: GrammarSpec) -> str:
+        raise OctavoError("The process for it did not start.")
+
+    core = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(trial.Trial, "refusal", fail)
+        assert "did not start" in refusal_of(core, spec(choice=["ok"])).error
+    assert ask(core, {"again": spec(choice=["ok"])}) == {"again": "ok"}
     core.close()
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from octavo.core import trial
 from octavo.core.trial import Trial
+from octavo.errors import OctavoError
 from octavo.structured import GrammarSpec
 from tests.waiting import PATIENCE, until
 
@@ -78,4 +79,5 @@ def test_after_kill_every_grammar_is_refused(made: Trial) -> None:
     made.kill()
     assert made.refusal(GOOD) != ""
     assert made._process is None
-    assert made.refusal(GOOD) != ""
+    with pytest.raises(OctavoError, match="did not start"):
+        made.refusal(GOOD)

@@ -37,12 +37,12 @@ class Compiler:
         self.texts = TokenTexts((), lambda text: None)
 
     def compile(self, spec: GrammarSpec) -> Grammar | str:
-        """The grammar, or why there is none."""
+        """The grammar, or why it cannot be one; raises `OctavoError` for what is no fault of its."""
         try:
             trial = self._trial or self._set_up(self._load())
             return trial.refusal(spec) or self._compile(spec)
-        except OctavoError as error:
-            return str(error)
+        except OctavoError:
+            raise
         except BaseException as error:  # a panic of llguidance is no Exception; this thread must go on
             get_logger().exception("a grammar could not be compiled")
             return f"The grammar could not be compiled: {type(error).__name__}."

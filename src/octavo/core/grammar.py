@@ -23,6 +23,7 @@ from octavo.core.compiler import Compiler
 from octavo.core.constraint import GRACE_SECONDS, Constraint, Grammar
 from octavo.core.matcher import STACK_BYTES
 from octavo.core.vocabulary import Vocabulary
+from octavo.errors import OctavoError
 from octavo.log import get_logger
 from octavo.structured import GrammarSpec, Guide
 
@@ -90,7 +91,8 @@ class Grammars:
         self._cache = _Cache(CACHE_BYTES)
         self._opening: dict[str, _Opening] = {}
         self._building: set[GrammarSpec] = set()
-        self._built: queue.SimpleQueue[tuple[GrammarSpec, Grammar | str]] = queue.SimpleQueue()
+        # What became of a grammar, and whether that is to be remembered.
+        self._built: queue.SimpleQueue[tuple[GrammarSpec, Grammar | str, bool]] = queue.SimpleQueue()
         self._news = threading.Condition()
         self._compile_lane = _Lane("octavo-grammar", 1, STACK_BYTES)
         self._fast_lane = _Lane("octavo-mask", _FILL_THREADS)
@@ -119,9 +121,10 @@ class Grammars:
     def opened(self) -> list[tuple[str, str]]:
         """(id, "" or why its guide is refused) of requests whose grammars were compiled since the last call."""
         while not self._built.empty():
-            spec, result = self._built.get()
+            spec, result, lasting = self._built.get()
             self._building.remove(spec)
-            self._cache.put(spec, result)
+            if lasting:
+                self._cache.put(spec, result)
             for opening in self._opening.values():
                 if spec in opening.wanted:
                     opening.found[spec] = result
@@ -200,7 +203,10 @@ class Grammars:
         return ""
 
     def _build(self, spec: GrammarSpec) -> None:
-        self._built.put((spec, self._compiler.compile(spec)))
+        try:
+            self._built.put((spec, self._compiler.compile(spec), True))
+        except OctavoError as error:
+            self._built.put((spec, str(error), False))
         self._tell()
 
     def _fill(self, batch: Sequence[Constraint], token: int | None = None) -> None:

@@ -22,6 +22,7 @@ from typing import IO
 
 import msgspec
 
+from octavo.errors import OctavoError
 from octavo.structured import GrammarSpec
 
 COMPILE_SECONDS = 5.0  # a grammar that takes longer, its first mask included, is refused
@@ -48,13 +49,13 @@ class Trial:
         self._start()
 
     def refusal(self, spec: GrammarSpec) -> str:
-        """Compiles ``spec`` there; why it is refused, empty if it is not."""
+        """Compiles ``spec`` there; why it is refused, empty if not. Raises `OctavoError` where nothing can be compiled."""
         if self._process is None:
             self._start()
         try:
             if self._process is None or self._ask(b"", START_SECONDS) is None:
                 self.close()
-                return "The grammar was not compiled: the process for it did not start."
+                raise OctavoError("The grammar was not compiled: the process for it did not start.", "Try again.")
             answer = self._ask(msgspec.msgpack.encode(spec), COMPILE_SECONDS)
         except OSError:
             answer = b""
