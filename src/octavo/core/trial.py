@@ -49,7 +49,7 @@ class Trial:
         self._start()
 
     def refusal(self, spec: GrammarSpec) -> str:
-        """Compiles ``spec`` there; why it is refused, empty if not. Raises `OctavoError` where nothing can be compiled."""
+        """Compiles ``spec`` there; why it is refused, empty if it is not. Raises `OctavoError` if that says nothing."""
         if self._process is None:
             self._start()
         try:
