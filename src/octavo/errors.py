@@ -2,6 +2,7 @@
 
     OctavoError
     ├── RequestError      this request is wrong; the next one works       HTTP 400
+    │   └── ContextExceeded
     ├── Overloaded        try again later                                  HTTP 503
     ├── ConfigError       an option of the engine is wrong                 exit code 2
     ├── ModelError        between a model's name and a ready model         exit code 3
@@ -46,6 +47,10 @@ class RequestError(OctavoError):
     def __init__(self, cause: str, remedy: str = "", *, param: str | None = None, id: str | None = None) -> None:
         super().__init__(cause, remedy, id=id)
         self.param = param
+
+
+class ContextExceeded(RequestError):
+    """A prompt that does not fit into max_model_len, or not together with the answer that is asked for."""
 
 
 class Overloaded(OctavoError):

@@ -27,6 +27,20 @@ def test_a_refusal_of_the_core_has_its_status_streamed_or_not(stream: bool, stat
     run(work)
 
 
+@pytest.mark.parametrize(
+    "body", [{"prompt": [65] * 500}, {"prompt": "hi", "max_tokens": 500}, {"prompt": "w" * 99_999}]
+)
+def test_a_prompt_that_is_too_long_has_the_code_that_openai_s_clients_look_for(body: dict[str, object]) -> None:
+    async def work() -> None:
+        response = await Server().post("/v1/completions", body)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+        assert error["type"] == "invalid_request_error"
+        assert "max_model_len" in error["message"]
+
+    run(work)
+
+
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event() -> None:
     def script(request: Request) -> list[TokenOutput]:
         token = TokenOutput(id=request.id, token_ids=[70])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import msgspec
 
 from octavo.cache.prefix import page_hashes
-from octavo.errors import RequestError
+from octavo.errors import ContextExceeded, RequestError
 from octavo.sampling_params import SEED_LIMIT, SamplingParams
 from octavo.structured import Guide
 from octavo.types import EngineInfo, Request, Sampling
@@ -151,10 +151,10 @@ class InputProcessor:
         return self.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_length(self, text: str) -> None:
-        """Raises `RequestError` for a text of more characters than the context can hold."""
+        """Raises `ContextExceeded` for a text of more characters than the context can hold."""
         limit = self.info.max_model_len
         if len(text) > limit and len(text) > limit * self._longest_token:
-            raise RequestError(
+            raise ContextExceeded(
                 f"the prompt has {len(text)} characters: more than max_model_len, which is {limit} tokens, can hold.",
                 "Shorten the prompt.",
                 param="prompt",
@@ -257,7 +257,7 @@ class InputProcessor:
             raise RequestError("the prompt is empty.", "Send at least one token.", param="prompt")
         if room < 1 or (wanted is not None and wanted > room and not clamp):
             asked = "at least 1" if wanted is None else wanted
-            raise RequestError(
+            raise ContextExceeded(
                 f"the prompt has {length} tokens and max_tokens is {asked}: "
                 f"{length + (wanted or 1)} together, more than max_model_len, which is {limit}.",
                 "Shorten the prompt." if room < 1 else f"Ask for at most {room} tokens, or shorten the prompt.",

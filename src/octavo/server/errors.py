@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 from starlette.responses import Response
 
-from octavo.errors import OctavoError, Overloaded, RequestError
+from octavo.errors import ContextExceeded, OctavoError, Overloaded, RequestError
 
 ANTHROPIC_PATHS = "/v1/messages"
 
@@ -105,7 +105,7 @@ def no_route(method: str, path: str, allow: str) -> ApiError:
     """405 for a path that is served with other methods, which ``allow`` lists; 404 for one that is not."""
     if allow:
         return ApiError(405, "method_not_allowed", f"{path} does not take {method}.", f"Use {allow}.", allow=allow)
-    return ApiError(404, "not_found", f"there is nothing at {path[:200]}.", "The API is under /v1.")
+    return ApiError(404, "not_found", f"there is nothing at {path[:200]}.", "GET /docs lists what there is.")
 
 
 def shutting_down() -> Overloaded:
@@ -121,7 +121,8 @@ def unexpected(request_id: str) -> OctavoError:
 def body_of(error: OctavoError) -> ErrorBody:
     """The error as a client sees it."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return ErrorBody(ErrorInfo(str(error), kind, getattr(error, "param", None), error.id))
+    code = "context_length_exceeded" if isinstance(error, ContextExceeded) else error.id  # OpenAI's word
+    return ErrorBody(ErrorInfo(str(error), kind, getattr(error, "param", None), code))
 
 
 def anthropic_body(error: OctavoError, request_id: str) -> AnthropicErrorBody:
