@@ -121,20 +121,29 @@ struct ArgmaxArgs {
     isize rows, cols, x_stride;
 };
 
-// The likeliest of each row: probs [rows, count] in descending order (of equals, the lower position first) and ids, of
-// softmax(x / temperature[row]). Of a row with NaN or +inf, or of -inf alone, all probs are NaN and ids 0.
-struct LeadArgs {
-    const void* x;  // [rows, cols]
-    const float* temperature;
-    float* probs;
-    int64_t* ids;
-    isize rows, cols, x_stride, count;  // count <= cols
-};
-
 struct GreedyArgs {
     const void* x;  // [rows, cols]
     int32_t* out;   // [2, rows]: the position of the greatest and 1 if that is finite, else 0 and 0
     isize rows, cols, x_stride;
+};
+
+// A token of each row, see kernels/sampling.py: the greatest where the temperature is 0, else drawn.
+enum class Setting { key0, key1, top_k, temperature, top_p, min_p };
+struct SampleArgs {
+    const void* x;            // [rows, cols]
+    const int32_t* settings;  // [6, rows], the last three by the bits of a float
+    int32_t* out;             // [2, rows]: the token and 1 if the greatest logit is finite, else 0 and 0
+    isize rows, cols, x_stride;
+};
+
+// Of `tokens` and of the `count` likeliest of each row: the log-probability of the token (its bits), how many are
+// likelier and 1, ids of the likeliest (of equals, the lower first), their log-probabilities (bits). Of a row with NaN
+// or +inf, or of -inf alone, all are NaN and the ids 0.
+struct LogprobArgs {
+    const void* x;  // [rows, cols]
+    const int32_t* tokens;
+    int32_t* out;  // [rows, 2 + 2 * count]
+    isize rows, cols, x_stride, count;  // count <= cols
 };
 
 // One decoder layer in bf16: norm, attention, norm, gated MLP, with the residual kept apart.
@@ -188,7 +197,8 @@ struct Kernels {
     const char* (*gather)(DType, const Weight&, const GatherArgs&);
     void (*argmax)(DType, const ArgmaxArgs&);
     void (*greedy)(DType, const GreedyArgs&);
-    void (*lead)(DType, const LeadArgs&);
+    void (*sample)(DType, const SampleArgs&);
+    const char* (*logprobs)(DType, const LogprobArgs&);
     const char* (*attention)(DType, const AttentionArgs&);
     const char* (*layer)(const LayerArgs&, const LayerInput&);
     const char* (*decoder)(const DecoderArgs&, const DecoderInput&);
@@ -206,9 +216,6 @@ const Kernels& avx512_bf16_kernels();
 #elif defined(__aarch64__)
 const Kernels& neon_dotprod_kernels();
 #endif
-
-// Of `count` values, none of them NaN, the k-th largest (from 1). Reorders them.
-float kth_largest(float* values, isize count, isize k);
 
 // Puts the k largest first, in descending order.
 void sort_largest(uint64_t* values, isize count, isize k);

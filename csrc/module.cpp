@@ -137,10 +137,13 @@ void greedy(bool bf16, address x, address out, isize rows, isize cols, isize x_s
     active->greedy(type_of(bf16), {at(x), at<int32_t>(out), rows, cols, x_stride});
 }
 
-void lead(bool bf16, address x, address temperature, address probs, address ids, isize rows, isize cols,
-          isize x_stride, isize count) {
-    active->lead(type_of(bf16),
-                 {at(x), at<float>(temperature), at<float>(probs), at<int64_t>(ids), rows, cols, x_stride, count});
+void sample(bool bf16, address x, address settings, address out, isize rows, isize cols, isize x_stride) {
+    active->sample(type_of(bf16), {at(x), at<int32_t>(settings), at<int32_t>(out), rows, cols, x_stride});
+}
+
+void logprobs(bool bf16, address x, address tokens, address out, isize rows, isize cols, isize x_stride, isize count) {
+    raise(active->logprobs(type_of(bf16),
+                           {at(x), at<int32_t>(tokens), at<int32_t>(out), rows, cols, x_stride, count}));
 }
 
 void attention(bool bf16, address query, address cache, address out, address query_start, address seq_lens, address rows,
@@ -247,7 +250,8 @@ NB_MODULE(_cpu, m) {
     m.def("store", &store, unlocked());
     m.def("argmax", &argmax, unlocked());
     m.def("greedy", &greedy, unlocked());
-    m.def("lead", &lead, unlocked());
+    m.def("sample", &sample, unlocked());
+    m.def("logprobs", &logprobs, unlocked());
     m.def("attention", &attention, unlocked());
     m.def("panel_bytes", &bytes_of_panels, "Of a weight [out, in] of this block type.");
     m.def("pack", &pack, unlocked(), "Blocks of GGUF's into panels.");

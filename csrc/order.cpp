@@ -6,11 +6,6 @@
 
 namespace octavo {
 
-float kth_largest(float* values, isize count, isize k) {
-    std::nth_element(values, values + k - 1, values + count, std::greater<float>());
-    return values[k - 1];
-}
-
 void sort_largest(uint64_t* values, isize count, isize k) {
     std::nth_element(values, values + k - 1, values + count, std::greater<uint64_t>());
     std::sort(values, values + k, std::greater<uint64_t>());

@@ -3,11 +3,12 @@
 
 #include "experts.h"
 #include "layer.h"
-#include "sample.h"
+#include "logprobs.h"
+#include "race.h"
 
 namespace octavo::OCTAVO_ISA {
 
 inline const Kernels table = {OCTAVO_NAME, norm,   gate,      rotary, store_kv, product, gather,
-                              argmax,      greedy, lead,      attention, layer, decoder, grouped, combine};
+                              argmax,      greedy, sample,    logprobs, attention, layer, decoder, grouped, combine};
 
 }  // namespace octavo::OCTAVO_ISA

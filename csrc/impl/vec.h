@@ -100,6 +100,19 @@ OCTAVO_INLINE float rounded(float v) {
     return widen(narrow<T>(v));
 }
 
+// Whether a lane of a mask is set.
+OCTAVO_INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    uint64_t halves[2];
+    std::memcpy(halves, &mask, sizeof halves);
+    return (halves[0] | halves[1]) != 0;
+#endif
+}
+
 OCTAVO_INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
 // Where either is not a number, the result is b.
 OCTAVO_INLINE vf vmax(vf a, vf b) {

@@ -51,19 +51,11 @@ def store(
     /,
 ) -> None: ...
 def argmax(bf16: bool, x_at: int, out_at: int, rows: int, cols: int, x_stride: int, /) -> None: ...
-def lead(
-    bf16: bool,
-    x_at: int,
-    temperature_at: int,
-    probs_at: int,
-    ids_at: int,
-    rows: int,
-    cols: int,
-    x_stride: int,
-    count: int,
-    /,
-) -> None: ...
 def greedy(bf16: bool, x_at: int, out_at: int, rows: int, cols: int, x_stride: int, /) -> None: ...
+def sample(bf16: bool, x_at: int, settings_at: int, out_at: int, rows: int, cols: int, x_stride: int, /) -> None: ...
+def logprobs(
+    bf16: bool, x_at: int, tokens_at: int, out_at: int, rows: int, cols: int, x_stride: int, count: int, /
+) -> None: ...
 def group(
     experts_at: int, tokens: int, each: int, count: int, rows_at: int, places_at: int, starts_at: int, /
 ) -> None: ...

@@ -266,32 +266,6 @@ def test_greedy_leaves_other_types_to_torch() -> None:
     assert cpu.greedy(torch.zeros(1, 8, dtype=torch.float16)) is None
 
 
-@pytest.mark.parametrize("cols", [1, 7, 256, 3000, 49_152])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_lead_is_the_greatest_of_the_softmax(cols: int, dtype: torch.dtype) -> None:
-    x = (normal(3, cols + 3, dtype=dtype, seed=3) * 5)[:, :cols]
-    x[1, cols // 2 :] = float("-inf")
-    x[1, 0] = 30.0
-    x[2] = x[2].round()  # many equals
-    temperature = torch.tensor([[0.7], [1.0], [1.5]])
-    found = cpu.lead(x, temperature, 256)
-    assert found is not None
-    probs, ids = found
-    expected = torch.softmax(x.float() / temperature, dim=-1)
-    count = min(256, cols)
-    torch.testing.assert_close(probs, expected.topk(count).values, rtol=2e-5, atol=1e-30)
-    torch.testing.assert_close(probs, expected.gather(1, ids), rtol=2e-5, atol=1e-30)
-    assert all(len(set(row)) == count for row in ids.tolist())
-
-
-def test_a_row_without_probabilities_has_no_lead() -> None:
-    x = torch.zeros(3, 40)
-    x[0, 39], x[1, 3], x[2] = float("nan"), float("inf"), float("-inf")
-    found = cpu.lead(x, torch.ones(3, 1), 5)
-    assert found is not None and found[0].isnan().all() and not found[1].any()
-    assert cpu.lead(x.half(), torch.ones(3, 1), 5) is None
-
-
 def test_taking_in_and_putting_are_those_of_the_reference() -> None:
     def ints(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32)

@@ -113,17 +113,6 @@ def test_the_shortcut_draws_what_the_whole_vocabulary_would(scale: float, coarse
         assert token in naive_kept(logit, *row)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scale", [0.1, 4.0, 30.0])
-def test_what_is_sampled_from_logits_is_drawn_from_their_probabilities(scale: float, dtype: torch.dtype) -> None:
-    rows = [(0, 0.9, 0.0), (20, 1.0, 0.0), (300, 0.99, 0.0), (0, 1.0, 0.02), (0, 0.99, 0.001), (7, 0.5, 0.2)] * 10
-    logits = (torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(5)) * scale).to(dtype)
-    heat = torch.linspace(0.3, 2.0, len(rows)).unsqueeze(1)
-    every, key = filters(rows, VOCAB), keys(list(range(len(rows))), [4] * len(rows))
-    wanted = sampling.draw_filtered(sampling.probabilities(logits, heat), key, every)
-    assert sampling.sample_filtered(logits, heat, key, every).tolist() == wanted.tolist()
-
-
 def test_tokens_equal_to_the_kth_all_stay() -> None:
     probs = torch.tensor([[0.4, 0.2, 0.2, 0.2]])
     kept = sampling._filter(probs, filters([(2, 1.0, 0.0)], 4))

@@ -126,6 +126,42 @@ def test_every_parameter_agrees_with_the_naive_sampler_in_a_mixed_batch(overlap:
         assert got[i] == tokens[len(PROMPT) :], sampling
 
 
+def test_without_the_extension_the_same_tokens_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [random_logits(len(MIXED), seed) for seed in range(20, 26)]
+    allowed = mask_of({i: {*range(i, VOCAB, 3)} for i in range(1, len(MIXED), 2)})
+    outcomes = []
+    for native in (kernels._native_sample, None):
+        monkeypatch.setattr(kernels, "_native_sample", native)
+        sampler = Sampler(VOCAB, CPU)
+        for row, sampling in enumerate(MIXED):
+            sampler.start(row, PROMPT, len(PROMPT), sampling)
+        free = generate(sampler, list(range(len(MIXED))), steps)
+        items = [SampleItem(row, 20) for row in range(len(MIXED))]
+        outcomes.append((free, sampler.sample(steps[0], items, mask=allowed).finish()))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 1.3}, {"top_p": 0.8}, {"min_p": 0.02, "top_k": 60}])
+def test_tokens_are_drawn_as_often_as_they_are_likely(fields: dict[str, Any]) -> None:
+    draws, vocab = 20_000, 64
+    sampling = params(seed=3, **fields)
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(6))
+    probs = (logits.double() / sampling.temperature).softmax(-1)
+    order = probs.argsort(descending=True)
+    kept = (probs[order].cumsum(-1) - probs[order] < sampling.top_p) & (probs[order] >= sampling.min_p * probs.max())
+    if sampling.top_k > 0:
+        kept[sampling.top_k :] = False
+    expected = (probs[order[kept]] / probs[order[kept]].sum() * draws).numpy()
+    sampler = Sampler(vocab, CPU)
+    sampler.start(0, [1], 1, sampling)
+    tokens = sampler.sample(logits.expand(draws, vocab), [SampleItem(0, at) for at in range(draws)]).finish()[0]
+    counts = np.bincount(tokens, minlength=vocab)[order.numpy()]
+    assert counts[: len(expected)].sum() == draws
+    statistic = ((counts[: len(expected)] - expected) ** 2 / expected).sum()
+    freedom = len(expected) - 1
+    assert abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5
+
+
 def msgspec_seed(sampling: Sampling) -> Sampling:
     """A negative seed stands for itself modulo 2^64."""
     return sampling if sampling.seed >= 0 else params(temperature=sampling.temperature, seed=sampling.seed % 2**64)

@@ -245,39 +245,64 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _takes(logits: torch.Tensor) -> bool:
+    return logits.dtype in _TYPES and logits.stride(1) == 1 and logits.shape[1] > 0
+
+
 def greedy(logits: torch.Tensor) -> torch.Tensor | None:
     """See `sampling.greedy`; None for logits that the extension does not take."""
-    rows, cols = logits.shape
-    if logits.dtype not in _TYPES or logits.stride(1) != 1 or not cols:
+    if not _takes(logits):
         return None
+    rows, cols = logits.shape
     out = torch.empty((2, rows), dtype=torch.int32)
     _cpu.greedy(logits.dtype is torch.bfloat16, logits.data_ptr(), out.data_ptr(), rows, cols, logits.stride(0))
     return out
 
 
-def lead(logits: torch.Tensor, temperature: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The ``count`` greatest of ``softmax(logits[S, V] / temperature[S, 1])`` in descending order, and their ids.
-
-    float32 and int64 ``[S, min(count, V)]``; NaN and 0 for a row whose greatest logit is not finite or that has NaN.
-    None for logits that the extension does not take.
-    """
-    rows, cols = logits.shape
-    if logits.dtype not in _TYPES or logits.stride(1) != 1 or not cols:
+def sample(logits: torch.Tensor, settings: torch.Tensor) -> torch.Tensor | None:
+    """See `sampling.sample_rows`; None for logits that the extension does not take."""
+    if not _takes(logits):
         return None
-    count, temperature = min(count, cols), temperature.float().contiguous()
-    probs, ids = torch.empty(rows, count), torch.empty((rows, count), dtype=torch.int64)
-    _cpu.lead(
+    rows, cols = logits.shape
+    if settings.dtype is not torch.int32 or settings.shape != (6, rows):
+        raise ValueError(f"settings are {settings.dtype} {tuple(settings.shape)}, not int32 (6, {rows})")
+    settings = settings.contiguous()
+    out = torch.empty((2, rows), dtype=torch.int32)
+    _cpu.sample(
         logits.dtype is torch.bfloat16,
         logits.data_ptr(),
-        temperature.data_ptr(),
-        probs.data_ptr(),
-        ids.data_ptr(),
+        settings.data_ptr(),
+        out.data_ptr(),
+        rows,
+        cols,
+        logits.stride(0),
+    )
+    return out
+
+
+def logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor | None:
+    """See `sampling.packed_logprobs`; None for logits that the extension does not take.
+
+    Raises IndexError for a token outside of the vocabulary.
+    """
+    if not _takes(logits):
+        return None
+    rows, cols = logits.shape
+    count, tokens = min(count, cols), tokens.to(torch.int32).contiguous()
+    if tokens.shape != (rows,):
+        raise ValueError(f"{tuple(tokens.shape)} tokens for {rows} rows of logits")
+    out = torch.empty((rows, 2 + 2 * count), dtype=torch.int32)
+    _cpu.logprobs(
+        logits.dtype is torch.bfloat16,
+        logits.data_ptr(),
+        tokens.data_ptr(),
+        out.data_ptr(),
         rows,
         cols,
         logits.stride(0),
         count,
     )
-    return probs, ids
+    return out
 
 
 class PackedLinear:

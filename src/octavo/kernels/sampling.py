@@ -24,15 +24,17 @@ import torch
 
 _native_argmax: Callable[[torch.Tensor], torch.Tensor] | None
 _native_greedy: Callable[[torch.Tensor], torch.Tensor | None] | None
-_native_lead: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor] | None] | None
+_native_sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None] | None
+_native_logprobs: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor | None] | None
 try:
     from octavo.kernels.cpu import argmax as _native_argmax
     from octavo.kernels.cpu import greedy as _native_greedy
-    from octavo.kernels.cpu import lead as _native_lead
+    from octavo.kernels.cpu import logprobs as _native_logprobs
+    from octavo.kernels.cpu import sample as _native_sample
 except ImportError:  # no C++ extension
-    _native_argmax = _native_greedy = _native_lead = None
+    _native_argmax = _native_greedy = _native_logprobs = _native_sample = None
 
-LEAD = 256  # so many of the likeliest tokens are looked at before the whole vocabulary is, on CPU
+_LEAD = 256  # so many of the likeliest tokens are looked at before the whole vocabulary is, on CPU
 _BLOCK = 256  # of `argmax`
 _WIDEST_TOPK = 2048  # above it a sort is faster than topk
 _CPU_ELEMENTS = 1 << 16  # noise is made for so many elements at a time, which stay in the second-level cache
@@ -233,18 +235,6 @@ def probabilities(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tens
     return torch.softmax(logits.float() / temperature, dim=-1)
 
 
-def sample_filtered(
-    logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor, filters: Filters
-) -> torch.Tensor:
-    """As `draw_filtered` from `probabilities`, most of which need not be known on CPU."""
-    found = None if _native_lead is None or logits.is_cuda else _native_lead(logits, temperature, LEAD)
-    if found is None:
-        return draw_filtered(probabilities(logits, temperature), keys, filters)
-    return _draw_lead(
-        *found, logits.shape[1], lambda rows: probabilities(logits[rows], temperature[rows]), keys, filters
-    )
-
-
 def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> torch.Tensor:
     """As `draw` from those tokens of ``probs[S, V]`` (rows sum to 1) that pass ``filters``.
 
@@ -252,20 +242,7 @@ def draw_filtered(probs: torch.Tensor, keys: torch.Tensor, filters: Filters) -> 
     """
     if probs.is_cuda:  # looking at the outcome of a shortcut would wait for the device
         return draw(_filter(probs, filters), keys)
-    lead, ids = probs.topk(min(LEAD, probs.shape[1]))
-    return _draw_lead(lead, ids, probs.shape[1], lambda rows: probs[rows], keys, filters)
-
-
-def _draw_lead(
-    lead: torch.Tensor,
-    ids: torch.Tensor,
-    vocab: int,
-    all_of: Callable[[torch.Tensor], torch.Tensor],
-    keys: torch.Tensor,
-    filters: Filters,
-) -> torch.Tensor:
-    """As `draw_filtered` where the greatest probabilities ``lead[S, K]`` and their ``ids`` are known; ``all_of(rows)``
-    gives all of some rows, for which these are not enough."""
+    lead, ids = probs.topk(min(_LEAD, probs.shape[1]))
     floor, threshold = _thresholds(lead, lead, filters)
     tokens = draw(lead.masked_fill(lead < threshold, 0.0), keys, ids)
     # The lead was enough if nothing outside it can reach the threshold and the mass under top_p was known.
@@ -273,8 +250,8 @@ def _draw_lead(
     enough = (threshold > least) & ((floor > least) | (floor == 0) | (filters.top_p >= 1))
     settled = enough | (least == 0) | lead[:, :1].isnan()
     rest = (~settled).squeeze(1).nonzero().squeeze(1)
-    if lead.shape[1] < vocab and rest.numel():
-        tokens[rest] = draw(_filter(all_of(rest), filters[rest]), keys[rest])
+    if lead.shape[1] < probs.shape[1] and rest.numel():
+        tokens[rest] = draw(_filter(probs[rest], filters[rest]), keys[rest])
     return tokens
 
 
@@ -346,7 +323,10 @@ def _thresholds(lead: torch.Tensor, support: torch.Tensor, filters: Filters) -> 
 
 
 class Setting(IntEnum):
-    """Rows of the int32 ``settings[11, S]`` that operators which sample by rows take; floats by their bits."""
+    """Rows of the int32 ``settings[11, S]`` that operators which sample by rows take; floats by their bits.
+
+    `sample_rows` takes the first `DRAWN_BY` of them.
+    """
 
     KEY0 = 0  # of the noise, see `noise_keys`
     KEY1 = 1
@@ -359,6 +339,21 @@ class Setting(IntEnum):
     REPETITION = 8
     PRESENCE = 9
     FREQUENCY = 10
+
+
+DRAWN_BY = 6
+
+
+def sample_rows(logits: torch.Tensor, settings: torch.Tensor) -> torch.Tensor | None:
+    """As `greedy` where the temperature is 0; of other rows a token that is drawn from those which pass their filters.
+
+    ``settings[6, S]`` are the first of `Setting`. The choice is that of `draw` and `draw_filtered` from
+    `probabilities`, but for scores that rounding makes equal. None for logits that are not on the CPU, of another type
+    than bfloat16 and float32, and without the C++ extension.
+    """
+    if _native_sample is None or logits.is_cuda:
+        return None
+    return _native_sample(logits, settings)
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------
@@ -381,6 +376,10 @@ def logprobs(
 def packed_logprobs(logits: torch.Tensor, tokens: torch.Tensor, count: int) -> torch.Tensor:
     """`logprobs` in one int32 ``[S, 2 + 2 count]``, which is one copy to the host: own (its bits), rank, ids, values
     (their bits)."""
+    if _native_logprobs is not None and not logits.is_cuda:
+        found = _native_logprobs(logits, tokens, count)
+        if found is not None:
+            return found
     own, rank, ids, values = logprobs(logits, tokens, count)
     bits = own.unsqueeze(1).view(torch.int32), values.view(torch.int32)
     return torch.cat((bits[0], rank.int().unsqueeze(1), ids.int(), bits[1]), dim=1)

@@ -78,8 +78,7 @@ class Sampler:
         elif self._batch is not None:
             outcome, settings = self._batch.sample(logits, items, best, mask)
         else:
-            chosen, finite = self._groups.sample(logits, items, mask)
-            outcome = torch.stack((chosen * finite, finite)).int()
+            outcome = self._groups.sample(logits, items, mask)
         tokens = outcome[0, : len(items)]
         if self._rows.with_history:
             self._record(tokens, items, settings)
