@@ -101,6 +101,7 @@ class ResponseWriter:
         (result,) = results
         (output,) = result.outputs
         self._blocks.feed(output.text, final=True)
+        self._blocks.all = self._blocks.all or [_empty()]
         self._add_output()
         texts = [item for item in self._response.output if isinstance(item, MessageItem)]
         if texts:
@@ -197,8 +198,7 @@ class ResponseWriter:
         yield events.ItemDone(output_index=index, item=self._item(block, "completed"))
 
     def _empty_message(self) -> Iterable[events.Event]:
-        """Clients look for a message, even of an answer without a word."""
-        block = Block("text", 0)
+        block = _empty()
         self._blocks.all.append(block)
         yield from self._of_change(Change("open", block))
         yield from self._closed(block)
@@ -226,6 +226,11 @@ class ResponseWriter:
     def _event(self, event: events.Event) -> bytes:
         event.sequence_number, self._sent = self._sent, self._sent + 1
         return named_event(str(event.__struct_config__.tag), event)
+
+
+def _empty() -> Block:
+    """Clients look for a message, even of an answer without a word."""
+    return Block("text", 0)
 
 
 def _part(block: Block, *, whole: bool) -> OutputText | ReasoningText:
