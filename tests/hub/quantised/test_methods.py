@@ -180,6 +180,29 @@ def test_an_input_of_a_group_that_there_is_not_is_refused(tmp_path: Path) -> Non
     assert caught.value.id == "HF044"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_that_do_not_fit_together_are_read_or_refused_by_name(layout: str, tmp_path: Path) -> None:
+    config, make = LAYOUTS[layout]
+    tensors, _ = make("layer", OUT, SIZE, 0)
+    odd: list[Tensors] = [{n: t for n, t in tensors.items() if n != name} for name in tensors]
+    for name, tensor in tensors.items():
+        odd += [{**tensors, name: torch.zeros(shape).to(tensor.dtype)} for shape in ((), (0,), (OUT, 0), (1, 2), (9,))]
+        odd += [{**tensors, name: torch.zeros(tensor.shape).to(dtype)} for dtype in (torch.float16, torch.uint8)]
+    refused = []
+    for number, each in enumerate(odd):
+        (tmp_path / str(number)).mkdir()
+        try:
+            checkpoint = opened(tmp_path / str(number), each, config)
+            for weight in checkpoint.tensors():
+                checkpoint.read(weight)
+            for weight in checkpoint.block_types():
+                checkpoint.read_raw(weight)
+        except ModelError as error:
+            refused.append(error.id)
+    assert set(refused) <= {"HF041", "HF043", "HF044", "HF050"}
+    assert len(refused) >= len(tensors)
+
+
 @pytest.mark.parametrize(
     ("layout", "change", "says"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -11,8 +12,8 @@ from octavo.errors import ModelError
 from octavo.hub.checkpoint import Checkpoint
 from octavo.hub.gguf_quants import Bytes, Floats
 from octavo.hub.quantised.found import Found, Settings, are_sizes, stems
-from octavo.hub.quantised.stored import matrix, misfit, shape, sizes, values
-from octavo.hub.quantised.weights import Grouped, Listed, Part
+from octavo.hub.quantised.stored import check_kind, matrix, misfit, shape, sizes, values
+from octavo.hub.quantised.weights import Grouped, Listed, Numbers, Part
 
 MAX_STATE: Final = 1 << 16  # bytes of the description of a weight
 _STATES: Final = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
@@ -28,8 +29,10 @@ def bitsandbytes(checkpoint: Checkpoint, settings: Settings) -> Found:
             found.spent |= {f"{name}{each}" for each in leaves}
     for stem in stems(checkpoint, ".SCB"):
         out, size = sizes(checkpoint, f"{stem}.weight", 2)
-        greatest = matrix(checkpoint, f"{stem}.SCB")
-        scales: Part = _over_127(greatest)
+        check_kind(checkpoint, f"{stem}.weight", "int8")
+        if shape(checkpoint, f"{stem}.SCB") != (out,):
+            raise misfit(f"{stem}.SCB", shape(checkpoint, f"{stem}.SCB"), f"{out} scales were expected")
+        scales = _over_127(matrix(checkpoint, f"{stem}.SCB"))
         found.weights[f"{stem}.weight"] = Grouped((out, size), 8, size, matrix(checkpoint, f"{stem}.weight"), scales, 0)
         found.spent |= {f"{stem}.SCB", f"{stem}.weight_format"}
     return found
@@ -43,27 +46,48 @@ def _four(checkpoint: Checkpoint, name: str, leaf: str) -> Listed:
     state, size = _state(checkpoint, name + leaf), shape(checkpoint, name)
     count = 2 * int(np.prod(size))
     wanted, block = state.get("shape", [count, 1]), state.get("blocksize", 64)  # a header alone has neither
-    fits = are_sizes(wanted, 2) and are_sizes([block, inner := state.get("nested_blocksize", 256)], 2)
-    if not fits or block % 2 or not 0 <= count - int(np.prod(wanted)) <= 1:
+    if not are_sizes([*wanted, block] if isinstance(wanted, list) else None, 3) or block % 2:
         raise misfit(name, size, f"{leaf.rpartition('.')[2]} says shape {wanted} in blocks of {block}")
-    octets = checkpoint.tensors()[name]
+    if not 0 <= count - int(np.prod(wanted)) <= 1:
+        raise misfit(name, size, f"shape {wanted} needs half as many bytes")
+    check_kind(checkpoint, name, "uint8", "int8")
+    listed = np.asarray(_listed(checkpoint, f"{name}.quant_map", 16), np.float32)
+    blocks = -(-int(np.prod(wanted)) // block)
 
     def codes(first: int, last: int) -> Bytes:
         return checkpoint.read(name).data.reshape(-1)[first:last]
 
-    def absmax(first: int, last: int) -> Floats:
-        scales = values(checkpoint.read(f"{name}.absmax", (slice(first, last),)))
-        if f"{name}.nested_absmax" not in checkpoint.tensors():
-            return np.asarray(scales, np.float32)
-        outer = values(checkpoint.read(f"{name}.nested_absmax"))
-        listed = values(checkpoint.read(f"{name}.nested_quant_map"))
-        own = listed[scales] * outer[np.arange(first, last) // inner] + np.float32(state.get("nested_offset") or 0)
-        return np.asarray(own, np.float32)
-
-    listed = np.asarray(values(checkpoint.read(f"{name}.quant_map")), np.float32)
-    if octets.dtype not in ("uint8", "int8") or listed.shape != (16,):
-        raise misfit(name, size, f"bytes and 16 values were expected, not {octets.dtype} and {listed.shape}")
+    absmax = _absmax(checkpoint, name, state, blocks)
     return Listed((wanted[0], wanted[1]), codes, listed, absmax, block)
+
+
+def _absmax(checkpoint: Checkpoint, name: str, state: Settings, blocks: int) -> Callable[[int, int], Floats]:
+    """The scales of blocks, first to last, of which there are ``blocks``; they may be quantised themselves."""
+    scales, nested = f"{name}.absmax", f"{name}.nested_absmax" in checkpoint.tensors()
+    if state and shape(checkpoint, scales) != (blocks,):
+        raise misfit(scales, shape(checkpoint, scales), f"scales of {blocks} blocks were expected")
+    if not nested:
+        return lambda first, last: np.asarray(values(checkpoint.read(scales, (slice(first, last),))), np.float32)
+    inner, offset = state.get("nested_blocksize", 256), state.get("nested_offset") or 0
+    if not are_sizes([inner], 1) or not isinstance(offset, int | float):
+        raise misfit(scales, (blocks,), f"their description says blocks of {inner} from {offset} on")
+    check_kind(checkpoint, scales, "uint8")
+    listed = _listed(checkpoint, f"{name}.nested_quant_map", 256)
+    outer = _listed(checkpoint, f"{name}.nested_absmax", -(-blocks // inner) if state else None)
+
+    def absmax(first: int, last: int) -> Floats:
+        own = listed[checkpoint.read(scales, (slice(first, last),)).data]
+        return np.asarray(own * outer[np.arange(first, last) // inner] + np.float32(offset), np.float32)
+
+    return absmax
+
+
+def _listed(checkpoint: Checkpoint, name: str, count: int | None) -> Numbers:
+    """A list of ``count`` numbers, None: of any; raises `ModelError` HF043, or HF044 for another number of them."""
+    found = shape(checkpoint, name)
+    if len(found) != 1 or count not in (None, found[0]):
+        raise misfit(name, found, f"{count or 'some'} numbers in a row were expected")
+    return values(checkpoint.read(name))
 
 
 def _state(checkpoint: Checkpoint, name: str) -> Settings:

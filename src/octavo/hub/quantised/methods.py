@@ -20,16 +20,17 @@ from octavo.hub.quantised.found import Found, Method, Settings, are_sizes, stems
 from octavo.hub.quantised.settings import as_dict
 from octavo.hub.quantised.stored import (
     WORD,
+    check_kind,
     four_bits,
     matrix,
     misfit,
     packed,
     plane,
+    scalar,
     shape,
     sizes,
     transposed,
     uniform,
-    values,
 )
 from octavo.hub.quantised.weights import BLOCK, Experts, Grouped, Numbers, Part, Scaled
 
@@ -61,14 +62,14 @@ def gptq(checkpoint: Checkpoint, settings: Settings) -> Found:
         _check_groups(checkpoint, f"{stem}.scales", (count, out), size, count)
         # The first version stores zeros less one: a one is added at each place, with carries, as they were subtracted.
         add = 0 if settings.get("checkpoint_format") == "gptq_v2" else sum(1 << place for place in range(0, WORD, bits))
+        zeros = transposed(packed(checkpoint, f"{stem}.qzeros", bits, 1, (count, out), add=add))
         stored = uniform(checkpoint, f"{stem}.qzeros")
         one = None if stored is None else _same_in_word(stored + add, bits)
-        zeros = transposed(packed(checkpoint, f"{stem}.qzeros", bits, 1, add=add))
         found.weights[f"{stem}.weight"] = Grouped(
             (out, size),
             bits,
             size // count,
-            transposed(packed(checkpoint, f"{stem}.qweight", bits, 0)),
+            transposed(packed(checkpoint, f"{stem}.qweight", bits, 0, (size, out))),
             transposed(matrix(checkpoint, f"{stem}.scales")),
             one if one == 1 << bits - 1 else zeros,
             _order(checkpoint, f"{stem}.g_idx", size, count),
@@ -94,16 +95,16 @@ def awq(checkpoint: Checkpoint, settings: Settings) -> Found:
             (out, size),
             bits,
             size // count,
-            transposed(packed(checkpoint, f"{stem}.qweight", bits, 1, _AWQ_PLACES)),
+            transposed(packed(checkpoint, f"{stem}.qweight", bits, 1, (size, out), places=_AWQ_PLACES)),
             transposed(matrix(checkpoint, f"{stem}.scales")),
-            transposed(packed(checkpoint, f"{stem}.qzeros", bits, 1, _AWQ_PLACES)),
+            transposed(packed(checkpoint, f"{stem}.qzeros", bits, 1, (count, out), places=_AWQ_PLACES)),
         )
         found.spent |= {f"{stem}.{leaf}" for leaf in ("qweight", "qzeros", "scales")}
     return found
 
 
 def _check_groups(checkpoint: Checkpoint, name: str, needed: tuple[int, ...], size: int, groups: int) -> None:
-    if shape(checkpoint, name) != needed or not groups or not size or size % groups:
+    if shape(checkpoint, name) != needed or size % groups:
         raise misfit(
             name, shape(checkpoint, name), f"{list(needed)}, of groups that divide {size} inputs, were expected"
         )
@@ -120,7 +121,7 @@ def _bits_of_zeros(checkpoint: Checkpoint, stem: str, groups: int, out: int) -> 
     rows, words = sizes(checkpoint, f"{stem}.qzeros", 2)
     if rows != groups:
         raise misfit(f"{stem}.scales", (groups, out), f"{rows} groups were expected, as in qzeros")
-    if not out or words * WORD % out:
+    if words * WORD % out:
         raise misfit(f"{stem}.qzeros", (rows, words), f"zeros of {out} outputs were expected")
     return _bits({"bits": words * WORD // out}, "bits", of=_GPTQ_BITS)
 
@@ -151,7 +152,7 @@ def fp8(checkpoint: Checkpoint, settings: Settings) -> Found:
             if scale is None:
                 shape(checkpoint, f"{stem}.weight_scale")  # which says that it is missing
             else:
-                high, wide = info.shape
+                high, wide = sizes(checkpoint, name, 2)
                 tile = _tile(checkpoint, scale, (high, wide), settings)
                 found.weights[name] = Scaled((high, wide), matrix(checkpoint, name), matrix(checkpoint, scale), tile)
                 found.spent |= {scale}
@@ -194,12 +195,12 @@ def compressed(checkpoint: Checkpoint, settings: Settings) -> Found:
     for name, info in checkpoint.tensors().items():
         stem = name.removesuffix(".weight")
         if info.dtype == "int8" and len(info.shape) == 2 and f"{stem}.weight_scale" in checkpoint.tensors():
-            high, wide = info.shape
+            high, wide = sizes(checkpoint, name, 2)
             group = _columns(checkpoint, f"{stem}.weight_scale", (high, wide))
             zeros: Part | int = 0
             if f"{stem}.weight_zero_point" in checkpoint.tensors():
-                zeros = _per_row(checkpoint, f"{stem}.weight_zero_point", high)
-            scales = _per_row(checkpoint, f"{stem}.weight_scale", high)
+                zeros = _per_row(checkpoint, f"{stem}.weight_zero_point", (high, wide // group))
+            scales = _per_row(checkpoint, f"{stem}.weight_scale", (high, wide // group))
             found.weights[name] = Grouped((high, wide), 8, group, matrix(checkpoint, name), scales, zeros)
             found.spent |= {f"{stem}.weight_{leaf}" for leaf in ("scale", "zero_point")}
     return found
@@ -213,10 +214,11 @@ def _words(checkpoint: Checkpoint, name: str, stem: str, settings: Settings) -> 
     out, words = sizes(checkpoint, name, 2)
     bits, size = _packed_size(checkpoint, f"{stem}.weight_shape", words, settings)
     group = _columns(checkpoint, f"{stem}.weight_scale", (out, size))
-    zeros = _packed_zeros(checkpoint, f"{stem}.weight_zero_point", out, bits)
-    scales = _per_row(checkpoint, f"{stem}.weight_scale", out)
+    groups = (out, size // group)
+    zeros = _packed_zeros(checkpoint, f"{stem}.weight_zero_point", groups, bits)
+    scales = _per_row(checkpoint, f"{stem}.weight_scale", groups)
     order = _order(checkpoint, f"{stem}.weight_g_idx", size, size // group)
-    return Grouped((out, size), bits, group, packed(checkpoint, name, bits, 1), scales, zeros, order)
+    return Grouped((out, size), bits, group, packed(checkpoint, name, bits, 1, (out, size)), scales, zeros, order)
 
 
 def _packed_size(checkpoint: Checkpoint, name: str, words: int, settings: Settings) -> tuple[int, int]:
@@ -241,14 +243,15 @@ def _packed_size(checkpoint: Checkpoint, name: str, words: int, settings: Settin
     return bits, words * WORD // bits
 
 
-def _packed_zeros(checkpoint: Checkpoint, name: str, out: int, bits: int) -> Part | int:
+def _packed_zeros(checkpoint: Checkpoint, name: str, groups: tuple[int, int], bits: int) -> Part | int:
     """Packed as the weight; tools before compressed-tensors 0.10 wrote signed numbers, one in a byte."""
     half = 1 << bits - 1
     if name not in checkpoint.tensors():
         return half
     if checkpoint.tensors()[name].dtype == "int32":
-        return packed(checkpoint, name, bits, 0)
-    signed = _per_row(checkpoint, name, out)
+        return packed(checkpoint, name, bits, 0, groups)
+    check_kind(checkpoint, name, "int8")
+    signed = _per_row(checkpoint, name, groups)
     return lambda rows, columns: signed(rows, columns).astype(np.int16) + half
 
 
@@ -268,10 +271,13 @@ def _columns(checkpoint: Checkpoint, scale: str, size: tuple[int, int]) -> int:
     return size[1] // groups
 
 
-def _per_row(checkpoint: Checkpoint, name: str, rows: int) -> Part:
-    part, own = matrix(checkpoint, name), plane(checkpoint, name)[0]
-    if own == rows:
+def _per_row(checkpoint: Checkpoint, name: str, size: tuple[int, int]) -> Part:
+    """Numbers of ``size``, which may be stored as one row for all."""
+    part, own = matrix(checkpoint, name), plane(checkpoint, name)
+    if own == size:
         return part
+    if own != (1, size[1]):
+        raise misfit(name, shape(checkpoint, name), f"{list(size)} or one row of it was expected")
     return lambda wanted, columns: np.repeat(part(slice(0, 1), columns), wanted.stop - wanted.start, axis=0)
 
 
@@ -281,7 +287,7 @@ def _nvfp4(checkpoint: Checkpoint, name: str, stem: str, last: str, *, divides: 
     scales = f"{stem}.weight_scale"
     if shape(checkpoint, scales) != (out, octets // 8):
         raise misfit(scales, shape(checkpoint, scales), f"{[out, octets // 8]} was expected")
-    factor, part = float(values(checkpoint.read(f"{stem}.{last}")).reshape(-1)[0]), matrix(checkpoint, scales)
+    factor, part = scalar(checkpoint, f"{stem}.{last}"), matrix(checkpoint, scales)
     factor = 1 / factor if divides and factor else factor
     both: Part = lambda rows, columns: part(rows, columns) * np.float32(factor)  # noqa: E731
     return Scaled((out, 2 * octets), four_bits(checkpoint, name), both, (1, 16))
@@ -305,6 +311,8 @@ def mxfp4(checkpoint: Checkpoint, settings: Settings) -> Found:
             raise misfit(
                 f"{stem}_scales", shape(checkpoint, f"{stem}_scales"), f"{[experts, out, groups]} was expected"
             )
+        for leaf in ("blocks", "scales"):
+            check_kind(checkpoint, f"{stem}_{leaf}", "uint8")
         found.weights[stem] = Experts((experts, groups * BLOCK, out), _experts_of(checkpoint, stem))
         found.spent |= {f"{stem}_blocks", f"{stem}_scales"}
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -71,12 +72,25 @@ def plane(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
 
 
 def packed(
-    checkpoint: Checkpoint, name: str, bits: int, axis: int, places: tuple[int, ...] | None = None, *, add: int = 0
+    checkpoint: Checkpoint,
+    name: str,
+    bits: int,
+    axis: int,
+    size: tuple[int, int],
+    *,
+    places: tuple[int, ...] | None = None,
+    add: int = 0,
 ) -> Part:
-    """Integers of ``bits`` in words of an int32 matrix, packed along ``axis``, as uint8; ``add`` is added to each word.
+    """The matrix of integers, of ``bits`` and as uint8, in words of int32 that lie along ``axis``.
 
-    Number i of a word lies at its bits ``bits * places[i]`` on, by default the lowest first.
+    Number i of a word lies at its bits ``bits * places[i]`` on, by default the lowest first. ``add`` is added to each
+    word. Raises `ModelError`: HF043, or HF044 for other numbers or words than ``size`` integers need.
     """
+    needed = list(size)
+    needed[axis] = -(-size[axis] * bits // WORD)
+    check_kind(checkpoint, name, "int32")
+    if shape(checkpoint, name) != tuple(needed):
+        raise misfit(name, shape(checkpoint, name), f"{needed} was expected")
     count = WORD // bits
     order = None if places is None else list(places)
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
@@ -100,6 +114,7 @@ def packed(
 
 def four_bits(checkpoint: Checkpoint, name: str) -> Part:
     """Two floats of E2M1 in a byte of ``[out, in / 2]``, the low half first."""
+    check_kind(checkpoint, name, "uint8")
 
     def part(rows: slice, columns: slice) -> Numbers:
         first = columns.start // 2
@@ -125,11 +140,30 @@ def shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
 
 
 def sizes(checkpoint: Checkpoint, name: str, count: int) -> tuple[int, ...]:
-    """The shape of a tensor of ``count`` dimensions; raises `ModelError` HF043, or HF044 for one of others."""
+    """The shape of a tensor of ``count`` dimensions above 0; raises `ModelError` HF043, or HF044 for one of others."""
     found = shape(checkpoint, name)
-    if len(found) != count:
-        raise misfit(name, found, f"{count} dimensions were expected")
+    if len(found) != count or 0 in found:
+        raise misfit(name, found, f"{count} dimensions above 0 were expected")
     return found
+
+
+def check_kind(checkpoint: Checkpoint, name: str, *dtypes: str) -> None:
+    """Raises `ModelError` HF043 if there is no such tensor, HF044 if it is of another type."""
+    shape(checkpoint, name)
+    found = checkpoint.tensors()[name].dtype
+    if found not in dtypes:
+        raise ModelError(
+            f"{name} is {found}; {' or '.join(dtypes)} was expected.",
+            "Check the quantization_config of config.json against the weights.",
+            id="HF044",
+        )
+
+
+def scalar(checkpoint: Checkpoint, name: str) -> float:
+    """The only number of a tensor; raises `ModelError` HF043, or HF044 if there are others."""
+    if math.prod(shape(checkpoint, name)) != 1:
+        raise misfit(name, shape(checkpoint, name), "one number was expected")
+    return float(values(checkpoint.read(name)).reshape(-1)[0])
 
 
 def uniform(checkpoint: Checkpoint, name: str) -> int | None:
