@@ -50,7 +50,7 @@ def octavo(cases: list[str], model: Path, workload: Path, rounds: int) -> list[R
             "--json",
             str(out),
         ]
-        command += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "700M", "--log-level", "warning"]
+        command += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "450M", "--log-level", "warning"]
         command += [] if cases == ["Q"] else ["--dtype", "bfloat16"]
         run(command, {"PYTHONPATH": str(HERE.parent / "src")})
         rows = json.loads(out.read_text(encoding="utf-8"))["rows"]

@@ -56,14 +56,13 @@ struct Dot<bf16> {
 };
 #endif
 
-// acc += x[ROWS, steps] * panels; x rows are x_stride apart, panels panel_stride. AHEAD: asks for the panels after these.
-template <class T, int ROWS, int PANELS, bool AHEAD = false>
+// acc += x[ROWS, steps] * panels; x rows are x_stride apart, panels panel_stride. Asks for AHEAD panels from `ahead` on.
+template <class T, int ROWS, int PANELS, int AHEAD = 0>
 OCTAVO_INLINE void tile(const T* x, isize x_stride, const T* w, isize panel_stride, isize steps,
-                        vf (&acc)[ROWS][PANELS * kPanelVecs]) {
+                        vf (&acc)[ROWS][PANELS * kPanelVecs], const T* ahead = nullptr) {
     for (isize k = 0; k < steps; k++) {
-        if constexpr (AHEAD)
 #pragma GCC unroll 8
-            for (int p = PANELS; p < 2 * PANELS; p++) __builtin_prefetch(w + p * panel_stride + k * kLine<T>, 0, 2);
+        for (int p = 0; p < AHEAD; p++) __builtin_prefetch(ahead + p * panel_stride + k * kLine<T>, 0, 2);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) {
             Dot<T> dot(x + r * x_stride + k * kStep<T>);
@@ -180,7 +179,7 @@ template <int PANELS>
 void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
     constexpr int kVecs = PANELS * kPanelVecs;
     const isize steps = a.in / 2, panel_stride = steps * kLine<bf16>;
-    const bool blocked = steps > kBlockSteps;
+    const bool blocked = steps > kBlockSteps, spread = unit.rows > (PANELS - 1) * kTileRows;
     auto* partial = blocked ? (float*)scratch(Scratch::tile, kBlockRows * kVecs * kLanes * 4) : nullptr;
     for (isize from = 0; from < steps; from += kBlockSteps) {
         const isize count = steps - from < kBlockSteps ? steps - from : kBlockSteps;
@@ -194,9 +193,14 @@ void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
                 if (from)
                     for (int i = 0; i < ROWS * kVecs; i++)
                         acc[i / kVecs][i % kVecs] = load(partial + (r * kVecs + i) * kLanes);
-                // The weights of the unit that follows arrive while this one computes.
-                const bf16* w = weight + from * kLine<bf16>;
-                if (r == 0) tile<bf16, ROWS, PANELS, true>(x, a.x_stride, w, panel_stride, count, acc);
+                // The weights of the unit that follows arrive while this one computes, a panel a tile if these are enough:
+                // all at once they would take longer than the first tile.
+                const bf16 *w = weight + from * kLine<bf16>, *next = w + PANELS * panel_stride;
+                const isize place = r / kTileRows;
+                if (spread && place < PANELS)
+                    tile<bf16, ROWS, PANELS, 1>(x, a.x_stride, w, panel_stride, count, acc, next + place * panel_stride);
+                else if (!spread && place == 0)
+                    tile<bf16, ROWS, PANELS, PANELS>(x, a.x_stride, w, panel_stride, count, acc, next);
                 else tile<bf16, ROWS, PANELS>(x, a.x_stride, w, panel_stride, count, acc);
                 for (int i = 0; i < ROWS; i++) {
                     if (last) finish<PANELS>(a, unit.first_row + r + i, unit.first_panel * kPanel, acc[i]);
