@@ -116,7 +116,7 @@ def test_smollm2_is_dequantised_within_the_time_budget() -> None:
     reader = GgufReader(Path(model))
     start = time.thread_time()
     count = sum(reader.read(name).size for name in reader.tensors)
-    assert time.thread_time() - start < 1.5
+    assert time.thread_time() - start < 5  # 0.3; a loop over the blocks in Python takes minutes
     assert count == 134_515_008
 
 

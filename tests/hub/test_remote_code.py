@@ -143,7 +143,7 @@ def test_no_loader_runs_code_of_the_repo_without_the_flag(flags: tuple[str, ...]
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, *flags, "-c", LOADERS, *map(str, folders)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [folder.name for folder in folders if (folder / "ran").exists()] == [], done.stdout
     known, unknown, nameless = json.loads(done.stdout.splitlines()[-1])

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -361,12 +360,10 @@ def test_long_texts_leave_the_interpreter_to_other_threads_and_are_no_different(
 
     thread = threading.Thread(target=tick)
     thread.start()
-    began = time.monotonic()
     ids = tokenizer.encode(text)
-    took = time.monotonic() - began
     done.set()
     thread.join()
-    assert ticks > took / 0.005 / 20
+    assert ticks >= 5  # dozens where nothing else runs, and one if the interpreter is held all the time
     assert ids == tokenizer.encode("Hello, wörld 中! ") * 40_000
     assert tokenizer.decode(ids) == text
     with pytest.raises(RequestError, match="surrogate"):

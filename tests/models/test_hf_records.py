@@ -69,7 +69,7 @@ def test_the_second_start_does_not_import_the_models_of_transformers(tmp_path: P
 
     def run() -> list[str]:
         command = [sys.executable, "-c", program, str(folder)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90, check=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=True)
         return done.stdout.splitlines()
 
     (first, imported), (second, again) = run(), run()
