@@ -133,7 +133,9 @@ def fp8(
 NF4 = torch.tensor([-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0])
 
 
-def bnb4(name: str, out: int, size: int, seed: int, *, nested: bool = True) -> Layer:
+def bnb4(
+    name: str, out: int, size: int, seed: int, *, nested: bool = True, storage: torch.dtype = torch.uint8
+) -> Layer:
     """bitsandbytes in four bits; the 16 values are the file's own, so they need not be the real ones."""
     generator, block, inner = torch.Generator().manual_seed(seed), 64, 8
     codes = torch.randint(0, 16, (out * size,), generator=generator)
@@ -141,7 +143,7 @@ def bnb4(name: str, out: int, size: int, seed: int, *, nested: bool = True) -> L
     state = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": [out, size]}
     pairs = codes.reshape(-1, 2)
     tensors = {
-        f"{name}.weight": (pairs[:, 0] << 4 | pairs[:, 1]).to(torch.uint8).reshape(-1, 1),
+        f"{name}.weight": (pairs[:, 0] << 4 | pairs[:, 1]).to(torch.uint8).view(storage).reshape(-1, 1),
         f"{name}.weight.quant_map": NF4.clone(),
     }
     if nested:
@@ -254,6 +256,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], Make]] = {
         lambda *layer: nvfp4(*layer, leaf="weight_scale_2"),
     ),
     "bitsandbytes-4": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, bnb4),
+    "bitsandbytes-4-in-bfloat16": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+        lambda *layer: bnb4(*layer, storage=torch.bfloat16),
+    ),
     "bitsandbytes-4-plain": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True},
         lambda *layer: bnb4(*layer, nested=False),

@@ -44,18 +44,18 @@ def _over_127(greatest: Part) -> Part:
 
 def _four(checkpoint: Checkpoint, name: str, leaf: str) -> Listed:
     state, size = _state(checkpoint, name + leaf), shape(checkpoint, name)
-    count = 2 * int(np.prod(size))
+    count = 2 * checkpoint.tensors()[name].nbytes  # of whatever type bnb_4bit_quant_storage says
     wanted, block = state.get("shape", [count, 1]), state.get("blocksize", 64)  # a header alone has neither
     if not are_sizes([*wanted, block] if isinstance(wanted, list) else None, 3) or block % 2:
         raise misfit(name, size, f"{leaf.rpartition('.')[2]} says shape {wanted} in blocks of {block}")
     if not 0 <= count - int(np.prod(wanted)) <= 1:
         raise misfit(name, size, f"shape {wanted} needs half as many bytes")
-    check_kind(checkpoint, name, "uint8", "int8")
     listed = np.asarray(_listed(checkpoint, f"{name}.quant_map", 16), np.float32)
     blocks = -(-int(np.prod(wanted)) // block)
 
     def codes(first: int, last: int) -> Bytes:
-        return checkpoint.read(name).data.reshape(-1)[first:last]
+        octets: Bytes = checkpoint.read(name).data.reshape(-1).view(np.uint8)[first:last]
+        return octets
 
     absmax = _absmax(checkpoint, name, state, blocks)
     return Listed((wanted[0], wanted[1]), codes, listed, absmax, block)
