@@ -264,6 +264,18 @@ def test_a_killed_engine_ends_every_pending_request_with_an_error(core: CoreProc
     asyncio.run(session())
 
 
+def test_the_last_message_of_a_core_that_was_not_killed_is_waited_for_longer(core: CoreProcess) -> None:
+    core.wait_ready()
+    core.send(Shutdown())
+    assert core.process.wait(PATIENCE) == 0
+    patient = core.last_words_ms()
+    killed = spawn(CONFIG, "stub")
+    killed.process.kill()
+    killed.process.wait()
+    assert killed.last_words_ms() < patient
+    killed.stop()
+
+
 def test_a_core_that_is_killed_during_its_start_reports_how(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)")  # it is not ready before it is killed
     core = spawn(CONFIG, "stub", env={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(SOURCE)))})

@@ -13,7 +13,7 @@ import zmq
 
 from octavo.errors import EngineDead, OctavoError, RequestError
 from octavo.frontend.client import EngineState
-from octavo.frontend.core_process import LAST_WORDS_MS, Core, decode_output, error_of
+from octavo.frontend.core_process import Core, decode_output, error_of
 from octavo.types import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -222,7 +222,7 @@ class CoreClient:
         """Perhaps in another thread; the delay lets a last `Dead` message, which knows more, come first."""
 
         def later() -> None:
-            self._loop.call_later(LAST_WORDS_MS / 1000, lambda: self._die(self._core.death()))
+            self._loop.call_later(self._core.last_words_ms() / 1000, lambda: self._die(self._core.death()))
 
         with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody is left to tell
             self._loop.call_soon_threadsafe(later)

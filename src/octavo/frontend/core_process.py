@@ -22,16 +22,14 @@ from typing import Any, Literal
 import msgspec
 import zmq
 
-from octavo import errors
 from octavo.config import EngineConfig
-from octavo.errors import EngineDead, OctavoError
+from octavo.errors import EngineDead, OctavoError, retold
 from octavo.log import get_logger
 from octavo.types import MAX_MESSAGE_BYTES, Bye, CoreInput, CoreOutput, Dead, EngineInfo, Hello, Ready, Shutdown
 
 GRACE_SECONDS = 0.5  # how long `stop` waits before it becomes less polite
-LAST_WORDS_MS = 200  # after the child's end, how long its last message may still be on its way
+LAST_WORDS_MS = 200  # after the engine's end, how long its last message may still be on its way
 HEARTBEAT_MS = 5000  # over a network: a machine that vanishes does not close its connections
-_ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, OctavoError)}
 
 decode_output = msgspec.msgpack.Decoder(CoreOutput).decode
 
@@ -59,7 +57,7 @@ class Core:
         """Blocks until the engine is ready; raises the error that kept it from that, as the class it was there."""
         while not self._cancelled:
             alive = self.alive()
-            if self.socket.poll(100 if alive else LAST_WORDS_MS):
+            if self.socket.poll(100 if alive else self.last_words_ms()):
                 message = decode_output(self.socket.recv())
                 if isinstance(message, Ready):
                     return message.info
@@ -79,6 +77,10 @@ class Core:
     def alive(self) -> bool:
         """False once the engine is known to be gone."""
         return not self._monitor.poll(0)
+
+    def last_words_ms(self) -> int:
+        """How long to wait for the last message of an engine that is gone."""
+        return LAST_WORDS_MS
 
     def death(self) -> OctavoError:
         """The error for an engine that ended without a word."""
@@ -133,6 +135,11 @@ class CoreProcess(Core):
     def alive(self) -> bool:
         """Whether the process runs."""
         return self.process.poll() is None
+
+    def last_words_ms(self) -> int:
+        """As in `Core`. A process that was not killed has said why it ended, however late this machine reads it."""
+        killed = (self.process.poll() or 0) < 0
+        return LAST_WORDS_MS if killed else 10 * LAST_WORDS_MS
 
     def death(self) -> OctavoError:
         """The error for a child that ended without a word."""
@@ -228,10 +235,7 @@ def launch(
 
 def error_of(dead: Dead) -> OctavoError:
     """The error that a `Dead` message carries, as its own class again."""
-    error = _ERRORS.get(dead.kind, EngineDead)(dead.cause, dead.remedy)
-    if dead.id:
-        error.id = dead.id
-    return error
+    return retold(dead.kind, dead.cause, dead.remedy, dead.id)
 
 
 def private_folder() -> Path:

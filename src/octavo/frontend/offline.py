@@ -10,7 +10,7 @@ import zmq
 
 from octavo.config import EngineConfig
 from octavo.errors import EngineDead
-from octavo.frontend.core_process import LAST_WORDS_MS, Core, decode_output, error_of, spawn
+from octavo.frontend.core_process import Core, decode_output, error_of, spawn
 from octavo.frontend.devices import shares
 from octavo.frontend.routing import router_for, together
 from octavo.types import (
@@ -127,6 +127,6 @@ class SeveralCores:
                 if isinstance(message, Outputs | Pong):
                     self._stats[index] = message.stats or self._stats[index]
                 messages.append(message)
-            elif not ready and not core.alive() and not core.socket.poll(LAST_WORDS_MS):
+            elif not ready and not core.alive() and not core.socket.poll(core.last_words_ms()):
                 raise core.death()
         return messages
