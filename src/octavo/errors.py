@@ -95,3 +95,16 @@ class EngineDead(OctavoError):
     """The engine ended. Pending requests get this error; the process that sees it should exit."""
 
     id = "ENG001"
+
+
+def retold(kind: str, cause: str, remedy: str = "", id: str = "") -> OctavoError:
+    """An error of another process, as the class that is named ``kind`` again."""
+    error = _CLASSES.get(kind, EngineDead)(cause, remedy)
+    if id:
+        error.id = id
+    return error
+
+
+_CLASSES = {
+    cls.__name__: cls for cls in list(vars().values()) if isinstance(cls, type) and issubclass(cls, OctavoError)
+}

@@ -27,9 +27,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from octavo import errors
 from octavo.config import EngineConfig
-from octavo.errors import EngineDead, OctavoError
+from octavo.errors import EngineDead, OctavoError, retold
 from octavo.log import get_logger
 from octavo.types import StepPlan
 
@@ -37,7 +36,6 @@ LENGTH = struct.Struct("<I")
 POLL_SECONDS = 2e-5  # between looks at the device; other threads of the process run meanwhile
 CLOSE_SECONDS = 5.0  # a process that is killed ends once its device has taken back its memory
 BETTER_REASON_SECONDS = 1.0  # how long a rank that lost another one waits to hear how that one ended
-_ERRORS = {cls.__name__: cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, OctavoError)}
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -242,8 +240,7 @@ class Executor:
 
     def _take(self, rank: int, answer: Answer) -> None:
         if isinstance(answer, Failed):
-            error = _ERRORS.get(answer.kind, EngineDead)(f"rank {rank}: {answer.cause}", answer.remedy)
-            error.id = answer.id or error.id
+            error = retold(answer.kind, f"rank {rank}: {answer.cause}", answer.remedy, answer.id)
             if answer.lost:
                 self._lost = error
                 with self._changed:
