@@ -229,13 +229,14 @@ def test_an_answer_without_a_word_is_an_empty_message_streamed_or_not() -> None:
     run(work)
 
 
-def test_log_probabilities_come_with_the_text() -> None:
+@pytest.mark.parametrize(("finish", "said"), [("length", "hello world"), ("stop", "hello world</s>")])
+def test_log_probabilities_come_with_the_text(finish: str, said: str) -> None:
     async def work() -> None:
-        setup = Said("hello world", finish="length")
+        setup = Said("hello world", finish=finish)
         options: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
         whole = await ask(setup, **options)
         scores = whole.output[0].content[0].logprobs
-        assert "".join(one.token for one in scores) == "hello world"
+        assert "".join(one.token for one in scores) == said
         assert [len(one.top_logprobs) for one in scores] == [2] * len(scores)
         events = [event async for event in await ask(setup, stream=True, **options)]
         sent = [one.token for e in events if e.type == "response.output_text.delta" for one in e.logprobs]

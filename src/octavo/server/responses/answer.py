@@ -179,13 +179,18 @@ class ResponseWriter:
             if block.kind != "call":
                 yield events.PartAdded(item_id=id, output_index=index, part=_part(block, whole=False))
         elif change.what == "add" and block.kind == "text":
-            scores, self._logprobs = self._logprobs, []
-            yield events.TextDelta(item_id=id, output_index=index, delta=change.text, logprobs=scores)
+            yield self._text_delta(id, index, change.text)
         elif change.what == "add":
             kind = events.ReasoningDelta if block.kind == "reasoning" else events.ArgumentsDelta
             yield kind(item_id=id, output_index=index, delta=change.text)
         else:
+            if block.kind == "text" and self._logprobs:  # of tokens without text, as the end is
+                yield self._text_delta(id, index, "")
             yield from self._closed(block)
+
+    def _text_delta(self, id: str, index: int, text: str) -> events.TextDelta:
+        scores, self._logprobs = self._logprobs, []
+        return events.TextDelta(item_id=id, output_index=index, delta=text, logprobs=scores)
 
     def _closed(self, block: Block) -> Iterable[events.Event]:
         id, index = self._place(block)
