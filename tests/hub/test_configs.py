@@ -412,33 +412,3 @@ def test_an_end_of_text_that_is_no_id_is_told_of(caplog: pytest.LogCaptureFixtur
         config = build(tiny.config("llama", eos_token_id=["</s>", 5]))
     assert config.eos_ids == (5,)
     assert "'</s>' is no token id" in caplog.text
-
-
-def test_sampling_defaults_have_our_names() -> None:
-    got = configs.sampling_defaults(
-        {"do_sample": True, "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "bos_token_id": 1, "top_p": None}
-    )
-    assert got == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
-
-
-@pytest.mark.parametrize(
-    ("generation", "got"),
-    [
-        ({"do_sample": False}, {"temperature": 0.0}),
-        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.7}),
-        ({}, {}),
-    ],
-)
-def test_do_sample_false_means_greedy_unless_a_temperature_is_given(generation: dict[str, Any], got: Any) -> None:
-    assert configs.sampling_defaults(generation) == got
-
-
-@pytest.mark.parametrize("bad", [{"temperature": "hot"}, {"top_p": 7.0}, {"max_new_tokens": -1}])
-def test_bad_generation_default_is_an_error(bad: dict[str, Any]) -> None:
-    with pytest.raises(ModelError) as error:
-        configs.sampling_defaults(bad)
-    assert error.value.id == "HF002"
-
-
-def test_missing_generation_config_is_empty(tmp_path: Path) -> None:
-    assert configs.generation_config(Source("m", "folder", tmp_path, None, "")) == {}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from octavo.errors import ModelError
 from octavo.hub import configs
+from octavo.hub.generation import sampling_defaults
 from tools import tiny
 
 SCALARS = st.one_of(
@@ -79,6 +80,6 @@ def test_any_override(hf: dict[str, Any], overrides: dict[str, Any]) -> None:
 def test_any_generation_config(generation: dict[str, Any]) -> None:
     survives(VALID[0], {}, generation)
     try:
-        configs.sampling_defaults(generation)
+        sampling_defaults(generation)
     except ModelError as error:
         check(error)

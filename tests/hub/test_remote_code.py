@@ -39,7 +39,8 @@ from octavo.config import EngineConfig
 from octavo.errors import OctavoError
 from octavo.frontend.chat import ChatRenderer
 from octavo.frontend.loading import load_text_model
-from octavo.hub.configs import generation_config, model_config, read_hf_dict
+from octavo.hub.configs import model_config, read_hf_dict
+from octavo.hub.generation import generation_config
 from octavo.hub.files import find_files
 from octavo.hub.peek import peek
 from octavo.hub.plan import make_plan

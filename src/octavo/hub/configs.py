@@ -1,4 +1,4 @@
-"""From ``config.json`` and ``generation_config.json`` to what the engine needs: `ModelConfig` and sampling defaults."""
+"""From ``config.json`` to what the engine needs: `ModelConfig`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Final, TypeGuard
 
 from octavo.config import LayerSpec, ModelConfig
-from octavo.errors import ConfigError, ModelError, RequestError
+from octavo.errors import ConfigError, ModelError
 from octavo.hub.geometry import LENGTHS, layer_specs, lookup, number, own_length, size, text_config
 from octavo.hub.gguf_pick import models
 from octavo.hub.patches import CLASS_DEFAULTS, Hf, normalise, rename_text_config
 from octavo.hub.quantised import settings
 from octavo.hub.source import CONFIGS, Source
 from octavo.log import get_logger
-from octavo.sampling_params import SamplingParams
 
 # Keys that are read here; an override of one of them is no typing error, even where the file lacks it.
 _KNOWN_KEYS: Final = frozenset(
@@ -354,42 +353,3 @@ def max_model_len(config: ModelConfig, wanted: int | None) -> tuple[int, str]:
             id="HF021",
         )
     return wanted, f"asked for; the model was made for {config.max_len} = {config.max_len_reason}"
-
-
-# --- generation -------------------------------------------------------------------------------------------------------
-
-
-def generation_config(source: Source) -> dict[str, Any]:
-    """The model's ``generation_config.json``, or nothing where there is none; raises `ModelError` HF002."""
-    path = source.file("generation_config.json")
-    return read_json(path) if path is not None else {}
-
-
-_GENERATION_KEYS: Final = {
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "max_new_tokens": "max_tokens",
-}
-
-
-def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, Any]:
-    """What a generation config says on sampling, under the names of `SamplingParams`.
-
-    ``do_sample: false`` means greedy unless the file names a temperature, too. Raises `ModelError` HF002 for a value
-    that no request could have.
-    """
-    out = {ours: generation[key] for key, ours in _GENERATION_KEYS.items() if generation.get(key) is not None}
-    if generation.get("do_sample") is False and "temperature" not in out:
-        out["temperature"] = 0.0
-    try:
-        SamplingParams(**out).validate()
-    except RequestError as error:
-        raise ModelError(
-            f"generation_config.json: {error.cause}", "Correct it, or pass --generation-config vllm.", id="HF002"
-        ) from None
-    return out

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.config import ModelOptions
-from octavo.hub.configs import generation_config, read_hf_dict, sampling_defaults
+from octavo.hub.configs import read_hf_dict
+from octavo.hub.generation import generation_config, sampling_defaults
 from octavo.hub.patches import Hf
 from octavo.hub.remote_code import RepoCode, completed
 from octavo.hub.resolve import resolve

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 from octavo.config import ModelOptions
 from octavo.errors import ConfigError, ModelError
-from octavo.hub.configs import DTYPES, override, sampling_defaults
+from octavo.hub.configs import DTYPES, override
 from octavo.hub.files import find_files
+from octavo.hub.generation import sampling_defaults
 from octavo.hub.patches import Hf
 from octavo.hub.tokenizer import AutoTokenizerAdapter, Tokenizer
 
