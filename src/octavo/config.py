@@ -233,7 +233,7 @@ class ServerConfig:
     admin_api_key: str | None = option(
         None, "key for what concerns all users; default: OCTAVO_ADMIN_API_KEY", secret=True
     )
-    served_model_name: str | None = option(None, "name of the model in the API; default: MODEL")
+    served_model_name: str | None = option(None, "name of the model in the API, or several with commas; default: MODEL")
     chat_template: str | None = option(None, "Jinja chat template, or a file with one, instead of the model's")
     chat_template_content_format: str = option(
         "auto",
