@@ -520,3 +520,18 @@ def test_families_that_transformers_runs_are_read_too(family: str, tmp_path: Pat
         answers.append(answer.outputs[0].token_ids)
         llm.close()
     assert answers[0] == answers[1]
+
+
+def test_a_pattern_of_tekken_that_is_none_is_an_error_not_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "tekken.json"
+    write_tekken(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "config": {**content["config"], "pattern": "[a"}}))
+    with pytest.raises(ModelError, match="is no pattern") as error:
+        load_tokenizer(source(tmp_path))
+    assert error.value.id == "HF002"
+
+
+def test_a_pattern_of_windows_may_be_empty(tmp_path: Path) -> None:
+    params = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8, "vocab_size": 8, "max_seq_len": 64}
+    assert config_from_params({**params, "sliding_window": []}, tmp_path)["sliding_window"] is None

@@ -34,7 +34,7 @@ def byte_level(
     whole_words: bool = False,
 ) -> Tokenizer:
     """``split``: the pattern of pieces, None for GPT-2's; ``digits`` cuts off each digit before; ``whole_words``: a
-    piece that is a token is taken as it is, whatever the merges say.
+    piece that is a token is taken as it is, whatever the merges say. Raises ValueError for a pattern that is none.
     """
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, ignore_merges=whole_words))
     if nfc:
@@ -43,11 +43,18 @@ def byte_level(
     if digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     if split:
-        steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
+        steps.append(pre_tokenizers.Split(_regex(split), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _regex(pattern: str) -> Regex:
+    try:
+        return Regex(pattern)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{pattern[:40]!r} is no pattern ({error})") from None
 
 
 def sentencepiece(

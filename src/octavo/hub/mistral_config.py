@@ -90,8 +90,8 @@ def _refuse_other_kinds(params: Params, path: Path) -> None:
 def _window(params: Params) -> dict[str, Any]:
     """One window for all layers, or a pattern of windows (null: none) that repeats over them."""
     window = params.get("sliding_window") or params.get("_sliding_window")
-    if not isinstance(window, list):
-        return {"sliding_window": window}
+    if not isinstance(window, list) or not window:
+        return {"sliding_window": window or None}
     kinds = ["sliding_attention" if size else "full_attention" for size in window]
     count = params["n_layers"] if isinstance(params["n_layers"], int) else 0
     return {
