@@ -39,6 +39,8 @@ class GroupSampler:
         A model that is asked for JSON writes JSON: what an item samples without a mask is mostly what it may, and that
         is then what it samples with it, so most masks are never needed. But filters look at what a mask leaves.
         """
+        if mask is None and len(items) <= self._most and not any(self._rows[row].edited for row, _ in items):
+            return self._choose(logits, items)
         outcome = torch.empty(2, len(items), dtype=torch.int32, device=logits.device)
         places = {} if mask is None else {item: at for at, item in enumerate(mask.items)}
         filtered = [i for i in places if self._rows[items[i].row].mode is Mode.FILTERED]
