@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.core.engine import EngineCore
-from octavo.types import TokenOutput
+from octavo.types import StepResult, TokenOutput
 from tests.core.stub_engine import collect, expected, make_engine, make_request, run
 
 
@@ -208,6 +208,17 @@ def test_waste_counts_allocated_slots_without_a_token() -> None:
     core.add(make_request(core, "a", prompt(1, 8), max_tokens=1))
     run(core)
     assert (core.stats().slots_allocated, core.stats().slots_filled) == (16, 8)
+
+
+def test_a_request_that_is_put_aside_does_not_end_by_what_it_sampled_without_its_mask() -> None:
+    core = make_engine()
+    core.add(make_request(core, "a", prompt(1, 5), max_tokens=4))
+    assert core.scheduler.schedule() is not None
+    core.scheduler.defer(0)
+    assert core.scheduler.commit(StepResult(tokens=[0], bad=[0])) == []
+    core.scheduler.check()
+    core.scheduler.resume("a")
+    assert collect(run(core)) == {"a": expected(prompt(1, 5), 4)}
 
 
 @settings(max_examples=80, deadline=None)

@@ -157,7 +157,7 @@ class Scheduler:
                     self._waiting.push(self._prefixes.publish(seq))
             scores = result.prompt_logprobs
             prompt_logprobs = item.fresh(scores[index]) if index in scores else []
-            if index in result.bad:
+            if item.samples and index in result.bad:
                 self._finish(seq)
                 outputs.append(_nothing_left(seq))
             elif item.samples:
