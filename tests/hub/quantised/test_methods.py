@@ -122,6 +122,13 @@ def test_scales_may_be_powers_of_two_in_a_byte(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, 0.25 * tensors["layer.weight"].float().numpy())
 
 
+def test_experts_in_one_tensor_of_8_bit_floats_are_refused_by_name(tmp_path: Path) -> None:
+    tensors = {"mlp.experts.down_proj": torch.ones(3, 16, 32).to(torch.float8_e4m3fn)}
+    with pytest.raises(ModelError, match=r"mlp\.experts\.down_proj is \[3, 16, 32\] in 8-bit floats") as caught:
+        opened(tmp_path, tensors, LAYOUTS["fp8"][0])
+    assert caught.value.id == "HF050"
+
+
 def test_experts_of_gpt_oss_are_read_in_the_order_of_the_model(tmp_path: Path) -> None:
     tensors, weight = mxfp4("experts.gate_up_proj", 3, 24, 64, 0)
     checkpoint = opened(tmp_path, tensors, {"quant_method": "mxfp4"})

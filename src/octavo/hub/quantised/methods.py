@@ -144,8 +144,14 @@ def fp8(checkpoint: Checkpoint, settings: Settings) -> Found:
     """
     found = Found()
     for name, info in checkpoint.tensors().items():
-        stem = name.removesuffix(".weight")
-        if info.dtype in ("float8_e4m3fn", "float8_e5m2") and len(info.shape) == 2 and stem != name:
+        stem, is_float8 = name.removesuffix(".weight"), info.dtype in ("float8_e4m3fn", "float8_e5m2")
+        if is_float8 and len(info.shape) > 2:
+            raise ModelError(
+                f"{name} is {list(info.shape)} in 8-bit floats, such as many experts have; matrices can be read.",
+                "Take a variant of the model with a tensor for each expert, or one in plain floats.",
+                id="HF050",
+            )
+        if is_float8 and len(info.shape) == 2 and stem != name:
             scale = next(
                 (s for s in (f"{stem}.weight_scale_inv", f"{stem}.weight_scale") if s in checkpoint.tensors()), None
             )
