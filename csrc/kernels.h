@@ -207,12 +207,14 @@ struct Kernels {
 };
 
 const Kernels& baseline_kernels();
+const Kernels& amx_emulated_kernels();
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx2_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& amx_bf16_kernels();
 #elif defined(__aarch64__)
 const Kernels& neon_dotprod_kernels();
 #endif

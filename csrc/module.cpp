@@ -14,6 +14,11 @@
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
+#if defined(OCTAVO_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "blocks.h"
 #include "pool.h"
@@ -23,8 +28,22 @@ using namespace octavo;
 
 namespace {
 
-// What the processor (and the operating system) can run, best first.
-std::vector<const Kernels*> supported() {
+#if defined(OCTAVO_HAS_AMX)
+// Whether the processor has tiles of the size that impl/amx.h uses and multiplies them in bfloat16, and Linux saves
+// them and lets this process use them: it is asked here, for all threads (Documentation/arch/x86/xstate.rst).
+bool has_amx() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    unsigned a, b, c, d, low, high;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // AMX-BF16, -TILE
+    if (!__get_cpuid_count(0x1d, 1, &a, &b, &c, &d)) return false;
+    if ((b & 0xffff) != 64 || b >> 16 < 8 || (c & 0xffff) != 16) return false;  // bytes of a row, tiles, rows
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return false;        // OSXSAVE
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low >> 17 & 3) == 3 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+std::vector<const Kernels*> find_supported() {
     std::vector<const Kernels*> tables;
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -32,7 +51,11 @@ std::vector<const Kernels*> supported() {
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (vnni && __builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16_kernels());
+    const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+#if defined(OCTAVO_HAS_AMX)
+    if (bf16 && has_amx()) tables.push_back(&amx_bf16_kernels());
+#endif
+    if (bf16) tables.push_back(&avx512_bf16_kernels());
     if (vnni) tables.push_back(&avx512_vnni_kernels());
     if (avx512) tables.push_back(&avx512_kernels());
     if (avx2 && __builtin_cpu_supports("avxvnni")) tables.push_back(&avx2_vnni_kernels());
@@ -44,6 +67,12 @@ std::vector<const Kernels*> supported() {
     return tables;
 }
 
+// What the processor (and the operating system) can run, best first.
+const std::vector<const Kernels*>& supported() {
+    static const std::vector<const Kernels*> tables = find_supported();
+    return tables;
+}
+
 const Kernels* active = supported().front();
 
 std::vector<std::string> names() {
@@ -52,8 +81,12 @@ std::vector<std::string> names() {
     return out;
 }
 
+std::vector<std::string> emulated() { return {amx_emulated_kernels().name}; }
+
 void use(const std::string& name) {
-    for (const Kernels* k : supported())
+    std::vector<const Kernels*> tables = supported();
+    tables.push_back(&amx_emulated_kernels());
+    for (const Kernels* k : tables)
         if (name == k->name) {
             active = k;
             return;
@@ -240,6 +273,7 @@ NB_MODULE(_cpu, m) {
     using unlocked = nb::call_guard<nb::gil_scoped_release>;
     m.doc() = "Kernels for processors. Arguments are addresses; octavo.kernels.cpu checks them and is the only caller.";
     m.def("names", &names, "The instruction sets this processor can run, best first.");
+    m.def("emulated", &emulated, "Instruction sets that run slowly on every processor, for tests alone.");
     m.def("use", &use, "Run the kernels of this name from now on.");
     m.def("active", [] { return std::string(active->name); });
     m.def("set_threads", &set_threads, "How many threads share a kernel's work.");

@@ -79,8 +79,7 @@ void check_blocks(const Kernels& kernels, const char* kind) {
     }
 }
 
-void check_bf16(const Kernels& kernels) {
-    const isize out = 48, in = 130, rows = 9;
+void check_bf16(const Kernels& kernels, isize rows, isize out, isize in) {
     std::vector<float> w = normal(out * in), x = normal(rows * in), y(rows * out);
     std::vector<uint16_t> panels(out * in), given(rows * in), got(rows * out);
     for (isize o = 0; o < out; o++)
@@ -157,14 +156,16 @@ void check_attention(const Kernels& kernels, isize length, isize queries) {
 
 int main() {
     set_threads(2);
-    std::vector<const Kernels*> tables{&baseline_kernels()};
+    std::vector<const Kernels*> tables{&baseline_kernels(), &amx_emulated_kernels()};
 #if defined(__aarch64__)
     tables.push_back(&neon_dotprod_kernels());
 #endif
     for (const Kernels* kernels : tables) {
         for (const char* kind : {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"})
             check_blocks(*kernels, kind);
-        check_bf16(*kernels);
+        check_bf16(*kernels, 1, 48, 96);
+        check_bf16(*kernels, 9, 48, 130);
+        check_bf16(*kernels, 250, 80, 1090);
         check_small(*kernels);
         check_attention(*kernels, 100, 1);
         check_attention(*kernels, 100, 40);

@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra")
-SOURCES = {"pool": (), "order": (), "blocks": (), "isa_baseline": ()}
+SOURCES = {"pool": (), "order": (), "blocks": (), "isa_baseline": (), "isa_amx_emulated": ()}
 ARM_SOURCES = {"isa_neon_dotprod": ("-march=armv8.2-a+dotprod",)}
 THREADS = ("-g", "-fsanitize=thread")
 

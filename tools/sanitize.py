@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
-TESTS = tuple(f"tests/kernels/test_cpu_{name}.py" for name in ("kernels", "sampling", "layer", "blocks", "experts"))
+NAMES = ("kernels", "sampling", "layer", "blocks", "experts", "amx")
+TESTS = tuple(f"tests/kernels/test_cpu_{name}.py" for name in NAMES)
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 

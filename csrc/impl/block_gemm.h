@@ -306,7 +306,7 @@ template <Format F>
 void widened_part(const Weight& w, const ProductArgs& a, const Part& part, const bf16* bias, bf16* to) {
     const isize groups = w.in / block_shape(F).group, record = Packed<F>::kBytes, stride = w.in * kPanel;
     const LinearArgs args{(const bf16*)a.x, nullptr, bias, to, a.rows, w.in, part.out, a.x_stride, w.out};
-    each_unit<kTilePanels>((part.out + kPanel - 1) / kPanel, a.rows, [&](Unit unit, auto count) {
+    each_unit<kUnitPanels>((part.out + kPanel - 1) / kPanel, a.rows, [&](Unit unit, auto count) {
         constexpr int PANELS = decltype(count)::value;
         auto* wide = (bf16*)scratch(Scratch::weights, PANELS * stride * sizeof(bf16));
         for (isize p = 0; p < PANELS; p++)

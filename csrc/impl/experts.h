@@ -25,16 +25,16 @@ inline isize expert_blocks(const GroupedArgs& a, isize experts, ExpertBlock* blo
 // many rows there are.
 template <int PANELS>
 void run_expert(const LinearArgs& a, isize panel) {
-    if (a.rows > 4) return run_unit<PANELS>(a, {0, a.rows, panel}, a.panels + panel * a.in * kPanel);
+    if (a.rows > kStreamRows) return run_unit<PANELS>(a, {0, a.rows, panel}, a.panels + panel * a.in * kPanel);
     with_rows(int(a.rows), [&](auto height) {
         constexpr int ROWS = decltype(height)::value;
-        if constexpr (ROWS <= 4) stream_panels<ROWS, PANELS>(a, panel);
+        if constexpr (ROWS <= kStreamRows) stream_panels<ROWS, PANELS>(a, panel);
     });
 }
 
 inline void grouped(const ExpertWeight& w, const GroupedArgs& a) {
     const isize sorted = a.starts[w.experts];  // rows that have an expert
-    const isize panels = (w.out + kPanel - 1) / kPanel, groups = (panels + kTilePanels - 1) / kTilePanels;
+    const isize panels = (w.out + kPanel - 1) / kPanel, groups = (panels + kUnitPanels - 1) / kUnitPanels;
     const isize most = sorted / kBlockRows + (w.experts < sorted ? w.experts : sorted);
     auto* blocks = (ExpertBlock*)scratch(Scratch::items, (most + 1) * sizeof(ExpertBlock));
     const isize count = expert_blocks(a, w.experts, blocks);
@@ -49,14 +49,14 @@ inline void grouped(const ExpertWeight& w, const GroupedArgs& a) {
     }
     parallel(count * groups > 1, count * groups, [&](isize u) {
         const ExpertBlock& b = blocks[u / groups];
-        const isize panel = u % groups * kTilePanels;
+        const isize panel = u % groups * kUnitPanels;
         const LinearArgs l{x + b.first * stride,
                            (const bf16*)w.panels + b.expert * panels * kPanel * w.in,
                            w.bias ? (const bf16*)w.bias + b.expert * w.out : nullptr,
                            (bf16*)a.out + b.first * w.out,
                            b.rows, w.in, w.out, stride, w.out};
-        with_panels(panels - panel < kTilePanels ? panels - panel : kTilePanels,
-                    [&](auto width) { run_expert<decltype(width)::value>(l, panel); });
+        with_panels<kUnitPanels>(panels - panel < kUnitPanels ? panels - panel : kUnitPanels,
+                                 [&](auto width) { run_expert<decltype(width)::value>(l, panel); });
     });
 }
 

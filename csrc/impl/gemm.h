@@ -2,6 +2,7 @@
 // around it. Attention uses the same tile, with K and V of a block of tokens packed into panels.
 #pragma once
 
+#include "amx.h"
 #include "vec.h"
 
 namespace octavo::OCTAVO_ISA {
@@ -89,22 +90,34 @@ OCTAVO_INLINE void with_rows(int rows, F&& f) {
 #endif
     }
 }
-template <class F>
+
+// Calls f<PANELS> with PANELS = panels, 1 to MOST.
+template <int MOST = kTilePanels, class F>
 OCTAVO_INLINE void with_panels(isize panels, F&& f) {
     switch (panels) {
         case 1: f(std::integral_constant<int, 1>{}); break;
-#if defined(__AVX512F__)
-        case 2: f(std::integral_constant<int, 2>{}); break;
-        case 3: f(std::integral_constant<int, 3>{}); break;
-        case 4: f(std::integral_constant<int, 4>{}); break;
-#endif
+        case 2:
+            if constexpr (MOST >= 2) f(std::integral_constant<int, 2>{});
+            break;
+        case 3:
+            if constexpr (MOST >= 3) f(std::integral_constant<int, 3>{});
+            break;
+        case 4:
+            if constexpr (MOST >= 4) f(std::integral_constant<int, 4>{});
+            break;
     }
 }
 
+// Panels of a unit, and how many rows are at most streamed instead (see `stream_panels`): with AMX none (see amx.h).
+#if defined(OCTAVO_AMX)
+constexpr int kUnitPanels = 4, kStreamRows = 0;
+#else
+constexpr int kUnitPanels = kTilePanels, kStreamRows = 4;
+#endif
 constexpr isize kBlockSteps = 1024;  // x 2 x 128 bytes: the weights of a unit stay in the second-level cache
 constexpr isize kBlockRows = 240;    // a multiple of every tile height
 
-// One group of up to kTilePanels panels against up to kBlockRows rows.
+// One group of up to kUnitPanels panels against up to kBlockRows rows.
 struct Unit {
     isize first_row, rows, first_panel;
 };
@@ -148,7 +161,7 @@ OCTAVO_INLINE void each_group(isize panels, F f) {
         const isize end = ends[u >= half], before = u < half ? 0 : narrow / 2;  // narrow ones in the first half
         if (u < end) return f((u - before) * MOST, std::integral_constant<int, MOST>{});
         const isize first = wide * MOST + (before + u - end) * width;
-        with_panels(panels - first < width ? panels - first : width, [&](auto few) { f(first, few); });
+        with_panels<MOST>(panels - first < width ? panels - first : width, [&](auto few) { f(first, few); });
     });
 }
 
@@ -160,7 +173,7 @@ OCTAVO_INLINE void each_unit(isize panels, isize rows, F f) {
     parallel(true, groups * blocks, [&](isize u) {
         const isize first = u / groups * kBlockRows, panel = u % groups * MOST;
         const Unit unit{first, rows - first < kBlockRows ? rows - first : kBlockRows, panel};
-        with_panels(panels - panel < MOST ? panels - panel : MOST, [&](auto count) { f(unit, count); });
+        with_panels<MOST>(panels - panel < MOST ? panels - panel : MOST, [&](auto count) { f(unit, count); });
     });
 }
 
@@ -175,6 +188,18 @@ OCTAVO_INLINE void ask_for_result(const LinearArgs& a, isize row, int rows, isiz
 }
 
 // `weight`: the unit's panels.
+#if defined(OCTAVO_AMX)
+template <int PANELS>
+void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
+    const AmxUnit u{a.x + unit.first_row * a.x_stride, weight, nullptr, a.x_stride, 0, unit.rows, 0};
+    auto ask = [&](isize row, isize rows) {
+        ask_for_result<PANELS>(a, unit.first_row + row, int(rows), unit.first_panel);
+    };
+    amx_unit<PANELS>(u, a.in / 2, ask, [&](isize row, const vf* sums) {
+        finish<PANELS>(a, unit.first_row + row, unit.first_panel * kPanel, sums);
+    });
+}
+#else
 template <int PANELS>
 void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
     constexpr int kVecs = PANELS * kPanelVecs;
@@ -211,6 +236,7 @@ void run_unit(const LinearArgs& a, Unit unit, const bf16* weight) {
         }
     }
 }
+#endif
 
 // Few rows: memory-bound. A group of panels at once, since several streams fill more of the memory's pipeline than one;
 // each is asked for a few KB ahead, past its end in the group that comes next. Sums run over the inputs in order, as in
@@ -242,15 +268,15 @@ OCTAVO_INLINE void stream_panels(const LinearArgs& a, isize first) {
 
 inline void linear(const LinearArgs& a) {
     const isize panels = (a.out + kPanel - 1) / kPanel;
-    if (a.rows > 4) {
-        each_unit<kTilePanels>(panels, a.rows, [&](Unit unit, auto count) {
+    if (a.rows > kStreamRows) {
+        each_unit<kUnitPanels>(panels, a.rows, [&](Unit unit, auto count) {
             run_unit<decltype(count)::value>(a, unit, a.panels + unit.first_panel * a.in * kPanel);
         });
         return;
     }
     with_rows(int(a.rows), [&](auto height) {
         constexpr int ROWS = decltype(height)::value;
-        if constexpr (ROWS <= 4)
+        if constexpr (ROWS <= kStreamRows)
             each_group<kTilePanels>(panels, [&](isize first, auto count) {
                 stream_panels<ROWS, decltype(count)::value>(a, first);
             });

@@ -23,7 +23,7 @@ KINDS = list(cpu.BLOCK_TYPES)
 HALF = 2.0**-11
 
 
-@pytest.fixture(params=_cpu.names(), autouse=True)
+@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()], autouse=True)
 def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
     before, threads = _cpu.active(), _cpu.threads()
     _cpu.use(request.param)

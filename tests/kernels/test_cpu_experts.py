@@ -18,7 +18,7 @@ BFLOAT16 = torch.bfloat16
 SHAPES = [(1, 2, 4, 64, 48), (5, 2, 4, 64, 40), (33, 3, 8, 96, 32), (520, 2, 3, 70, 20), (9, 2, 2, 2100, 16)]
 
 
-@pytest.fixture(params=_cpu.names())
+@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()])
 def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
     before = _cpu.active()
     _cpu.use(request.param)

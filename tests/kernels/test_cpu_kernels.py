@@ -18,7 +18,7 @@ from octavo.kernels import cpu  # noqa: E402  # needs the extension
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=_cpu.names(), autouse=True)
+@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()], autouse=True)
 def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
     before = _cpu.active()
     _cpu.use(request.param)

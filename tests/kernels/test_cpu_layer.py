@@ -18,7 +18,7 @@ SIZE, INNER, HEADS, KV_HEADS, DIM = 96, 160, 4, 2, 64
 CASE = grid.Case(heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
 
 
-@pytest.fixture(params=_cpu.names(), autouse=True)
+@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()], autouse=True)
 def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
     before = _cpu.active()
     _cpu.use(request.param)

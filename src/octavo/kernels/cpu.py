@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from octavo import _cpu
-from octavo.kernels import reference
+from octavo.kernels import cpu_choice, reference
 from octavo.kernels.metadata import AttentionMetadata
 from octavo.platforms.pages import Arena
 
@@ -20,6 +20,7 @@ _TYPES = frozenset((torch.bfloat16, torch.float32))
 MAX_HEAD_DIM = 256
 PANEL = 16
 
+_passed_over = cpu_choice.choose(_cpu.names())
 _cpu.set_threads(torch.get_num_threads())
 weights = Arena()  # packed
 
@@ -430,4 +431,5 @@ def pack_int8(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedL
 
 def describe() -> str:
     """What the kernels were chosen for and how many threads run them, such as "avx512_bf16, 2 threads"."""
-    return f"{_cpu.active()}, {_cpu.threads()} threads"
+    why = f" ({_passed_over})" if _passed_over else ""
+    return f"{_cpu.active()}, {_cpu.threads()} threads{why}"
