@@ -42,7 +42,7 @@ def path(case: str, program: str, folder: Path) -> Path:
     small = case in ("A", "B", "C")
     name = "smollm2-135m" if small else "llama-1b-random"
     made = folder / name
-    if not (made / "model.safetensors").is_file():
+    if not (made / ("tokenizer.json" if small else "model.safetensors")).is_file():
         write_small(made) if small else write_big(made)
     if program != "llama.cpp":
         return made
@@ -63,19 +63,23 @@ def source() -> Path:
 
 
 def write_small(folder: Path) -> None:
-    """SmolLM2 in bfloat16, with a config that every program reads. It has no tokenizer: prompts are token ids."""
+    """SmolLM2 in bfloat16, with a config and a tokenizer that every program reads."""
     import torch
     from safetensors.torch import save_file
 
     from octavo.hub.checkpoint import GgufCheckpoint
     from octavo.hub.gguf import GgufReader
     from octavo.hub.gguf_config import config_from_gguf
+    from octavo.hub.gguf_tokenizer import gguf_tokenizer
 
     reader = GgufReader(source())
     checkpoint = GgufCheckpoint(reader)
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config_from_gguf(reader), "torch_dtype": "bfloat16", "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    gguf_tokenizer(reader).tokenizer.save(str(folder / "tokenizer.json"))
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kind), encoding="utf-8")
     tensors = {name: torch.from_numpy(checkpoint.read(name).data).bfloat16() for name in checkpoint.tensors()}
     save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
