@@ -37,6 +37,7 @@ from octavo.server.run import bound, signals
 
 MAX_API_PROCESSES = 256
 LAST_SECONDS = 5.0  # beyond those of draining, until an API process that does not end is killed
+NOTICE_SECONDS = 5.0  # for API processes to find out that there is no engine, tell their clients so, and end
 
 
 def supervise(config: EngineConfig, server: ServerConfig, *, worker: Literal["real", "stub"]) -> int:
@@ -175,8 +176,10 @@ class _Supervisor:
     async def _end(self) -> None:
         """Lets the API processes answer what they have, and ends them and the engines."""
         self._stop.set()
-        self._send(self._signal)
         waits = [asyncio.create_task(process.wait()) for process in self._apis.values()]
+        if waits and self._code:  # a signal now would make errors look like answers that were cut short
+            await asyncio.wait(waits, timeout=NOTICE_SECONDS)
+        self._send(self._signal)
         if waits:
             await asyncio.wait(waits, timeout=self._server.drain_seconds + LAST_SECONDS)
         self._send(signal.SIGKILL)
