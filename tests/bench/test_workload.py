@@ -68,6 +68,7 @@ def test_made_up_prompts_stay_inside_the_vocabulary_and_differ_by_round() -> Non
     assert max(flat) < 120
     assert case.rounds[0] != case.rounds[1]
     assert case == workload.synthetic(input_len=5, output_len=2, num_prompts=3, vocab_size=120, rounds=2)
+    assert case.rounds != workload.synthetic(5, 2, 3, vocab_size=120, rounds=2, seed=1).rounds
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (1, 0, 1), (1, 1, -1)])

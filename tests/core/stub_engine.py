@@ -13,9 +13,13 @@ from octavo.runtime.stub import StubWorker, next_token
 from octavo.types import Request, Sampling, TokenOutput
 
 
-def make_engine(*, pages: int = 64, max_len: int = 256, overlap: bool = False, **options: object) -> EngineCore:
+def make_engine(
+    *, pages: int = 64, max_len: int = 256, overlap: bool = False, enough_tokens: int | None = None, **options: object
+) -> EngineCore:
     flat = {"model": "stub", "max_num_seqs": 4, "max_num_batched_tokens": 32, **options}
-    return EngineCore(EngineConfig.of(**flat), StubWorker(pages, max_len), overlap=overlap)
+    worker = StubWorker(pages, max_len)
+    worker.enough_tokens = enough_tokens
+    return EngineCore(EngineConfig.of(**flat), worker, overlap=overlap)
 
 
 def make_request(core: EngineCore, id: str, tokens: list[int], **sampling: object) -> Request:

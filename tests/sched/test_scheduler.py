@@ -46,6 +46,21 @@ def test_a_step_holds_at_most_the_token_budget_and_single_tokens_come_first() ->
         core.scheduler.commit(core._worker.sample().result())
 
 
+def test_a_step_with_enough_of_prompts_admits_nobody_else() -> None:
+    core = make_engine(max_num_batched_tokens=128, max_num_seqs=8, enough_tokens=32)
+    prompts = {f"r{i}": prompt(i, 20) for i in range(5)} | {"long": prompt(9, 100)}
+    for id, tokens in prompts.items():
+        core.add(make_request(core, id, tokens, max_tokens=30))
+    steps = [core.step() for _ in range(3)]
+    assert [{output.id for output in step} for step in steps] == [
+        {"r0", "r1"},
+        {"r0", "r1", "r2", "r3"},
+        {"r0", "r1", "r2", "r3", "r4", "long"},  # whoever is admitted gets all the room there is
+    ]
+    texts = collect([output for step in steps for output in step] + run(core))
+    assert texts == {id: expected(tokens, 30) for id, tokens in prompts.items()}
+
+
 def test_a_shared_prefix_is_computed_once() -> None:
     core = make_engine()
     shared = prompt(3, 64)
@@ -232,6 +247,7 @@ def test_random_traffic_keeps_the_invariants_and_the_answers(data: st.DataObject
         max_num_seqs=data.draw(st.integers(1, 6)),
         max_num_batched_tokens=data.draw(st.sampled_from([8, 16, 33])),
         enable_prefix_caching=data.draw(st.booleans()),
+        enough_tokens=data.draw(st.sampled_from([None, 1, 12])),
     )
     prompts: dict[str, tuple[list[int], int]] = {}
     outputs: list[TokenOutput] = []

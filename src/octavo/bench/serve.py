@@ -98,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab-size", type=int, default=32_000, metavar="N", help="random ids lie below (default: 32000)"
     )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random prompts (default: 0)")
     workload.add_arguments(parser, input_len=128, output_len=128, num_prompts=64)
     report.add_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="SVG", help="draw the distributions of the times there")

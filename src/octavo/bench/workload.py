@@ -58,14 +58,17 @@ def add_arguments(
 
 
 def cases(args: argparse.Namespace, vocab_size: int, rounds: int) -> list[Case]:
-    """The cases that ``args`` name, with ``rounds`` rounds and the warm-up; raises `ConfigError`."""
+    """The cases that ``args`` name, with ``rounds`` rounds and the warm-up; raises `ConfigError`.
+
+    Random prompts depend on ``args.seed``, which the options of an engine have only if it was given (else 0).
+    """
     if not 1 <= rounds <= MOST_ROUNDS:
         raise ConfigError(f"--rounds is {rounds}, outside [1, {MOST_ROUNDS}].", "Give a number in that range.")
     if args.workload is not None:
         return read(args.workload, args.cases.split(",") if args.cases else None, rounds)
     if args.cases:
         raise ConfigError("--cases names cases of a workload file, but there is none.", "Add --workload FILE.")
-    return [synthetic(args.input_len, args.output_len, args.num_prompts, vocab_size, rounds)]
+    return [synthetic(args.input_len, args.output_len, args.num_prompts, vocab_size, rounds, getattr(args, "seed", 0))]
 
 
 def read(path: Path, names: list[str] | None, rounds: int) -> list[Case]:
@@ -92,12 +95,12 @@ def read(path: Path, names: list[str] | None, rounds: int) -> list[Case]:
     ]
 
 
-def synthetic(input_len: int, output_len: int, num_prompts: int, vocab_size: int, rounds: int) -> Case:
-    """Random prompts of one length, other ones in every round; the same on every machine."""
+def synthetic(input_len: int, output_len: int, num_prompts: int, vocab_size: int, rounds: int, seed: int = 0) -> Case:
+    """Random prompts of one length, other ones in every round and for every ``seed``; the same on every machine."""
     for name, value in (("input-len", input_len), ("output-len", output_len), ("num-prompts", num_prompts)):
         if value < 1:
             raise ConfigError(f"--{name} is {value}.", "Give 1 or more.")
-    rng = random.Random(0)
+    rng = random.Random(seed)
     lowest = min(FIRST_ID, vocab_size - 1)
     made = [
         [[rng.randrange(lowest, vocab_size) for _ in range(input_len)] for _ in range(num_prompts)]

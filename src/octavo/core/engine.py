@@ -287,6 +287,7 @@ def _limits(config: EngineConfig, worker: WorkerBase, num_pages: int, max_len: i
         page_size=page_size,
         num_pages=num_pages,
         prefix_caching=config.memory.enable_prefix_caching and worker.shares_prefixes,
+        enough_tokens=worker.enough_tokens,
     )
 
 

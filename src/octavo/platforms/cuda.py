@@ -30,6 +30,7 @@ class CudaPlatform:
 
     overlaps = True
     fast_bfloat16 = True
+    enough_tokens: int | None = None
     captures = find_spec("triton") is not None  # the reference operators read lengths on the host
 
     def __init__(self, index: int | None = None) -> None:

@@ -40,6 +40,7 @@ class ParallelWorker:
 
     overlaps = False
     device = ""
+    enough_tokens: int | None = None
     max_rows = 0
     shares_prefixes = True
     step_bytes = 0
@@ -58,7 +59,7 @@ class ParallelWorker:
         with self._failing_together():
             model = self._worker.init(config)
             self._executor.ask(Init())
-        self.overlaps = self._worker.overlaps
+        self.overlaps, self.enough_tokens = self._worker.overlaps, self._worker.enough_tokens
         ranks = config.parallel.tensor_parallel_size
         self.device = f"{self._worker.device}, {ranks} ranks"
         return model

@@ -41,6 +41,7 @@ class StubWorker:
 
     overlaps = False
     device = "stub"
+    enough_tokens: int | None = None
     shares_prefixes = True
     step_bytes = 0
     bandwidth = 0.0

@@ -32,7 +32,8 @@ from octavo.types import (
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """``max_len`` is the longest sequence; ``max_rows`` and ``max_tokens`` bound one step."""
+    """``max_len`` is the longest sequence; ``max_rows`` and ``max_tokens`` bound one step. With ``enough_tokens`` of
+    prompts in a step it admits no further request, which would gain nothing by it and make the others wait."""
 
     max_rows: int
     max_tokens: int
@@ -40,6 +41,7 @@ class SchedulerLimits:
     page_size: int
     num_pages: int
     prefix_caching: bool = True
+    enough_tokens: int | None = None
 
 
 @dataclass
@@ -267,7 +269,9 @@ class Scheduler:
 
     def _admit(self, budget: int, items: list[Item], starts: list[RowStart]) -> None:
         passed: list[SequenceState] = []
-        while budget > 0 and self._free_rows and (seq := self._waiting.pop()) is not None:
+        enough = self.limits.enough_tokens or self.limits.max_tokens
+        room = enough - sum(item.count for item in items if item.count > 1)
+        while min(budget, room) > 0 and self._free_rows and (seq := self._waiting.pop()) is not None:
             if not seq.ready:
                 passed.append(seq)
                 continue
@@ -280,7 +284,7 @@ class Scheduler:
                 break
             self._num_waiting -= 1
             items.append(self._start(seq, hit, budget, starts))
-            budget -= items[-1].count
+            budget, room = budget - items[-1].count, room - items[-1].count
         self._waiting.push(passed)
 
     def _make_way(self) -> None:
