@@ -64,15 +64,24 @@ class Paged:
         self._free_rows.append(row)
 
     @torch.inference_mode()
-    def step(self, chunks: Mapping[int, Sequence[int]]) -> dict[int, torch.Tensor]:
-        """Computes the next tokens of each row; returns their logits ``[count, vocab]`` by row."""
+    def step(self, chunks: Mapping[int, Sequence[int]], asking: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
+        """Computes the next tokens of each row; returns their logits ``[count, vocab]`` by row.
+
+        The model is asked for all of them, or for the last of each of the rows ``asking``: ``[1, vocab]`` of these.
+        """
         order = sorted(chunks, key=lambda row: len(chunks[row]) != 1)  # decodes first
         positions = [self._grow(row, len(chunks[row])) for row in order]
         ids = torch.tensor([token for row in order for token in chunks[row]], dtype=torch.int32)
-        with context.use(context.ForwardContext(self._metadata(order, positions), self.kv_cache)):
+        meta, wanted, counts = self._metadata(order, positions), None, [len(chunks[row]) for row in order]
+        if asking is not None:
+            asked = torch.tensor([row in asking for row in order])
+            wanted = context.Wanted(meta.query_start[1:][asked] - 1, meta.rows[asked])
+            order = [row for row in order if row in asking]
+            counts = [1] * len(order)
+        with context.use(context.ForwardContext(meta, self.kv_cache, wanted)):
             hidden = self.model(ids, torch.cat(positions))
         logits = self.model.logits(hidden).float()
-        return dict(zip(order, torch.split(logits, [len(chunks[row]) for row in order]), strict=True))
+        return dict(zip(order, torch.split(logits, counts), strict=True))
 
     def greedy(self, row: int, prompt: Sequence[int], count: int) -> list[int]:
         """Computes ``prompt`` in one step, then ``count`` likeliest tokens one at a time."""

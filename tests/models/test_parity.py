@@ -123,6 +123,11 @@ def test_batch_of_decodes_and_chunks_of_different_lengths(pair: tuple[Oracle, An
         close(torch.cat((firsts[row], seconds[row])), expected)
 
 
+def test_a_model_asked_for_some_tokens_returns_those(pair: tuple[Oracle, Any]) -> None:
+    oracle, model = pair
+    _compare_last_tokens(oracle, Paged(model, seed=6))
+
+
 def test_shared_prefix_pages(pair: tuple[Oracle, Any]) -> None:
     oracle, model = pair
     pages = Paged(model, seed=7)
@@ -141,9 +146,23 @@ def test_plain_torch_operators_give_the_same_answer(
     monkeypatch.setattr(select, "ops", lambda device, dtype: select.REFERENCE)
     folder = tiny.make(tmp_path, family)
     tokens, pages = prompt(40), Paged(native(folder, MAX_LEN))
-    row = pages.start()
+    row, oracle = pages.start(), Oracle(folder)
     got = torch.cat([pages.step({row: tokens[:17]})[row], pages.step({row: tokens[17:]})[row]])
-    close(got, Oracle(folder).logits(tokens))
+    close(got, oracle.logits(tokens))
+    _compare_last_tokens(oracle, pages)
+
+
+def _compare_last_tokens(oracle: Oracle, pages: Paged) -> None:
+    """Of a step with a token of one sequence, a chunk of another and the end of a third; the second is not asked for,
+    and goes on in a step of its own, which reads the K and V that it left."""
+    prompts = [prompt(length, seed=length) for length in (9, 40, 33)]
+    rows = [pages.start() for _ in prompts]
+    pages.step({rows[0]: prompts[0][:8], rows[2]: prompts[2][:4]})
+    mixed = {rows[0]: prompts[0][8:], rows[1]: prompts[1][:25], rows[2]: prompts[2][4:]}
+    got = pages.step(mixed, asking=[rows[0], rows[2]])
+    got |= pages.step({rows[1]: prompts[1][25:]}, asking=[rows[1]])
+    for row, tokens in zip(rows, prompts, strict=True):
+        close(got[row], oracle.logits(tokens)[-1:])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

@@ -26,10 +26,19 @@ class Attention(Layer):
         self.softcap = spec.softcap
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, change: HeadChange = UNCHANGED
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        change: HeadChange = UNCHANGED,
+        wanted: context.Wanted | None = None,
     ) -> torch.Tensor:
-        """``q[T, H, D]``, ``k, v[T, KH, D]`` of the running step's tokens at ``positions[T]`` to ``[T, H, D]``."""
+        """``q[T, H, D]``, ``k, v[T, KH, D]`` of the running step's tokens at ``positions[T]`` to ``[T, H, D]``, or of
+        the ``wanted`` tokens alone to ``[S, H, D]``."""
         step = context.current()
-        cache = step.kv_cache[self.layer]
-        q = self.ops.place_heads_(q, k, v, change, positions, cache, step.attention.slots)
-        return self.ops.attention(q, cache, step.attention, self.scale, self.window, self.softcap)
+        cache, queries = step.kv_cache[self.layer], step.attention
+        q = self.ops.place_heads_(q, k, v, change, positions, cache, queries.slots)
+        if wanted is not None:
+            q, queries = q[wanted.tokens], wanted.attention(queries, positions)
+        return self.ops.attention(q, cache, queries, self.scale, self.window, self.softcap)

@@ -78,9 +78,10 @@ class LlamaAttention(nn.Module):
             q_size, {"o_proj": config.hidden_size}, bias=has.o_bias, shard="in", sums=False, dtype=dtype
         )
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, positions: torch.Tensor, wanted: context.Wanted | None = None) -> torch.Tensor:
+        """``x[T, C]`` to ``[T, C]``, or to ``[S, C]`` of the ``wanted`` tokens."""
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(x).split(self.sizes, dim=-1))
-        out: torch.Tensor = self.o_proj(self.attn(q, k, v, positions, self.change).flatten(1))
+        out: torch.Tensor = self.o_proj(self.attn(q, k, v, positions, self.change, wanted).flatten(1))
         return out
 
     @cached_property
@@ -110,7 +111,33 @@ class LlamaMLP(nn.Module):
         return out
 
 
-class LlamaDecoderLayer(nn.Module):
+class DecoderLayer(nn.Module):
+    """Attention and what follows it, by the names that a family's checkpoints have for the latter."""
+
+    input_layernorm: RMSNorm
+    self_attn: LlamaAttention
+    post_attention_layernorm: RMSNorm
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        wanted: context.Wanted | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x[T, C]`` and its residual (None: zero) to such a pair; ``[S, C]`` of the ``wanted`` tokens, if given."""
+        x, residual = self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, positions, wanted)
+        if wanted is not None:
+            residual = residual[wanted.tokens]
+        x, residual = self.post_attention_layernorm.add(x, residual)
+        return self.feed_forward(x), residual
+
+
+class LlamaDecoderLayer(DecoderLayer):
     def __init__(self, config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> None:
         super().__init__()
         whole = config.layers[layer]
@@ -120,16 +147,22 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.mlp = LlamaMLP(config, dtype)
 
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.mlp(x)
+        return out
+
     def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        positions: torch.Tensor,
+        wanted: context.Wanted | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.fused is not None:
-            step = context.current()
-            return self.fused(x, residual, positions, step.kv_cache[self.self_attn.attn.layer], step.attention)
-        x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, positions)
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x), residual
+        if self.fused is None:
+            return super().forward(x, residual, positions, wanted)
+        step = context.current()
+        x, residual = self.fused(x, residual, positions, step.kv_cache[self.self_attn.attn.layer], step.attention)
+        return (x, residual) if wanted is None else (x[wanted.tokens], residual[wanted.tokens])
 
     @cached_property
     def fused(self) -> FusedLayer | None:
@@ -172,11 +205,13 @@ class Decoder(nn.Module):
         """As `models.base.Model.forward`."""
         x, residual, step = self.embed_tokens(token_ids), None, context.current()
         if self.fused is not None and len(self.layers):
-            return self.fused(x, positions, step.kv_cache, step.attention, len(self.layers), step.wanted)
-        for layer in self.layers:
-            x, residual = layer(x, residual, positions)
+            wanted = None if step.wanted is None else step.wanted.tokens
+            return self.fused(x, positions, step.kv_cache, step.attention, len(self.layers), wanted)
+        last = len(self.layers) - 1
+        for place, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, positions, step.wanted if place == last else None)
         x, _ = self.norm.add(x, residual)
-        return step.of_wanted(x)
+        return x if len(self.layers) else step.of_wanted(x)
 
     @cached_property
     def fused(self) -> FusedDecoder | None:

@@ -17,7 +17,7 @@ from octavo.layers.experts import Experts
 from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import Rotary
-from octavo.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+from octavo.models.llama import DecoderLayer, LlamaAttention, LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
 MAX_COUNT = 1 << 20  # of experts, and of values between an expert's products
 
@@ -92,9 +92,7 @@ class SparseMLP(nn.Module):
         return out
 
 
-class SparseDecoderLayer(nn.Module):
-    """As `LlamaDecoderLayer`."""
-
+class SparseDecoderLayer(DecoderLayer):
     def __init__(self, config: ModelConfig, layer: int, rotary: Rotary | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
@@ -103,13 +101,9 @@ class SparseDecoderLayer(nn.Module):
         self.block = mixture_of(config).block
         self.add_module(self.block, SparseMLP(config, dtype))
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        x, residual = self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, positions)
-        x, residual = self.post_attention_layernorm.add(x, residual)
-        return getattr(self, self.block)(x), residual
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = getattr(self, self.block)(x)
+        return out
 
 
 class MoeModel(LlamaModel):

@@ -33,11 +33,12 @@ class StepInputs:
     attention: AttentionMetadata
 
     def forward(
-        self, model: Model, ops: Ops, tables: Tables, cache: torch.Tensor, wanted: torch.Tensor | None = None
+        self, model: Model, ops: Ops, tables: Tables, cache: torch.Tensor, *, every: bool = True
     ) -> torch.Tensor:
-        """Hidden states of the ``wanted`` tokens, or of all; the tables on the device take the changes before."""
+        """Hidden states of all tokens, or else of those at ``logits_at``; the tables on the device take the changes
+        before."""
         self.take_in(ops, tables)
-        return self.run(model, cache, wanted)
+        return self.run(model, cache, None if every else context.Wanted(self.logits_at, self.sampled_rows))
 
     def take_in(self, ops: Ops, tables: Tables) -> None:
         """Completes ``token_ids``, and changes the block table."""
@@ -50,7 +51,7 @@ class StepInputs:
             self.table_values,
         )
 
-    def run(self, model: Model, cache: torch.Tensor, wanted: torch.Tensor | None = None) -> torch.Tensor:
+    def run(self, model: Model, cache: torch.Tensor, wanted: context.Wanted | None = None) -> torch.Tensor:
         """Hidden states of what is taken in, see `layers.context.ForwardContext`."""
         with context.use(context.ForwardContext(self.attention, cache, wanted)):
             hidden: torch.Tensor = model(self.token_ids, self.positions)

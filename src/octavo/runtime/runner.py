@@ -149,9 +149,8 @@ class Runner:
             hidden, inputs = graph.run(parts)
             return hidden if self._scored else hidden[inputs.logits_at], inputs
         inputs = send(parts, plan, self._tables, self._platform)
-        every = self._scored or len(parts["logits_at"]) == len(parts["token_ids"])
-        wanted = None if every else inputs.logits_at
-        return inputs.forward(self._model, self._ops, self._tables, self._cache, wanted), inputs
+        every = bool(self._scored) or len(parts["logits_at"]) == len(parts["token_ids"])
+        return inputs.forward(self._model, self._ops, self._tables, self._cache, every=every), inputs
 
     @torch.inference_mode()
     def sample(self, mask: TokenMask | None = None) -> Launched:
