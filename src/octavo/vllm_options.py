@@ -51,7 +51,6 @@ INSTEAD = {
     "--allowed-origins": "pages from other origins need a proxy that adds the headers of CORS",
     "--chat-template-kwargs": "send chat_template_kwargs with each request",
     "--compilation-config": "leave it out; --enforce-eager turns CUDA graphs off",
-    "--config": "give the options themselves",
     "--default-chat-template-kwargs": "send chat_template_kwargs with each request",
     "--guided-decoding-backend": "leave it out: grammars are llguidance's",
     "--limit-mm-per-prompt": "leave it out: only text is read",
