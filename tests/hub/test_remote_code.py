@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from octavo.errors import ModelError
-from octavo.hub.remote_code import load_class, reference
+from octavo.hub.remote_code import RepoCode, reference
 from octavo.hub.source import Source
 from tools import tiny
 
@@ -159,11 +159,11 @@ def test_code_runs_with_the_flag_alone(tmp_path: Path, monkeypatch: pytest.Monke
     folder = booby_trapped(tmp_path / "trap", known=True)
     source = Source("trap", "folder", folder, None, "")
     with pytest.raises(ModelError) as refused:
-        load_class(source, "trap.Trap", trust_remote_code=False)
+        RepoCode(source, trusted=False).load("trap.Trap")
     assert refused.value.id == "HF010"
     assert "trap.py" in refused.value.cause
     assert not (folder / "ran").exists()
-    assert load_class(source, "trap.Trap", trust_remote_code=True).__name__ == "Trap"
+    assert RepoCode(source, trusted=True).load("trap.Trap").__name__ == "Trap"
     assert (folder / "ran").exists()
 
 
@@ -171,7 +171,7 @@ def test_code_runs_with_the_flag_alone(tmp_path: Path, monkeypatch: pytest.Monke
 def test_only_true_is_trust(truthy: object, tmp_path: Path) -> None:
     source = Source("trap", "folder", tmp_path, None, "")
     with pytest.raises(ModelError) as refused:
-        load_class(source, "trap.Trap", trust_remote_code=truthy)  # type: ignore[arg-type]
+        RepoCode(source, trusted=truthy).load("trap.Trap")  # type: ignore[arg-type]
     assert refused.value.id == "HF010"
 
 
@@ -183,10 +183,10 @@ def test_code_that_cannot_be_imported_is_named(tmp_path: Path, monkeypatch: pyte
     source = Source("broken", "folder", folder, None, "")
     for name in ("bad.Bad", "absent.Bad"):
         with pytest.raises(ModelError) as caught:
-            load_class(source, name, trust_remote_code=True)
+            RepoCode(source, trusted=True).load(name)
         assert caught.value.id == "HF011"
     with pytest.raises(ModelError, match="no_such_package_at_all"):
-        load_class(source, "bad.Bad", trust_remote_code=True)
+        RepoCode(source, trusted=True).load("bad.Bad")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_nothing_else_in_the_source_loads_remote_code() -> None:
             names += [node.attr] if isinstance(node, ast.Attribute) else []
             if "get_class_from_dynamic_module" in names:
                 guilty.append(path.name)
-            trusts = isinstance(node, ast.keyword) and node.arg == "trust_remote_code"
+            trusts = isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "trusted")
             if trusts and isinstance(node.value, ast.Constant) and node.value.value is True:
                 guilty.append(f"{path.name}:{node.value.lineno}")
             if isinstance(node, ast.Dict):

@@ -15,6 +15,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 
 from octavo.errors import ModelError, RequestError
+from octavo.hub.remote_code import RepoCode
 from octavo.hub.source import Source
 from octavo.hub.tokenizer import AutoTokenizerAdapter, HfTokenizer, Tokenizer, load_tokenizer
 from tools import tiny
@@ -437,5 +438,5 @@ def test_code_of_the_repo_runs_with_the_flag(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = trapped(tmp_path, with_json=False)
     with pytest.raises(ModelError):  # the trap is no tokenizer
-        load_tokenizer(source(folder), trust_remote_code=True)
+        load_tokenizer(source(folder), code=RepoCode(source(folder), trusted=True))
     assert (folder / "ran").exists()

@@ -10,6 +10,7 @@ from octavo.config import ModelOptions
 from octavo.hub.configs import read_hf_dict
 from octavo.hub.generation import generation_config, sampling_defaults
 from octavo.hub.patches import Hf
+from octavo.hub.pooling import Pooler, pooler_of
 from octavo.hub.remote_code import RepoCode, completed
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
@@ -33,6 +34,10 @@ class ModelFiles:
         """See `hub.configs.read_hf_dict`; what only code of the repo tells is asked of that code, if it is trusted."""
         return completed(read_hf_dict(self.config, self.options.hf_overrides, self.options.config_format), self.code())
 
+    def pooler(self, hf: Hf) -> Pooler | None:
+        """See `hub.pooling.pooler_of`; ``hf`` is what `hf_dict` returned."""
+        return pooler_of(hf, self.weights, self.options)
+
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of `SamplingParams` that hold for requests which do not set them; raises `ModelError` HF002."""
         own = {} if self.options.generation_config == "vllm" else self.generation
@@ -48,21 +53,18 @@ class ModelFiles:
         return self.weights
 
     def code(self) -> RepoCode:
-        """The Python code beside the config; that of another repo is taken at ``--code-revision``."""
+        """The Python code beside the config."""
+        return self._code_of(self.config)
+
+    def _code_of(self, source: Source) -> RepoCode:
+        """What ``source`` takes from another repo is at ``--code-revision``."""
         options = self.options
-        return RepoCode(
-            self.config, options.trust_remote_code, lambda repo: _resolve(options, repo, options.code_revision)
-        )
+        return RepoCode(source, options.trust_remote_code, lambda repo: _resolve(options, repo, options.code_revision))
 
     def load_tokenizer(self) -> Tokenizer:
-        """See `hub.tokenizer.load_tokenizer`; its code may be of another repo, at ``--code-revision``."""
-        options = self.options
-        return load_tokenizer(
-            self.tokenizer(),
-            mode=options.tokenizer_mode,
-            trust_remote_code=options.trust_remote_code,
-            find_repo=lambda repo: _resolve(options, repo, options.code_revision),
-        )
+        """See `hub.tokenizer.load_tokenizer`."""
+        source = self.tokenizer()
+        return load_tokenizer(source, mode=self.options.tokenizer_mode, code=self._code_of(source))
 
 
 def find_files(options: ModelOptions, *, weights: bool) -> ModelFiles:

@@ -16,8 +16,6 @@ from octavo.hub.patches import Hf
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
 
-FindRepo = Callable[[str], Source]
-
 
 def reference(config: Mapping[str, Any], auto_class: str) -> str | None:
     """What ``auto_map`` names for ``auto_class`` ("AutoTokenizer"): ``module.Class`` or ``owner/name--module.Class``.
@@ -32,17 +30,51 @@ def reference(config: Mapping[str, Any], auto_class: str) -> str | None:
     return str(named) if named else None
 
 
+def _resolved(repo: str) -> Source:
+    return resolve(repo, weights=False, code=True)
+
+
 @dataclass(frozen=True)
 class RepoCode:
-    """The Python code of the repo or folder ``source``; ``trusted`` is what the user said of it."""
+    """The Python code of the repo or folder ``source``; ``trusted`` is what the user said of it.
+
+    ``find_repo`` resolves another repo that ``source`` takes code from.
+    """
 
     source: Source
-    trusted: bool
-    find_repo: FindRepo | None = None
+    trusted: bool = False
+    find_repo: Callable[[str], Source] = _resolved
 
     def load(self, reference: str) -> Any:
-        """The class called ``reference``; raises as `load_class`."""
-        return load_class(self.source, reference, trust_remote_code=self.trusted, find_repo=self.find_repo)
+        """The class ``module.Class``, of another repo if it is ``owner/name--module.Class``; this runs its module.
+
+        Raises `ModelError`: HF010 without trust, before anything is read; HF011 for code that cannot be found or
+        imported.
+        """
+        source = self.source
+        repo, _, inside = reference.rpartition("--")
+        file = inside.rpartition(".")[0].replace(".", "/") + ".py"
+        if self.trusted is not True:
+            raise ModelError(
+                f"{source.name} needs {inside}, which is Python code of {repo or 'its repo'} ({file}),"
+                f" at {source.commit or source.path}.",
+                "Read that code, then allow it with --trust-remote-code (trust_remote_code=True), or take a model and a"
+                " tokenizer (--tokenizer) without code of their own.",
+                id="HF010",
+            )
+        if repo:
+            source = self.find_repo(repo)
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        try:
+            return get_class_from_dynamic_module(inside, str(source.path), local_files_only=True)
+        except Exception as error:  # it is any code
+            first = next((line for line in str(error).splitlines() if line.strip()), "")
+            raise ModelError(
+                f"{file} of {repo or source.name} cannot be imported: {type(error).__name__}: {first}.",
+                "Install what it needs, or name the revision that fits the installed packages.",
+                id="HF011",
+            ) from error
 
 
 # What the engine asks of a config, by the names that Transformers' classes have in common.
@@ -55,7 +87,7 @@ _COMMON = (
 def completed(hf: Hf, code: RepoCode) -> Hf:
     """``hf``, and if it lacks a size, the common names as the repo's own config class has them.
 
-    Such a class may have names of its own, and defaults that no file tells. Raises as `load_class`, and HF011 for a
+    Such a class may have names of its own, and defaults that no file tells. Raises as `RepoCode.load`, and HF011 for a
     class that does not take the config.
     """
     text, named = text_config(hf), reference(hf, "AutoConfig")
@@ -72,34 +104,3 @@ def completed(hf: Hf, code: RepoCode) -> Hf:
             id="HF011",
         ) from error
     return {**found, **hf}
-
-
-def load_class(source: Source, reference: str, *, trust_remote_code: bool, find_repo: FindRepo | None = None) -> Any:
-    """The class ``module.Class`` of the repo or folder ``source``; importing it runs its module.
-
-    ``owner/name--module.Class`` is of another repo, which ``find_repo`` resolves. Raises `ModelError`: HF010 without
-    ``trust_remote_code``, before anything is read; HF011 for code that cannot be found or imported.
-    """
-    repo, _, inside = reference.rpartition("--")
-    file = inside.rpartition(".")[0].replace(".", "/") + ".py"
-    if trust_remote_code is not True:
-        raise ModelError(
-            f"{source.name} needs {inside}, which is Python code of {repo or 'its repo'} ({file}),"
-            f" at {source.commit or source.path}.",
-            "Read that code, then allow it with --trust-remote-code (trust_remote_code=True), or take a model and a"
-            " tokenizer (--tokenizer) without code of their own.",
-            id="HF010",
-        )
-    if repo:
-        source = find_repo(repo) if find_repo is not None else resolve(repo, weights=False, code=True)
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    try:
-        return get_class_from_dynamic_module(inside, str(source.path), local_files_only=True)
-    except Exception as error:  # it is any code
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ModelError(
-            f"{file} of {repo or source.name} cannot be imported: {type(error).__name__}: {first}.",
-            "Install what it needs, or name the revision that fits the installed packages.",
-            id="HF011",
-        ) from error

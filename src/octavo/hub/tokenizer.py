@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from octavo.errors import ModelError, RequestError
-from octavo.hub import remote_code
 from octavo.hub.configs import read_json
+from octavo.hub.remote_code import RepoCode, reference
 from octavo.hub.source import Source, mistral_file
 
 if TYPE_CHECKING:
@@ -73,18 +73,11 @@ class Tokenizer(Protocol):
     def token_to_id(self, token: str) -> int | None: ...
 
 
-def load_tokenizer(
-    source: Source,
-    *,
-    mode: str = "auto",
-    trust_remote_code: bool = False,
-    find_repo: remote_code.FindRepo | None = None,
-) -> Tokenizer:
+def load_tokenizer(source: Source, *, mode: str = "auto", code: RepoCode | None = None) -> Tokenizer:
     """The tokenizer of ``source`` for ``--tokenizer-mode`` ``auto``, ``hf``, ``slow`` or ``mistral``.
 
-    Auto takes Mistral's own format where there is no ``tokenizer.json``.
-
-    ``find_repo`` resolves a repo that the tokenizer takes its code from.
+    Auto takes Mistral's own format where there is no ``tokenizer.json``. ``code`` is that of ``source``; None: not
+    trusted.
 
     Raises `ModelError`: HF060 if there is none, HF002 for a broken file, HF010 if only code of the repo could read it,
     HF011 if that code cannot be imported.
@@ -93,20 +86,19 @@ def load_tokenizer(
         return _from_gguf(source)
     config_file = source.file("tokenizer_config.json")
     config = read_json(config_file) if config_file else {}
-    code = remote_code.reference(config, "AutoTokenizer")
+    code, named = code or RepoCode(source), reference(config, "AutoTokenizer")
     json_file = source.file("tokenizer.json")
-    if mode == "auto" and json_file is not None and not (code and trust_remote_code):
+    if mode == "auto" and json_file is not None and not (named and code.trusted):
         return _from_json(source, json_file, config)
-    if mode == "mistral" or (mode == "auto" and json_file is None and code is None):
+    if mode == "mistral" or (mode == "auto" and json_file is None and named is None):
         own = mistral_file(source.path, bare=mode == "mistral")
         if own is not None:
             return _from_mistral(own, {} if mode == "mistral" else _templates(source, config))
         if mode == "mistral":
             raise ModelError(f"{source.path} has no tekken.json and no tokenizer.model.", _NAME_IT, id="HF060")
-    if code and (trust_remote_code or json_file is None):
-        made = remote_code.load_class(source, code, trust_remote_code=trust_remote_code, find_repo=find_repo)
-        return _from_transformers(source, made, {})
-    if code is None and not any(source.file(name) for name in _FILES):
+    if named and (code.trusted or json_file is None):
+        return _from_transformers(source, code.load(named), {})
+    if named is None and not any(source.file(name) for name in _FILES):
         raise ModelError(f"{source.path} has no tokenizer: none of {', '.join(_FILES)}.", _NAME_IT, id="HF060")
     from transformers import AutoTokenizer
 
