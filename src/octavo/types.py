@@ -14,6 +14,7 @@ import msgspec
 from octavo.structured import Guide
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+PoolingKind = Literal["last", "mean", "cls"]  # the hidden state of the last token, the mean of all, that of the first
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -37,6 +38,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     guide: Guide | None = None
+    pooling: PoolingKind | None = None  # nothing is sampled: the request ends with an embedding of its prompt
+
+    @property
+    def whole_prompt(self) -> bool:
+        """Whether every token of the prompt is to be computed for it, even if its K and V are known."""
+        return self.prompt_logprobs is not None or self.pooling in ("mean", "cls")
 
     @property
     def greedy(self) -> bool:
@@ -76,6 +83,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True,
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
     finish_reason: FinishReason | None = None
+    embedding: bytes = b""  # float32, little endian
     cached: int = 0  # prompt tokens found in the prefix cache
     queued: float = 0.0  # with the first token: seconds before the request was first part of a step
     error: str = ""  # with finish_reason "error": cause and remedy
@@ -134,6 +142,7 @@ class StepResult(msgspec.Struct, kw_only=True):
     logprobs: dict[int, TokenLogprobs] = {}  # item -> of the sampled token
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # item -> of the prompt tokens this chunk predicts
     bad: list[int] = []
+    embeddings: dict[int, bytes] = {}  # item that reaches the end of a prompt to be pooled -> float32, little endian
 
 
 # --- messages (tagged; see core/transport.py) -------------------------------------------------------------------------
@@ -215,6 +224,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     slots_filled: int = 0  # … and how many of those hold a token; their ratio is 1 - waste
     busy_seconds: float = 0.0  # in steps
 
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the pages that requests hold, 0 to 1."""
+        return self.pages_used / self.pages_total if self.pages_total else 0.0
+
     @classmethod
     def sum(cls, several: Sequence[Stats]) -> Stats:
         """Those of several engines as one's."""
@@ -276,6 +290,7 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    embedding: list[float] | None = None  # in place of text, of a model that embeds
 
     def finished(self) -> bool:
         return self.finish_reason is not None

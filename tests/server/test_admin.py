@@ -39,6 +39,7 @@ def test_metrics_tell_the_share_of_the_floor_where_it_is_known() -> None:
         server = Server()
         assert "floor_share" not in (await server.http.get("/metrics")).text
         server.fake.info = info(weight_bytes=1000, kv_bytes=10, bandwidth=6000.0)
+        assert 'octavo:floor_share{engine="0",model_name="m"} 0.0' in (await server.http.get("/metrics")).text
         server.fake.stats = Stats(steps=5, slots_filled=100, busy_seconds=2.0)
         text = (await server.http.get("/metrics")).text
         assert 'octavo:floor_share{engine="0",model_name="m"} 0.5' in text

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from octavo.frontend.client import EngineState
 from octavo.server.app import ROUTES
 from octavo.server.batches.routes import BatchRequest
 from octavo.server.files.store import FileStore
@@ -191,6 +192,19 @@ def test_ready_is_503_when_the_queue_is_full_the_engine_dead_or_the_server_endin
         assert (await server.http.get("/ready")).status_code == 503
         server.service.closing = False
         server.die()
+        assert (await server.http.get("/ready")).status_code == 503
+
+    run(work)
+
+
+def test_ready_is_200_while_the_queue_of_one_of_several_engines_has_room() -> None:
+    async def work() -> None:
+        server = Server()
+        server.service.max_waiting = 5
+        busy, free = EngineState(True, Stats(waiting=5)), EngineState(True, Stats(waiting=4))
+        server.fake.engines = lambda: [busy, free]  # type: ignore[method-assign]
+        assert (await server.http.get("/ready")).status_code == 200
+        server.fake.engines = lambda: [busy, EngineState(False, Stats())]  # type: ignore[method-assign]
         assert (await server.http.get("/ready")).status_code == 503
 
     run(work)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
 import octavo
-from octavo.errors import EngineDead, RequestError
-from octavo.frontend.floor import bandwidth_here
+from octavo.errors import EngineDead, Overloaded, RequestError
 from octavo.server import errors
 from octavo.server.answers import (
     Detokenized,
+    Load,
     ModelCard,
     ModelList,
     Success,
@@ -23,10 +22,10 @@ from octavo.server.answers import (
     json_response,
     now,
 )
+from octavo.server.metrics import bandwidth_here
 from octavo.server.protocol import DetokenizeRequest, TokenizeRequest, decode
 from octavo.server.service import Service
 
-METRICS_SECONDS = 1.0  # how long a scrape waits for fresh statistics before it takes the last ones
 _STARTED = now()
 
 
@@ -47,6 +46,29 @@ async def health(service: Service, request: Request) -> Response:
     status = "ok" if all(engine.running for engine in engines) else "degraded"
     listed = [{"engine": i, "running": one.running, "reason": one.reason} for i, one in enumerate(engines)]
     return json_response({"status": status, "engines": listed})
+
+
+async def ready(service: Service, request: Request) -> Response:
+    """200 if a request would be taken now; 503 if no engine answers, every queue is full, or all ends."""
+    if service.closing:
+        raise errors.shutting_down()
+    try:
+        await service.llm.health()
+    except EngineDead as error:
+        raise Overloaded(error.cause, error.remedy) from None
+    waiting = min((one.stats.waiting for one in service.llm.client.engines() if one.running), default=0)
+    if service.max_waiting is not None and waiting >= service.max_waiting:
+        raise Overloaded(f"{waiting} requests are waiting, the limit.")
+    return Response()
+
+
+async def load(service: Service, request: Request) -> Response:
+    """How much there is to do, from a turn of the engine's loop."""
+    stats = await service.llm.health()
+    made = Load(
+        server_load=service.active, running=stats.running, waiting=stats.waiting, kv_cache_usage=stats.kv_cache_usage
+    )
+    return json_response(made)
 
 
 async def ping(service: Service, request: Request) -> Response:
@@ -71,8 +93,7 @@ async def model(service: Service, request: Request) -> Response:
 
 async def metrics(service: Service, request: Request) -> Response:
     """For Prometheus; the latest statistics if the engine does not answer in time."""
-    with contextlib.suppress(EngineDead, TimeoutError):
-        await asyncio.wait_for(service.llm.health(), METRICS_SECONDS)
+    await service.refresh_stats()
     info = service.llm.info
     bandwidth = info.bandwidth or (await asyncio.to_thread(bandwidth_here) if info.device == "cpu" else 0.0)
     text = service.metrics.text(service.llm.client.engines(), info, bandwidth)

@@ -289,6 +289,15 @@ class Version(msgspec.Struct):
     version: str
 
 
+class Load(msgspec.Struct, kw_only=True):
+    """An answer to ``/load``. ``server_load`` counts the requests of this API process that are being answered."""
+
+    server_load: int
+    running: int
+    waiting: int
+    kv_cache_usage: float  # 0 to 1
+
+
 class Success(msgspec.Struct):
     """An answer to ``/reset_prefix_cache``, always true."""
 

@@ -12,7 +12,7 @@ from starlette.routing import Route as HttpRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp
 
-from octavo.server import admin, answers, chat, completions, dashboard, openapi, render, state
+from octavo.server import admin, answers, chat, completions, dashboard, openapi, render
 from octavo.server import protocol as bodies
 from octavo.server.anthropic import body as anthropic
 from octavo.server.anthropic import messages
@@ -107,8 +107,8 @@ ROUTES = (
         body=bodies.DetokenizeRequest, answer=answers.Detokenized,
     ),
     Route("GET", "/health", admin.health, "200 if a turn of the engine's loop answers."),
-    Route("GET", "/ready", state.ready, "200 if a request would be taken now."),
-    Route("GET", "/load", state.load, "How much there is to do.", answer=state.Load),
+    Route("GET", "/ready", admin.ready, "200 if a request would be taken now."),
+    Route("GET", "/load", admin.load, "How much there is to do.", answer=answers.Load),
     Route("GET", "/ping", admin.ping, "200 if the API process answers."),
     Route("POST", "/ping", admin.ping, "The same."),
     Route("GET", "/version", admin.version, "The version.", answer=answers.Version),

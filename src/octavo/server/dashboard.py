@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import re
 from functools import cache
 from hashlib import sha256
@@ -15,14 +13,13 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 import octavo
-from octavo.errors import EngineDead, RequestError
+from octavo.errors import RequestError
 from octavo.server.answers import json_response
 from octavo.server.history import Span
 from octavo.server.service import Service
 from octavo.types import Stats
 
 PAGES = Path(__file__).parent / "pages"
-HEALTH_SECONDS = 1.0
 
 
 class EngineView(msgspec.Struct, kw_only=True):
@@ -54,8 +51,7 @@ async def data(service: Service, request: Request) -> Response:
     after = request.query_params.get("after", "0")
     if not (after.isascii() and after.isdigit() and len(after) <= 15):
         raise RequestError(f"after is {after[:20]!r}, no number.", "Give the largest number seen.", param="after")
-    with contextlib.suppress(EngineDead, TimeoutError):
-        await asyncio.wait_for(service.llm.health(), HEALTH_SECONDS)
+    await service.refresh_stats()
     info = service.llm.info
     made = DashboardData(
         now=service.history.now(),

@@ -5,6 +5,7 @@ Gauges and counters are the engine's own statistics, read when asked for; histog
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,7 +16,6 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from octavo.frontend.client import EngineState
-from octavo.frontend.floor import bytes_read, floor_share
 from octavo.sampling_params import SamplingParams
 from octavo.types import EngineInfo, RequestOutput, Stats
 
@@ -42,7 +42,7 @@ class _Engine(Collector):
         yield running
         yield self._gauge("vllm:num_requests_running", "Requests in the running batch.", lambda s: s.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait for room.", lambda s: s.waiting)
-        yield self._gauge("vllm:kv_cache_usage_perc", "Share of the KV pages held by requests, 0 to 1.", _used)
+        yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages held, 0 to 1.", lambda s: s.kv_cache_usage)
         yield self._counter("vllm:num_preemptions", "Preemptions.", lambda s: s.preemptions)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens.", lambda s: s.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Generated tokens.", lambda s: s.generation_tokens)
@@ -55,10 +55,10 @@ class _Engine(Collector):
         info, bandwidth = self.info, self.bandwidth
         if info is not None and info.weight_bytes and bandwidth:
             text = "Bytes that steps had to read."
-            yield self._counter("octavo:bytes_read", text, lambda s: bytes_read(info, s))
+            yield self._counter("octavo:bytes_read", text, lambda s: _bytes_read(info, s))
             yield GaugeMetricFamily("octavo:memory_bandwidth", "Bytes a second of the memory.", bandwidth)
             text = "Least time for these bytes as a share of the time that steps took."
-            yield self._gauge("octavo:floor_share", text, lambda s: floor_share(info, s, bandwidth))
+            yield self._gauge("octavo:floor_share", text, lambda s: _floor_share(info, s, bandwidth))
 
     def _gauge(self, name: str, text: str, value: Callable[[Stats], float]) -> Metric:
         return self._fill(GaugeMetricFamily(name, text, labels=LABELS), value)
@@ -73,8 +73,25 @@ class _Engine(Collector):
         return family
 
 
-def _used(stats: Stats) -> float:
-    return stats.pages_used / stats.pages_total if stats.pages_total else 0.0
+@functools.cache
+def bandwidth_here() -> float:
+    """Bytes a second of this machine's memory, measured once (0.2 s); low if the engine computes meanwhile."""
+    from octavo.hub.machines import measure_bandwidth  # and numpy, which the start does without
+
+    return measure_bandwidth()
+
+
+def _bytes_read(info: EngineInfo, stats: Stats) -> int:
+    """What all steps so far had to read: the weights, and the K and V of the tokens that sequences have.
+
+    What prompts compute is not counted, so where they take most of the time little is read though the machine is busy.
+    """
+    return info.weight_bytes * stats.steps + info.kv_bytes * stats.slots_filled
+
+
+def _floor_share(info: EngineInfo, stats: Stats, bandwidth: float) -> float:
+    """The least time for these bytes as a share of the time that steps took; 0 before the first one."""
+    return _bytes_read(info, stats) / bandwidth / stats.busy_seconds if stats.busy_seconds else 0.0
 
 
 class Metrics:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import ModelOptions
+from octavo.errors import EngineDead
 from octavo.frontend.parse.registry import AUTO, Formats, special_ids
 from octavo.server.errors import shutting_down, unknown_model
 from octavo.server.files.store import FileStore
@@ -22,6 +23,8 @@ from octavo.server.tracing import Tracing
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.server.endpoint import Endpoint
+
+STATS_SECONDS = 1.0  # how long to wait for fresh statistics before the last ones are taken
 
 
 class Service:
@@ -80,6 +83,11 @@ class Service:
     def kept_ids(self, *, tools: bool) -> frozenset[int]:
         """Special tokens that `formats` needs the text of."""
         return self._kept_ids[tools]
+
+    async def refresh_stats(self) -> None:
+        """Asks the engines for their statistics; those that do not answer soon keep their last ones."""
+        with contextlib.suppress(EngineDead, TimeoutError):
+            await asyncio.wait_for(self.llm.health(), STATS_SECONDS)
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
