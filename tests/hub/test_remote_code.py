@@ -215,8 +215,7 @@ def test_nothing_else_in_the_source_loads_remote_code() -> None:
             names += [node.attr] if isinstance(node, ast.Attribute) else []
             if "get_class_from_dynamic_module" in names:
                 guilty.append(path.name)
-            trusts = isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "trusted")
-            if trusts and isinstance(node.value, ast.Constant) and node.value.value is True:
+            if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "trusted") and _is(node.value, True):
                 guilty.append(f"{path.name}:{node.value.lineno}")
             if isinstance(node, ast.Dict):
                 pairs = zip(node.keys, node.values, strict=True)
