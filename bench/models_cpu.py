@@ -77,7 +77,7 @@ def write_small(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {**config_from_gguf(reader), "torch_dtype": "bfloat16", "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    gguf_tokenizer(reader).tokenizer.save(str(folder / "tokenizer.json"))
+    gguf_tokenizer(reader).backend.save(str(folder / "tokenizer.json"))
     kind = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(kind), encoding="utf-8")
     tensors = {name: torch.from_numpy(checkpoint.read(name).data).bfloat16() for name in checkpoint.tensors()}

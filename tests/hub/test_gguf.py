@@ -215,7 +215,7 @@ def use(path: Path) -> None:
     for name in reader.tensors:
         reader.read(name)
     config_from_gguf(reader)
-    gguf_tokenizer(reader).tokenizer.encode("ab <extra3> ab")
+    gguf_tokenizer(reader).encode("ab <extra3> ab")
 
 
 def test_every_truncation_is_refused(tmp_path: Path, small: bytes) -> None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from octavo.errors import ModelError
 from octavo.hub import bpe
 from octavo.hub.gguf import GgufReader
-from octavo.hub.gguf_config import end_ids
+from octavo.hub.tokenizer import HfTokenizer
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 _MAX_TOKENS = 1 << 21
@@ -32,22 +32,6 @@ _SPECIAL_KEYS = {
     "cls_token": "cls_token_id",
     "mask_token": "mask_token_id",
 }
-
-
-@dataclass(frozen=True)
-class GgufTokenizer:
-    """``tokenizer`` adds the beginning and end of sequence by itself (``add_special_tokens``) as ``add_bos`` and
-    ``add_eos`` say. ``special_tokens`` maps ``bos_token`` and the like to their text; ``eos_ids`` end a generation.
-    """
-
-    tokenizer: Tokenizer
-    special_tokens: dict[str, str]
-    bos_id: int | None
-    eos_id: int | None
-    chat_template: str | None
-    add_bos: bool
-    add_eos: bool
-    eos_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -89,8 +73,8 @@ PRE_TOKENIZERS = {
 }
 
 
-def gguf_tokenizer(reader: GgufReader) -> GgufTokenizer:
-    """Builds the tokenizer; raises `ModelError` HF060 for a kind or a pre-tokenizer that is not known."""
+def gguf_tokenizer(reader: GgufReader) -> HfTokenizer:
+    """Raises `ModelError` HF060 for a kind or a pre-tokenizer that is not known."""
     tokens = _tokens(reader)
     kind = reader.text("tokenizer.ggml.model") or "missing"
     if kind == "gpt2":
@@ -100,25 +84,15 @@ def gguf_tokenizer(reader: GgufReader) -> GgufTokenizer:
     else:
         _refuse(reader, f"its tokenizer is of kind {kind!r}; known are 'gpt2' and 'llama'")
     _add_tokens(reader, tokenizer, tokens)
-    ids = {name: reader.integer(f"tokenizer.ggml.{key}") for name, key in _SPECIAL_KEYS.items()}
-    ids = {name: i for name, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    named = ((name, reader.integer(f"tokenizer.ggml.{key}")) for name, key in _SPECIAL_KEYS.items())
+    ids = {name: i for name, i in named if i is not None and 0 <= i < len(tokens)}
     flag = reader.flag("tokenizer.ggml.add_bos_token")
-    add_bos = (default_bos if flag is None else flag) and "bos_token" in ids
-    add_eos = bool(reader.flag("tokenizer.ggml.add_eos_token")) and "eos_token" in ids
-    special = {name: tokens[i] for name, i in ids.items() if i is not None}
-    bpe.add_template(
-        tokenizer, tokens, ids.get("bos_token") if add_bos else None, ids.get("eos_token") if add_eos else None
-    )
-    return GgufTokenizer(
-        tokenizer=tokenizer,
-        special_tokens=special,
-        bos_id=ids.get("bos_token"),
-        eos_id=ids.get("eos_token"),
-        chat_template=reader.text("tokenizer.chat_template"),
-        add_bos=add_bos,
-        add_eos=add_eos,
-        eos_ids=tuple(end_ids(reader)),
-    )
+    bos = ids.get("bos_token") if (default_bos if flag is None else flag) else None
+    eos = ids.get("eos_token") if reader.flag("tokenizer.ggml.add_eos_token") else None
+    bpe.add_template(tokenizer, tokens, bos, eos)
+    template = reader.text("tokenizer.chat_template")
+    templates = {} if template is None else {"default": template}
+    return HfTokenizer(tokenizer, {name: tokens[i] for name, i in ids.items()}, templates)
 
 
 def _tokens(reader: GgufReader) -> list[str]:

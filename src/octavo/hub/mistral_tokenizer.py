@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +20,7 @@ from octavo.hub import sentencepiece_file as spm
 from octavo.hub.configs import read_json
 from octavo.hub.mistral_chat import template_for
 from octavo.hub.source import mistral_version
+from octavo.hub.tokenizer import HfTokenizer
 
 _MAX_TOKENS: Final = 1 << 21
 _UNKNOWN, _BOS, _EOS, _PAD = "<unk>", "<s>", "</s>", "<pad>"
@@ -33,24 +33,25 @@ _UNLISTED: Final = (
 )
 
 
-@dataclass(frozen=True)
-class MistralTokenizer:
-    """``tokenizer`` puts ``<s>`` before a text by itself. ``chat_template`` is None where the format is not known."""
+def mistral_tokenizer(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
+    """The tokenizer in ``path``; ``templates`` are the repo's, which count before that of a ``tekken.json``.
 
-    tokenizer: Tokenizer
-    special_tokens: dict[str, str]
-    chat_template: str | None
+    They do not with SentencePiece: they have spaces that this tokenizer adds by itself.
+
+    Raises `ModelError`: HF002 for a broken file, HF060 for a kind of model that is not Mistral's.
+    """
+    return _tekken(path, templates) if path.suffix == ".json" else _sentencepiece(path, templates)
 
 
-def load(path: Path) -> MistralTokenizer:
-    """Raises `ModelError`: HF002 for a broken file, HF060 for a kind of model that is not Mistral's."""
-    return _tekken(path) if path.suffix == ".json" else _sentencepiece(path)
+def _templates(version: int) -> dict[str, str]:
+    template = template_for(version)
+    return {} if template is None else {"default": template}
 
 
 # --- tekken -----------------------------------------------------------------------------------------------------------
 
 
-def _tekken(path: Path) -> MistralTokenizer:
+def _tekken(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
     data = read_json(path)
     try:
         config = data["config"]
@@ -66,7 +67,7 @@ def _tekken(path: Path) -> MistralTokenizer:
     bpe.add_tokens(tokenizer, special, special=True)
     bpe.add_template(tokenizer, special, special.index(_BOS) if _BOS in special else None, None)
     names = {name: text for name, text in _NAMES.items() if text in special}
-    return MistralTokenizer(tokenizer, names, template_for(version))
+    return HfTokenizer(tokenizer, names, templates or _templates(version))
 
 
 def _special(listed: Any, reserved: int) -> list[str]:
@@ -120,7 +121,7 @@ _ALPHABET: Final = _alphabet()
 # --- SentencePiece ----------------------------------------------------------------------------------------------------
 
 
-def _sentencepiece(path: Path) -> MistralTokenizer:
+def _sentencepiece(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
     model = spm.read_pieces(path)
     if model.model_type != spm.BPE or model.tidies or sum(map(len, model.tokens)) > bpe.MAX_CHARS:
         raise ModelError(
@@ -135,4 +136,4 @@ def _sentencepiece(path: Path) -> MistralTokenizer:
         bpe.add_tokens(tokenizer, chosen, special=special)
     bpe.add_template(tokenizer, model.tokens, model.bos if model.bos >= 0 else None, None)
     names = {name: text for name, text in _NAMES.items() if text in model.tokens}
-    return MistralTokenizer(tokenizer, names, template_for(mistral_version(path) or 1))
+    return HfTokenizer(tokenizer, names, _templates(mistral_version(path) or 1) or templates)

@@ -83,7 +83,10 @@ def load_tokenizer(source: Source, *, mode: str = "auto", code: RepoCode | None 
     HF011 if that code cannot be imported.
     """
     if source.kind == "gguf":
-        return _from_gguf(source)
+        from octavo.hub.gguf import GgufReader
+        from octavo.hub.gguf_tokenizer import gguf_tokenizer
+
+        return gguf_tokenizer(GgufReader(source.path))
     config_file = source.file("tokenizer_config.json")
     config = read_json(config_file) if config_file else {}
     code, named = code or RepoCode(source), reference(config, "AutoTokenizer")
@@ -93,7 +96,9 @@ def load_tokenizer(source: Source, *, mode: str = "auto", code: RepoCode | None 
     if mode == "mistral" or (mode == "auto" and json_file is None and named is None):
         own = mistral_file(source.path, bare=mode == "mistral")
         if own is not None:
-            return _from_mistral(own, {} if mode == "mistral" else _templates(source, config))
+            from octavo.hub.mistral_tokenizer import mistral_tokenizer
+
+            return mistral_tokenizer(own, {} if mode == "mistral" else _templates(source, config))
         if mode == "mistral":
             raise ModelError(f"{source.path} has no tekken.json and no tokenizer.model.", _NAME_IT, id="HF060")
     if named and (code.trusted or json_file is None):
@@ -109,7 +114,7 @@ def load_tokenizer(source: Source, *, mode: str = "auto", code: RepoCode | None 
 
 
 class HfTokenizer:
-    """A `Tokenizer` on the ``tokenizers`` library; everything that a request asks for is computed once, here."""
+    """A `Tokenizer` on ``backend``, of the library ``tokenizers``; what a request asks for is computed once, here."""
 
     def __init__(
         self,
@@ -122,7 +127,7 @@ class HfTokenizer:
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
-        self._backend = backend
+        self.backend = backend
         self._clean_up = clean_up
         self.special_tokens = dict(special_tokens)
         self.chat_templates = dict(chat_templates)
@@ -140,9 +145,9 @@ class HfTokenizer:
         """Token ids; raises `RequestError` for text that is no Unicode (half a surrogate pair)."""
         try:
             if len(text) > LONG:
-                (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             else:
-                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
         except (UnicodeEncodeError, TypeError) as error:
             if not isinstance(text, str) or _is_unicode(text):
                 raise
@@ -155,7 +160,7 @@ class HfTokenizer:
         for first in range(0, len(texts), BATCH):
             part = list(texts[first : first + BATCH])
             try:
-                found = self._backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
+                found = self.backend.encode_batch_fast(part, add_special_tokens=add_special_tokens)
             except (UnicodeEncodeError, TypeError):  # `encode` tells of the text at fault
                 encoded += [self.encode(text, add_special_tokens=add_special_tokens) for text in part]
             else:
@@ -165,17 +170,17 @@ class HfTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str
         if len(ids) > LONG:
-            (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+            (text,) = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         else:
-            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return _cleaned(text) if self._clean_up else text
 
     def id_to_token(self, id: int) -> str | None:
-        token: str | None = self._backend.id_to_token(id)
+        token: str | None = self.backend.id_to_token(id)
         return token
 
     def token_to_id(self, token: str) -> int | None:
-        id: int | None = self._backend.token_to_id(token)
+        id: int | None = self.backend.token_to_id(token)
         return id
 
 
@@ -199,27 +204,6 @@ def _from_json(source: Source, path: Path, config: Mapping[str, Any]) -> HfToken
     # Meant for WordPiece; with BPE it would eat spaces that belong to the text, so Transformers ignores it there, too.
     clean_up = bool(settings.get("clean_up_tokenization_spaces")) and type(backend.model).__name__ != "BPE"
     return HfTokenizer(backend, _special_tokens(settings), _templates(source, config), clean_up=clean_up)
-
-
-def _from_gguf(source: Source) -> HfTokenizer:
-    from octavo.hub.gguf import GgufReader
-    from octavo.hub.gguf_tokenizer import gguf_tokenizer
-
-    made = gguf_tokenizer(GgufReader(source.path))
-    templates = {} if made.chat_template is None else {"default": made.chat_template}
-    return HfTokenizer(made.tokenizer, made.special_tokens, templates)
-
-
-def _from_mistral(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
-    """``templates`` of the repo count before that of the format, unless it is SentencePiece: theirs have spaces that
-    this tokenizer adds by itself.
-    """
-    from octavo.hub.mistral_tokenizer import load
-
-    made = load(path)
-    if made.chat_template is not None and (path.suffix != ".json" or not templates):
-        templates = {"default": made.chat_template}
-    return HfTokenizer(made.tokenizer, made.special_tokens, templates)
 
 
 def _settings(source: Source, config: Mapping[str, Any]) -> dict[str, Any]:
