@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import msgspec
 
 from octavo.frontend.outputs import Delta
-from octavo.sampling_params import SamplingParams
 from octavo.server.answers import (
     Completion,
     CompletionChoice,
@@ -19,42 +18,21 @@ from octavo.server.answers import (
     completion_logprobs,
     name_of,
 )
-from octavo.server.ask import Ask, Origin
 from octavo.server.completion_answer import CompletionAnswer
-from octavo.server.endpoint import Endpoint, Job
+from octavo.server.endpoint import Endpoint, Job, Origin, Prompts
 from octavo.server.protocol import CompletionRequest
 from octavo.server.service import Service
 from octavo.server.sse import event
 from octavo.types import CompletionOutput, RequestOutput
 
 
-def read(service: Service, body: CompletionRequest, origin: Origin) -> Ask:
-    """Checks the body and translates it."""
-    body.check()
-    return Ask(
-        model=service.model(body.model),
-        params=_params(body, service.llm.default_params()),
+def read(service: Service, body: CompletionRequest, origin: Origin) -> Prompts:
+    """What is to be continued."""
+    return Prompts(
         prompts=body.prompts(),
         add_special_tokens=body.add_special_tokens is not False,
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
         clamp_max_tokens=body.max_tokens is None,  # a default is no demand
-        stream=bool(body.stream),
     )
-
-
-def _params(body: CompletionRequest, defaults: SamplingParams) -> SamplingParams:
-    changes: dict[str, int | None] = {"logprobs": body.logprobs}
-    if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
-        changes["prompt_logprobs"] = body.logprobs
-    if _only_echo(body):
-        changes["max_tokens"] = 1  # made, and not shown
-    return body.sampling_params(defaults, **changes)
-
-
-def _only_echo(body: CompletionRequest) -> bool:
-    """``max_tokens`` 0 with ``echo``: how evaluation harnesses score a text."""
-    return bool(body.echo) and body.max_tokens == 0
 
 
 class _Answer(CompletionAnswer[CompletionRequest]):
@@ -75,7 +53,7 @@ class _Answer(CompletionAnswer[CompletionRequest]):
 
     def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
         choice = number * (self._body.n or 1) + delta.index
-        text = "" if _only_echo(self._body) else delta.text
+        text = "" if self._body.only_echo else delta.text
         made = self._delta(choice, text, delta)
         if choice not in self._begun:
             self._begun.add(choice)
@@ -87,11 +65,11 @@ class _Answer(CompletionAnswer[CompletionRequest]):
 
     def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> Completion:
         job = self._job
-        return Completion(id=job.id, created=job.created, model=job.ask.model, choices=choices, usage=usage)
+        return Completion(id=job.id, created=job.created, model=job.model, choices=choices, usage=usage)
 
     def _usage(self, results: list[RequestOutput]) -> Usage:
         usage = super()._usage(results)
-        if _only_echo(self._body):
+        if self._body.only_echo:
             usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
         return usage
 
@@ -125,18 +103,18 @@ class _Answer(CompletionAnswer[CompletionRequest]):
         """Those that are shown, if any are."""
         if not self._body.return_token_ids:
             return msgspec.UNSET
-        return [] if _only_echo(self._body) else token_ids
+        return [] if self._body.only_echo else token_ids
 
     def _choice(self, index: int, result: RequestOutput, output: CompletionOutput) -> CompletionChoice:
         body = self._body
-        text = "" if _only_echo(body) else output.text
+        text = "" if body.only_echo else output.text
         if body.echo:
             text = self._prompt_text(index // len(result.outputs)) + text
         return CompletionChoice(
             index=index,
             text=text,
             logprobs=None if body.logprobs is None else self._logprobs(result, output),
-            finish_reason="length" if _only_echo(body) else output.finish_reason,
+            finish_reason="length" if body.only_echo else output.finish_reason,
             stop_reason=output.stop_reason,
             prompt_logprobs=msgspec.UNSET if body.prompt_logprobs is None else result.prompt_logprobs,
             token_ids=self._made_ids(output.token_ids),
@@ -151,7 +129,7 @@ class _Answer(CompletionAnswer[CompletionRequest]):
                 unnamed = f"token_id:{token}" if as_ids else self._decode([token])
                 name = unnamed if entry is None else name_of(token, entry[token], as_ids)
                 made.add(token, entry, name, as_ids=as_ids)
-        if not _only_echo(self._body):
+        if not self._body.only_echo:
             for token, entry in zip(output.token_ids, output.logprobs or [], strict=True):
                 made.add(token, entry, name_of(token, entry[token], as_ids), as_ids=as_ids)
         return made

@@ -16,13 +16,14 @@ import msgspec
 from octavo.errors import RequestError
 from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
 from octavo.server.errors import ApiError
-from octavo.server.formats import GUIDED, JsonSchema, ResponseFormat, structured
 from octavo.structured import StructuredOutputsParams
 
 MAX_PROMPTS = 1024  # prompts in one completion request, and answers to them
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 PRIORITY_LIMIT = 2**31
 MAX_SALT = 1024  # characters of cache_salt
+JsonSchema = str | dict[str, Any] | bool
+GUIDED = ("json", "regex", "choice", "grammar")
 
 
 class _Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -73,15 +74,19 @@ class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
     cache_salt: str | None = None  # cached prefixes are shared only with requests that have the same one
     structured_outputs: StructuredOutputsParams | None = None
 
-    def sampling_params(self, defaults: SamplingParams, **changes: Any) -> SamplingParams:
-        """``defaults`` overridden by the fields of the request that are set, and by ``changes``; validated."""
+    def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
+        """``defaults`` overridden by the fields of the request that are set; validated."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name, None)) is not None}
         outputs = self.constraint()
         if outputs is not None:
             given["structured_outputs"] = outputs
-        params = msgspec.structs.replace(defaults, **(given | changes))
+        params = msgspec.structs.replace(defaults, **(given | self.own_sampling()))
         params.validate()
         return params
+
+    def own_sampling(self) -> dict[str, Any]:
+        """Fields of `SamplingParams` that the API has in words of its own."""
+        return {}
 
     def constraint(self) -> StructuredOutputsParams | None:
         """What the output must match; raises `RequestError` if several fields say so."""
@@ -103,6 +108,66 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
     if len(pairs) > 16 or any(len(key) > 64 or len(value) > 512 for key, value in pairs):
         cause = "metadata has more than 16 pairs, or a key over 64 or a value over 512 characters."
         raise RequestError(cause, "Send less.", param="metadata")
+
+
+# --- structured output, as OpenAI asks for it, vLLM, and vLLM before --------------------------------------------------
+
+
+class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """``strict`` changes nothing: the schema always holds."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: JsonSchema | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
+    """OpenAI's ``response_format``."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+    def params(self, field: str = "response_format") -> StructuredOutputsParams | None:
+        """What the output must match; None for text. Raises `RequestError`, naming ``field``, for an unknown type."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        if self.type != "json_schema":
+            what = f"{field} {self.type[:100]!r} is not supported."
+            raise RequestError(what, "Use text, json_object or json_schema.", param=field)
+        if self.json_schema is None or self.json_schema.schema is None:
+            raise RequestError(f"{field} has no schema (json_schema.schema).", "Send the schema.", param=field)
+        return StructuredOutputsParams(json=self.json_schema.schema)
+
+
+def structured(
+    response_format: ResponseFormat | None,
+    structured_outputs: StructuredOutputsParams | None,
+    guided: Mapping[str, Any],
+) -> StructuredOutputsParams | None:
+    """What the output must match, if anything; raises `RequestError` if several fields say so.
+
+    ``guided`` are the values of vLLM's older fields ``guided_json``, …, without that prefix.
+    """
+    options = {"whitespace_pattern": guided.get("whitespace_pattern")}
+    asked = {
+        "response_format": response_format.params() if response_format else None,
+        "structured_outputs": structured_outputs,
+        **{
+            f"guided_{name}": msgspec.structs.replace(StructuredOutputsParams(), **{name: guided[name]}, **options)
+            for name in GUIDED
+            if guided.get(name) is not None
+        },
+    }
+    given = {name: params for name, params in asked.items() if params is not None}
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} are both set.", "Set one.", param=next(iter(given)))
+    return next(iter(given.values()), None)
+
+
+# --- completions ------------------------------------------------------------------------------------------------------
 
 
 class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
@@ -170,6 +235,19 @@ class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
     best_of: int | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
+
+    @property
+    def only_echo(self) -> bool:
+        """``max_tokens`` 0 with ``echo``: how evaluation harnesses score a text."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def own_sampling(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"logprobs": self.logprobs}
+        if self.echo and self.logprobs is not None and self.prompt_logprobs is None:
+            own["prompt_logprobs"] = self.logprobs
+        if self.only_echo:
+            own["max_tokens"] = 1  # made, and not shown
+        return own
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt: a text or token ids."""
@@ -242,11 +320,12 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
         effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return effort | (self.chat_template_kwargs or {})
 
-    def chat_params(self, defaults: SamplingParams) -> SamplingParams:
-        """As `sampling_params`; without a limit the answer may fill the context."""
+    def own_sampling(self) -> dict[str, Any]:
         limit = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(defaults, max_tokens=limit, logprobs=logprobs)
+        return {
+            "max_tokens": limit,  # without one the answer may fill the context
+            "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+        }
 
 
 class TokenizeRequest(_Ignored, kw_only=True, forbid_unknown_fields=True):

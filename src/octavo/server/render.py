@@ -9,7 +9,7 @@ from starlette.responses import Response
 from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
 from octavo.server.answers import json_response
-from octavo.server.ask import Origin
+from octavo.server.endpoint import Origin
 from octavo.server.protocol import decode
 from octavo.server.service import Service
 
@@ -49,7 +49,7 @@ async def render(service: Service, request: Request) -> Response:
         raise RequestError(f"endpoint is {body.endpoint[:100]!r}.", f"Give one of {known}.", param="endpoint")
     job = await endpoint.open(service, bytes(body.body), Origin.of(request))
     made = Rendered(
-        model=job.ask.model,
+        model=job.model,
         prompts=[RenderedPrompt(text=one.prompt, token_ids=one.prompt_token_ids) for one in job.prepared],
         max_tokens=job.prepared[0].requests[0].sampling.max_tokens,
         sampling=job.prepared[0].params,

@@ -96,6 +96,19 @@ class ToolUse:
         return msgspec.structs.replace(params, structured_outputs=outputs)
 
 
+def function_tool(
+    name: str, parameters: Mapping[str, Any] | None, description: str | None, *, strict: bool | None
+) -> Tool:
+    """A tool of another API in the form of chat completions."""
+    given = {"name": name, "description": description, "parameters": parameters, "strict": strict or None}
+    return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
+
+
+def past_call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A call of an earlier answer in that form."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 def _name(tool: Tool, at: int) -> str:
     """The name of a tool, whose form is checked."""
     where = f"tools[{at}]"

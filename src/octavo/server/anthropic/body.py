@@ -7,8 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from octavo.errors import RequestError
-from octavo.server.formats import JsonSchema
-from octavo.server.protocol import Sampled, check_stops
+from octavo.server.protocol import JsonSchema, Sampled, check_stops
 from octavo.structured import StructuredOutputsParams
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -121,6 +120,14 @@ class CountTokensRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     chat_template_kwargs: dict[str, Any] | None = None
     cache_control: Any = None
 
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise RequestError("messages is empty.", "Send at least one message.", param="messages")
+
+    def own_sampling(self) -> dict[str, Any]:
+        return {"max_tokens": 1}
+
     def constraint(self) -> StructuredOutputsParams | None:
         form = self.output_config.format if self.output_config else None
         if form is None:
@@ -150,6 +157,9 @@ class MessagesRequest(CountTokensRequest, kw_only=True, forbid_unknown_fields=Tr
     def check(self) -> None:
         super().check()
         check_stops("stop_sequences", self.stop_sequences or [])
+
+    def own_sampling(self) -> dict[str, Any]:
+        return {"stop": self.stop_sequences} if self.stop_sequences else {}
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

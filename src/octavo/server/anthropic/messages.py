@@ -42,72 +42,37 @@ from octavo.server.anthropic.body import (
     Turn,
     Usage,
 )
-from octavo.server.ask import Ask, Conversation, Origin, prepare, readers
 from octavo.server.blocks import Block as Part
-from octavo.server.blocks import Blocks, Change, Kind
-from octavo.server.endpoint import Endpoint, Job
+from octavo.server.blocks import Change, Kind
+from octavo.server.endpoint import Conversation, Endpoint, Job, Origin, prepare
 from octavo.server.protocol import decode
 from octavo.server.service import Service
 from octavo.server.sse import named_event
-from octavo.server.tools import ToolUse
+from octavo.server.tools import ToolUse, function_tool, past_call
 from octavo.types import CompletionOutput, RequestOutput
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(service: Service, body: MessagesRequest, origin: Origin) -> Ask:
-    """Checks the body and translates it."""
-    changes: dict[str, Any] = {"max_tokens": body.max_tokens}
-    if body.stop_sequences:
-        changes["stop"] = body.stop_sequences
-    return _ask(service, body, **changes)
-
-
-async def count_tokens(service: Service, request: Request) -> Response:
-    """How many tokens the prompt of a message has."""
-    body = decode(await request.body(), CountTokensRequest)
-    ask, origin = _ask(service, body, max_tokens=1), Origin.of(request)
-    (prepared,) = await prepare(service, ask, origin.id, origin)
-    return json_response(TokenCount(len(prepared.prompt_token_ids)))
-
-
-def _ask(service: Service, body: CountTokensRequest, **changes: Any) -> Ask:
-    body.check()
-    model = service.model(body.model)
-    if not body.messages:
-        raise RequestError("messages is empty.", "Send at least one message.", param="messages")
+def read(service: Service, body: CountTokensRequest, origin: Origin) -> Conversation:
+    """What is to be answered, and how."""
     system = _text("system", body.system)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in body.messages:
         messages += _messages(turn)
     thinking = body.thinking
-    return Ask(
-        model=model,
-        params=body.sampling_params(service.llm.default_params(), **changes),
-        conversation=Conversation(
-            messages=messages,
-            use=_tools(body),
-            include_reasoning=thinking is None or (thinking.type != "disabled" and thinking.display != "omitted"),
-            continue_final_message=body.messages[-1].role == "assistant",
-            template_kwargs=body.template_kwargs(),
-        ),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        stream=bool(body.stream),
+    return Conversation(
+        messages=messages,
+        use=_tools(body),
+        include_reasoning=thinking is None or (thinking.type != "disabled" and thinking.display != "omitted"),
+        continue_final_message=body.messages[-1].role == "assistant",
+        template_kwargs=body.template_kwargs(),
     )
 
 
 def _tools(body: CountTokensRequest) -> ToolUse:
     tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description or "",
-                "parameters": tool.input_schema,
-                **({"strict": True} if tool.strict else {}),
-            },
-        }
+        function_tool(tool.name, tool.input_schema, tool.description or "", strict=tool.strict)
         for tool in body.tools or ()
     ]
     choice = body.tool_choice or ToolChoice(type="auto" if tools else "none")
@@ -134,7 +99,7 @@ def _messages(turn: Turn) -> list[dict[str, Any]]:
             case ThinkingPart():
                 thoughts.append(part.thinking)
             case ToolUsePart():
-                calls.append(_call(part))
+                calls.append(past_call(part.id, part.name, msgspec.json.encode(part.input).decode()))
             case ToolResultPart():
                 results.append(_result(part))
     if turn.role == "user" and (calls or thoughts):
@@ -149,11 +114,6 @@ def _messages(turn: Turn) -> list[dict[str, Any]]:
     if thoughts:
         message["reasoning_content"] = "\n".join(thoughts)
     return [*results, *([message] if texts or calls or thoughts or not results else [])]
-
-
-def _call(part: ToolUsePart) -> dict[str, Any]:
-    arguments = msgspec.json.encode(part.input).decode()
-    return {"id": part.id, "type": "function", "function": {"name": part.name, "arguments": arguments}}
 
 
 def _result(part: ToolResultPart) -> dict[str, Any]:
@@ -180,9 +140,7 @@ def _image(field: str) -> RequestError:
 class _Answer:
     def __init__(self, job: Job[MessagesRequest]) -> None:
         self._job = job
-        assert job.ask.conversation is not None
-        (reader,) = readers(job.service, job.ask.conversation, job.prepared[0])
-        self._blocks = Blocks(reader)
+        (self._blocks,) = job.blocks()
         self._begun = False
 
     def whole(self, results: list[RequestOutput]) -> Message:
@@ -212,7 +170,7 @@ class _Answer:
         return [named_event("error", errors.anthropic_body(error, self._job.origin.id))]
 
     def _message(self, usage: Usage, content: list[Block]) -> Message:
-        return Message(id=self._job.id, model=self._job.ask.model, content=content, usage=usage)
+        return Message(id=self._job.id, model=self._job.model, content=content, usage=usage)
 
     def _stop(self, output: CompletionOutput) -> Stop:
         if output.finish_reason == "abort":
@@ -262,3 +220,12 @@ def _event(event: Event) -> bytes:
 
 
 ENDPOINT = Endpoint(MessagesRequest, "msg_", read, _Answer)
+
+
+async def count_tokens(service: Service, request: Request) -> Response:
+    """How many tokens the prompt of a message has."""
+    body, origin = decode(await request.body(), CountTokensRequest), Origin.of(request)
+    body.check()
+    service.model(body.model)
+    (prepared,) = await prepare(service, body, read(service, body, origin), origin.id, origin)
+    return json_response(TokenCount(len(prepared.prompt_token_ids)))

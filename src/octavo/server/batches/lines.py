@@ -12,8 +12,7 @@ import msgspec
 from octavo.errors import OctavoError, Overloaded, RequestError
 from octavo.log import get_logger
 from octavo.server import errors
-from octavo.server.ask import Origin
-from octavo.server.endpoint import Endpoint
+from octavo.server.endpoint import Endpoint, Origin
 from octavo.server.service import Service
 
 MAX_ID = 512  # characters of a custom_id
@@ -110,7 +109,7 @@ async def _run(service: Service, line: Line, origin: Origin) -> msgspec.Struct:
     endpoint = service.endpoints[line.url]
     while True:
         job = await endpoint.open(service, bytes(line.body), origin)
-        if job.ask.stream or getattr(job.body, "background", False):
+        if job.body.stream or getattr(job.body, "background", False):
             raise RequestError("a line of a batch asks for a stream or for the background.", "Leave it out.")
         try:
             return await endpoint.whole(job)

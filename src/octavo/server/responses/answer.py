@@ -9,9 +9,8 @@ from octavo.errors import OctavoError
 from octavo.frontend.outputs import Delta
 from octavo.server import errors
 from octavo.server.answers import TokenLogprob, chat_logprobs, now
-from octavo.server.ask import Ask, Conversation, Origin, readers
-from octavo.server.blocks import Block, Blocks, Change
-from octavo.server.endpoint import Endpoint, Job
+from octavo.server.blocks import Block, Change
+from octavo.server.endpoint import Conversation, Endpoint, Job, Origin
 from octavo.server.responses import events, items
 from octavo.server.responses.body import (
     CallItem,
@@ -33,7 +32,7 @@ from octavo.server.responses.body import (
 )
 from octavo.server.service import Service
 from octavo.server.sse import named_event
-from octavo.server.tools import ToolUse
+from octavo.server.tools import ToolUse, function_tool
 from octavo.types import CompletionOutput, RequestOutput
 
 PREFIX = "resp_"
@@ -41,40 +40,19 @@ PREFIX = "resp_"
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(service: Service, body: ResponsesRequest, origin: Origin) -> Ask:
-    """Checks the body and translates it; a response that it continues must be in the store."""
-    body.check()
-    model = service.model(body.model)
-    changes: dict[str, Any] = {"max_tokens": body.max_output_tokens}
-    if body.wants_logprobs:
-        changes["logprobs"] = body.top_logprobs or 0
+def read(service: Service, body: ResponsesRequest, origin: Origin) -> Conversation:
+    """What is to be answered; a response that it continues must be in the store."""
     messages = items.of_input(body.input)
     if body.previous_response_id is not None:
         messages = service.responses.chat(origin.owner, body.previous_response_id) + messages
     if body.instructions:
         messages = [{"role": "system", "content": body.instructions}, *messages]
-    return Ask(
-        model=model,
-        params=body.sampling_params(service.llm.default_params(), **changes),
-        conversation=Conversation(messages=messages, use=_tools(body), template_kwargs=body.template_kwargs()),
-        priority=body.priority or 0,
-        cache_salt=body.cache_salt or "",
-        stream=bool(body.stream),
-    )
+    return Conversation(messages=messages, use=_tools(body), template_kwargs=body.template_kwargs())
 
 
 def _tools(body: ResponsesRequest) -> ToolUse:
     tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                **({} if tool.description is None else {"description": tool.description}),
-                **({} if tool.parameters is None else {"parameters": tool.parameters}),
-                **({"strict": True} if tool.strict else {}),
-            },
-        }
-        for tool in body.tools or ()
+        function_tool(tool.name, tool.parameters, tool.description, strict=tool.strict) for tool in body.tools or ()
     ]
     choice = body.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "function":
@@ -90,9 +68,7 @@ class ResponseWriter:
 
     def __init__(self, job: Job[ResponsesRequest]) -> None:
         self._job = job
-        assert job.ask.conversation is not None
-        (reader,) = readers(job.service, job.ask.conversation, job.prepared[0])
-        self._blocks = Blocks(reader)
+        (self._blocks,) = job.blocks()
         self._response = blank(job)
         self._logprobs: list[TokenLogprob] = []  # not sent yet
         self._sent = 0
@@ -153,9 +129,8 @@ class ResponseWriter:
             self._store()
 
     def _store(self) -> None:
-        job, conversation = self._job, self._job.ask.conversation
-        assert conversation is not None
-        chat = [*conversation.messages][1 if job.body.instructions else 0 :] + items.of_output(self._blocks.all)
+        job = self._job
+        chat = [*job.conversation.messages][1 if job.body.instructions else 0 :] + items.of_output(self._blocks.all)
         job.service.responses.put(job.origin.owner, self._response, [dict(one) for one in chat], given_items(job))
 
     def _usage(self, result: RequestOutput, output: CompletionOutput) -> Usage:
@@ -245,7 +220,7 @@ def _part(block: Block, *, whole: bool) -> OutputText | ReasoningText:
 
 def blank(job: Job[ResponsesRequest]) -> Response:
     """The response before anything has come."""
-    body, params = job.body, job.ask.params
+    body, params = job.body, job.prepared[0].params
     effort = ReasoningEcho(body.reasoning.effort, body.reasoning.summary) if body.reasoning else ReasoningEcho()
     return Response(
         id=job.id,
@@ -255,7 +230,7 @@ def blank(job: Job[ResponsesRequest]) -> Response:
         max_output_tokens=body.max_output_tokens,
         max_tool_calls=body.max_tool_calls,
         metadata=body.metadata or {},
-        model=job.ask.model,
+        model=job.model,
         parallel_tool_calls=body.parallel_tool_calls is not False,
         previous_response_id=body.previous_response_id,
         reasoning=effort,

@@ -8,8 +8,15 @@ import msgspec
 
 from octavo.errors import RequestError
 from octavo.server.answers import TokenLogprob
-from octavo.server.formats import JsonSchema, JsonSchemaFormat, ResponseFormat
-from octavo.server.protocol import Sampled, check_metadata, check_stops, check_top_logprobs
+from octavo.server.protocol import (
+    JsonSchema,
+    JsonSchemaFormat,
+    ResponseFormat,
+    Sampled,
+    check_metadata,
+    check_stops,
+    check_top_logprobs,
+)
 from octavo.structured import StructuredOutputsParams
 
 LOGPROBS = "message.output_text.logprobs"
@@ -173,6 +180,10 @@ class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     @property
     def wants_logprobs(self) -> bool:
         return LOGPROBS in (self.include or ())
+
+    def own_sampling(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"max_tokens": self.max_output_tokens}
+        return own | {"logprobs": self.top_logprobs or 0} if self.wants_logprobs else own
 
     def constraint(self) -> StructuredOutputsParams | None:
         form = self.text.format.params() if self.text else None

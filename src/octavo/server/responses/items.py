@@ -17,6 +17,7 @@ from octavo.server.responses.body import (
     OldReasoning,
     OldRefusal,
 )
+from octavo.server.tools import past_call
 
 Messages = list[dict[str, Any]]
 
@@ -36,7 +37,7 @@ def of_input(given: str | list[dict[str, Any]]) -> Messages:
             case OldReasoning():
                 _assistant(chat, reasoning="\n".join(part.text for part in item.content or item.summary))
             case OldCall():
-                _assistant(chat, call=_call(item.call_id, item.name, item.arguments))
+                _assistant(chat, call=past_call(item.call_id, item.name, item.arguments))
             case CallOutput():
                 chat.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
     return chat
@@ -51,7 +52,7 @@ def of_output(blocks: Iterable[Block]) -> Messages:
         elif block.kind == "text":
             _assistant(chat, content=block.text)
         else:
-            _assistant(chat, call=_call(block.id, block.name, block.text))
+            _assistant(chat, call=past_call(block.id, block.name, block.text))
     return chat
 
 
@@ -72,10 +73,6 @@ def _assistant(
         )
     if call is not None:
         last.setdefault("tool_calls", []).append(call)
-
-
-def _call(id: str, name: str, arguments: str) -> dict[str, Any]:
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _text(content: str | list[InputText] | list[InputText | OldOutputText | OldRefusal]) -> str:

@@ -13,8 +13,7 @@ from octavo.errors import OctavoError, RequestError
 from octavo.log import get_logger
 from octavo.server import errors
 from octavo.server.answers import json_response
-from octavo.server.ask import Origin
-from octavo.server.endpoint import Job
+from octavo.server.endpoint import Job, Origin
 from octavo.server.responses.answer import ENDPOINT, blank, given_items
 from octavo.server.responses.body import Deleted, Failure, InputItems, Response, ResponsesRequest
 from octavo.server.service import Service
