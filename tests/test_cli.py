@@ -117,6 +117,16 @@ def test_a_key_at_odds_with_another_is_a_usage_error(argv: tuple[str, ...], caps
     assert argv[0].removesuffix(".a") in said
 
 
+@pytest.mark.parametrize("value", ['["https://a", "https://b"]', "https://a,https://b"])
+def test_a_list_is_json_or_has_commas(value: str) -> None:
+    assert options.server_config(parse("serve", "m", "--allowed-origins", value)).allowed_origins == [
+        "https://a",
+        "https://b",
+    ]
+    with pytest.raises(ConfigError, match="--allowed-origins is "):
+        options.server_config(parse("serve", "m", "--allowed-origins", "[1]"))
+
+
 def test_several_names_stand_behind_each_other_or_between_commas() -> None:
     for argv in (("a", "b"), ("a,b",)):
         assert options.server_config(parse("serve", "m", "--served-model-name", *argv)).served_model_name == "a,b"

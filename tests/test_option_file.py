@@ -39,6 +39,7 @@ hf_overrides:
 hf-overrides.rope_parameters.factor: 4
 served-model-name: [a, b]
 swap-space: 4
+allowed-origins: ["https://a"]
 """
 
 
@@ -47,7 +48,8 @@ def test_a_file_says_what_the_same_options_say(tmp_path: Path) -> None:
     argv += ["--gpu-memory-utilization=0.5", "--no-enable-prefix-caching", "--trust-remote-code", "-tp", "2"]
     argv += ["--hf-overrides", '{"rope_theta": 1e6, "architectures": ["A"], "rope_parameters": {"factor": 4}}']
     assert engine(tmp_path, FILE) == options.engine_config(cli.build_parser().parse_args(argv))
-    assert options.server_config(parse(tmp_path, FILE)).served_model_name == "a,b"
+    server = options.server_config(parse(tmp_path, FILE))
+    assert (server.served_model_name, server.allowed_origins) == ("a,b", ["https://a"])
 
 
 def test_json_is_taken_too(tmp_path: Path) -> None:

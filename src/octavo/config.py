@@ -58,8 +58,8 @@ def option(
     Of ``several`` values, which spaces separate there, the field has a text with commas.
     """
     meta = {"help": help, "choices": choices, "alias": alias, "several": several}
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=meta)
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: default.copy(), metadata=meta)
     return field(default=default, metadata=meta, repr=not secret)
 
 
@@ -236,6 +236,7 @@ class ServerConfig:
 
     host: str = option("127.0.0.1", "address to listen on (0.0.0.0: every interface)")
     port: int = option(8000, "TCP port (0: any free one)")
+    uds: str | None = option(None, "Unix socket to listen on, instead of an address")
     api_key: str | None = option(
         None, "key that clients must send, or several with commas; default: OCTAVO_API_KEY", secret=True
     )
@@ -256,6 +257,17 @@ class ServerConfig:
     api_server_count: int = option(1, "processes that answer HTTP and share the engines")
     files_dir: str | None = option(None, "folder of uploaded files and batches; default: one that the end removes")
     otlp_traces_endpoint: str | None = option(None, "URL of a collector of OpenTelemetry traces (OTLP over HTTP)")
+    allowed_origins: list[str] = option([], "whose pages may ask the server (CORS), a JSON list; \"*\": everybody's")
+    allowed_methods: list[str] = option(["*"], "methods that those pages may use, a JSON list")
+    allowed_headers: list[str] = option(["*"], "headers that those pages may send, a JSON list")
+    allow_credentials: bool = option(False, "those pages may send cookies, which a proxy may want")
+    root_path: str = option("", "what a proxy in front puts before all paths, such as /llm")
+    ssl_certfile: str | None = option(None, "certificate of the server, PEM: answer over HTTPS")
+    ssl_keyfile: str | None = option(None, "its key, if it is in a file of its own")
+    ssl_ca_certs: str | None = option(None, "certificates that clients' own are checked against, PEM")
+    ssl_cert_reqs: int = option(0, "clients' certificates: 0 none, 1 checked if sent, 2 needed", choices=("0", "1", "2"))
+    enable_request_id_headers: bool = option(False, "answer with the x-request-id that the client sent, if it sent one")
+    disable_fastapi_docs: bool = option(False, "no /docs and no /openapi.json")
     log_level: str = option("info", "how much to log", choices=("debug", "info", "warning", "error"))
 
 

@@ -285,7 +285,10 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
     """What stands for the value: the choices if they are few, what kind of number it is, or the name's last word."""
     if field.metadata["choices"] and not _many(field):
         return "{" + ",".join(field.metadata["choices"]) + "}"
-    return {"int": "N", "float": "X", "dict[str, Any]": "JSON"}.get(_kind(field), field.name.split("_")[-1].upper())
+    return _METAVARS.get(_kind(field), field.name.split("_")[-1].upper())
+
+
+_METAVARS = {"int": "N", "float": "X", "dict[str, Any]": "JSON", "list[str]": "LIST"}
 
 
 def _many(field: dataclasses.Field[Any]) -> bool:
@@ -312,7 +315,7 @@ def _values(args: argparse.Namespace, fields: Iterable[dataclasses.Field[Any]]) 
         value, choices = getattr(args, field.name), field.metadata["choices"]
         check_choice(field.name, value, choices, shown="--" + field.name.replace("_", "-"))
         if isinstance(value, list):
-            value = ",".join(value)
+            value = ",".join(value)  # of ``several``
         values[field.name] = _parsed(field, value) if isinstance(value, str) else value
     return values
 
@@ -353,7 +356,9 @@ def _parsed(field: dataclasses.Field[Any], text: str) -> Any:
             if not isinstance(value, dict):
                 raise ValueError("not an object")
             return value
-    except ValueError as error:
+        if kind == "list[str]":
+            return msgspec.json.decode(text, type=list[str]) if text.startswith("[") else text.split(",")
+    except (ValueError, msgspec.DecodeError) as error:
         raise ConfigError(f"{flag} is {text!r}: {error}.", "See --help for its form.") from None
     except ConfigError as error:
         raise ConfigError(f"{flag}: {error.cause}", error.remedy) from None

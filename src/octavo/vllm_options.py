@@ -48,10 +48,11 @@ SERVER_OPTIONS: dict[str, Foreign] = {
 
 # What to do instead of options that are not accepted in any form.
 INSTEAD = {
-    "--allowed-origins": "pages from other origins need a proxy that adds the headers of CORS",
     "--chat-template-kwargs": "send chat_template_kwargs with each request",
+    "--middleware": "put a proxy in front: no code from outside runs in the server",
     "--compilation-config": "leave it out; --enforce-eager turns CUDA graphs off",
     "--default-chat-template-kwargs": "send chat_template_kwargs with each request",
+    "--enable-ssl-refresh": "start the server again when the certificate changes",
     "--guided-decoding-backend": "leave it out: grammars are llguidance's",
     "--limit-mm-per-prompt": "leave it out: only text is read",
     "--lora-modules": "merge the adapter into the model",
@@ -59,10 +60,7 @@ INSTEAD = {
     "--num-gpu-blocks-override": "use --kv-cache-memory-bytes",
     "--rope-scaling": "use --hf-overrides.rope_parameters JSON",
     "--rope-theta": "use --hf-overrides.rope_theta N",
-    "--root-path": "have the proxy take the prefix off",
     "--speculative-config": "leave it out: there is no speculative decoding",
-    "--ssl-certfile": "have a proxy end TLS",
-    "--ssl-keyfile": "have a proxy end TLS",
     "--structured-outputs-config": "leave it out: grammars are llguidance's",
 }
 

@@ -12,7 +12,8 @@ import pytest
 
 from octavo.config import ModelOptions, ServerConfig
 from octavo.errors import ConfigError
-from octavo.server.run import _banner, bound
+from octavo.server.address import listeners
+from octavo.server.run import _banner
 from octavo.server.service import served_names
 from tests.server.fake import Server
 from tools import tiny
@@ -46,19 +47,22 @@ def test_names_are_those_given_else_the_models_and_a_path_is_not_shown(tmp_path:
 
 @pytest.mark.parametrize(("host", "port"), [("256.1.1.1", 0), ("127.0.0.1", 70_000), ("nowhere.invalid", 0)])
 def test_an_address_that_cannot_be_bound_is_a_config_error(host: str, port: int) -> None:
-    with pytest.raises(ConfigError, match="cannot listen"):
-        bound(ServerConfig(host=host, port=port))
+    with pytest.raises(ConfigError, match="cannot listen"), listeners(ServerConfig(host=host, port=port)):
+        pass
 
 
 def test_the_banner_has_address_limits_a_line_to_paste_and_a_warning_if_open_to_all() -> None:
     server = Server()
-    with bound(ServerConfig(host="127.0.0.1", port=0)) as listener:
+    with listeners(ServerConfig(host="127.0.0.1", port=0)) as [listener]:
         port = listener.getsockname()[1]
         text = _banner(server.service, ServerConfig(port=0), listener, guarded=False)
         assert f"serves m at http://127.0.0.1:{port}/v1" in text
         assert "128 tokens a request" in text
         assert "/v1/chat/completions" in text
         assert "warning" not in text
+        assert "/docs" in text
+        assert "/docs" not in _banner(server.service, ServerConfig(disable_fastapi_docs=True), listener, guarded=False)
+        assert "https://127" in _banner(server.service, ServerConfig(ssl_certfile="c"), listener, guarded=False)
         assert "OCTAVO_API_KEY" in _banner(server.service, ServerConfig(), listener, guarded=True)
         assert "warning" in _banner(server.service, ServerConfig(host="0.0.0.0"), listener, guarded=False)
 
@@ -68,7 +72,7 @@ def test_the_list_of_models_has_every_name_but_paths(tmp_path: Path) -> None:
 
 
 def test_the_line_to_paste_is_what_a_shell_takes_whatever_the_name() -> None:
-    with bound(ServerConfig(port=0)) as listener:
+    with listeners(ServerConfig(port=0)) as [listener]:
         service = Server(names=("it's $HOME",)).service
         banner = _banner(service, ServerConfig(port=0), listener, guarded=True)
     port = re.search(r":(\d+)/docs", banner)

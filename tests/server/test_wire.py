@@ -23,7 +23,7 @@ def talk(server: Server, work: Callable[[tuple[str, int]], Awaitable[None]]) -> 
     async def both() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             started = asyncio.Event()
-            http = run._Http(run._http_config(server.app), started.set)
+            http = run._Http(run._http_config(server.app, {}), started.set)
             serving = asyncio.create_task(http.serve([listener]))
             await started.wait()
             try:

@@ -30,6 +30,7 @@ from octavo.server.route import Handler, Parameter, Route
 from octavo.server.service import Service
 
 PROMETHEUS = "text/plain"
+DOCS = frozenset({"/docs", "/openapi.json"})
 NOBODY = Keys()
 
 ROUTES = (
@@ -128,18 +129,24 @@ ROUTES = (
 
 
 def build_app(
-    service: Service, *, keys: Keys = NOBODY, max_body: int = MAX_BODY_BYTES, log_requests: bool = False
+    service: Service,
+    *,
+    keys: Keys = NOBODY,
+    max_body: int = MAX_BODY_BYTES,
+    log_requests: bool = False,
+    echo_ids: bool = False,
+    without: frozenset[str] = frozenset(),
 ) -> ASGIApp:
-    """The whole server as one ASGI application."""
-    service.routes = ROUTES
+    """The whole server as one ASGI application, ``without`` the routes of these paths."""
+    service.routes = tuple(route for route in ROUTES if route.path not in without)
     paths: dict[str, dict[str, Handler]] = {}
-    for route in ROUTES:
+    for route in service.routes:
         paths.setdefault(route.path, {})[route.method] = route.handler
     routes = [
         HttpRoute(path, partial(_handle, service, handlers), methods=[*handlers]) for path, handlers in paths.items()
     ]
     router = Router(routes, redirect_slashes=False)
-    return Guard(router, keys=keys, max_body=max_body, log_requests=log_requests)
+    return Guard(router, keys=keys, max_body=max_body, log_requests=log_requests, echo_ids=echo_ids)
 
 
 async def _handle(service: Service, handlers: Mapping[str, Handler], request: Request) -> ASGIApp:

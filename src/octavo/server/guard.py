@@ -6,6 +6,7 @@ It wraps the whole application, so a route added later is guarded too: only the 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 
@@ -24,23 +25,36 @@ ADMIN = frozenset({"/reset_prefix_cache", "/dashboard/data"})  # what concerns a
 QUIET = PUBLIC | {"/metrics", "/dashboard/data"}  # asked every few seconds by machines: not logged
 MAX_BODY_BYTES = 32 * 2**20
 BODY_SECONDS = 60.0  # for the next piece of a body to come
+_ID = re.compile(rb"[!-~]{1,128}")  # what a client may call its request
 
 
 class Guard:
-    """ASGI middleware; see the module. What is answered belongs to the owner of the key, ``scope["owner"]``."""
+    """ASGI middleware; see the module. What is answered belongs to the owner of the key, ``scope["owner"]``.
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, max_body: int = MAX_BODY_BYTES, log_requests: bool = False) -> None:
+    With ``echo_ids`` the header x-request-id of an answer is the client's, if it sent one.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        max_body: int = MAX_BODY_BYTES,
+        log_requests: bool = False,
+        echo_ids: bool = False,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._max_body = max_body
         self._log = log_requests
+        self._echo = echo_ids
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         scope["app"] = self  # makes the router raise what it would answer in plain text
-        exchange = _Exchange(scope, receive, send, self._max_body)
+        exchange = _Exchange(scope, receive, send, self._max_body, _sent_id(scope) if self._echo else None)
         try:
             self._admit(scope)
             await self._app(scope, exchange.receive, exchange.send)
@@ -74,6 +88,11 @@ class Guard:
             raise errors.too_large(self._max_body)
 
 
+def _sent_id(scope: Scope) -> str | None:
+    sent = dict(scope["headers"]).get(b"x-request-id", b"")
+    return sent.decode() if _ID.fullmatch(sent) else None
+
+
 def _key_of(headers: dict[bytes, bytes]) -> bytes:
     """The key that a request brings, as OpenAI's clients send it or as Anthropic's do; empty if there is none."""
     scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
@@ -83,10 +102,10 @@ def _key_of(headers: dict[bytes, bytes]) -> bytes:
 class _Exchange:
     """One request and its response: counts the body, adds the id to the headers, knows whether an error still can."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int) -> None:
-        self.id = uuid.uuid4().hex
+    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int, sent_id: str | None) -> None:
+        own = scope["request_id"] = uuid.uuid4().hex  # inside: clients may send one twice
+        self.id = sent_id or own
         self.status = 0
-        scope["request_id"] = self.id
         self._scope, self._receive, self._send = scope, receive, send
         self._left = self._max_body = max_body
         self._whole = False

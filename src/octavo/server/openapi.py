@@ -29,7 +29,8 @@ Json = dict[str, Any]
 
 async def openapi(service: Service, request: Request) -> Response:
     """This description, OpenAPI 3.1."""
-    return json_response(document(service.routes))
+    prefix = request.scope.get("prefix")
+    return json_response(document(service.routes) | ({"servers": [{"url": prefix}]} if prefix else {}))
 
 
 async def docs(service: Service, request: Request) -> Response:

@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -30,11 +30,13 @@ import uvloop
 import octavo
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
-from octavo.errors import ConfigError, OctavoError
+from octavo.errors import OctavoError
 from octavo.frontend.chat import WantedFormat, load_template
 from octavo.frontend.parse.registry import check_names
 from octavo.log import get_logger
-from octavo.server.app import build_app
+from octavo.server import address
+from octavo.server.app import DOCS, build_app
+from octavo.server.edge import Edge
 from octavo.server.files.store import FileStore
 from octavo.server.keys import Keys
 from octavo.server.service import Service, formats_of, served_names
@@ -46,7 +48,6 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 0.5  # for requests that were just aborted to write their last byte
 TRACE_SECONDS = 2.0  # for the last spans to be sent
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real", "stub"] = "real") -> int:
@@ -60,11 +61,13 @@ def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real",
             folder = Path(tempfile.gettempdir()) / f"octavo-files-{secrets.token_hex(16)}"  # made when there is a file
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             server = dataclasses.replace(server, files_dir=str(folder))
+        Edge.of(server)
+        address.tls(server)
         if server.api_server_count != 1:
             from octavo.server.supervisor import supervise
 
             return supervise(config, server, worker=worker)
-        listener = stack.enter_context(bound(server))
+        (listener,) = stack.enter_context(address.listeners(server))
         return run(Session(config, server, worker, listener))
 
 
@@ -170,9 +173,15 @@ class Session:
         limit = self._config.limits.max_waiting
         tracing = self._tracing
         service = Service(llm, names, formats, max_waiting=limit, files=files, tracing=tracing)
-        app = build_app(service, keys=self._keys, log_requests=not self._server.disable_log_requests)
-        banner = _banner(service, self._server, self._listener, guarded=self._keys.any)
-        http = _Http(_http_config(app), lambda: self._announce(banner))
+        app = build_app(
+            service,
+            keys=self._keys,
+            log_requests=not options.disable_log_requests,
+            echo_ids=options.enable_request_id_headers,
+            without=DOCS if options.disable_fastapi_docs else frozenset(),
+        )
+        banner = _banner(service, options, self._listener, guarded=self._keys.any)
+        http = _Http(_http_config(Edge.of(options).around(app), address.tls(options)), lambda: self._announce(banner))
         ending = asyncio.create_task(self._end(service, http))
         gc.collect()
         gc.freeze()  # what is there now stays: looking through it again and again would hold up the streams
@@ -238,7 +247,7 @@ class _Http(uvicorn.Server):
         self._started()
 
 
-def _http_config(app: Any) -> uvicorn.Config:
+def _http_config(app: Any, tls: Mapping[str, Any]) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=Protocol,
@@ -252,36 +261,15 @@ def _http_config(app: Any) -> uvicorn.Config:
         timeout_graceful_shutdown=1,
         timeout_keep_alive=60,  # longer than clients keep theirs, or they reuse a connection that is being closed
         backlog=2048,
+        **tls,
     )
-
-
-def bound(server: ServerConfig, *, shared: bool = False) -> socket.socket:
-    """The bound socket, not listening yet: until the engine is ready, connections are refused and do not hang.
-
-    ``shared``: further sockets may be bound to the same address, and the kernel shares connections out among them.
-    """
-    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        made.bind((server.host, server.port))
-    except (OSError, OverflowError) as error:
-        made.close()
-        raise ConfigError(
-            f"cannot listen on {server.host} port {server.port}: {str(error).rstrip('.')}.",
-            "Give another --host or --port.",
-        ) from None
-    return made
 
 
 def _banner(service: Service, server: ServerConfig, listener: socket.socket, *, guarded: bool) -> str:
     """What is served, where, within which limits, and a line to paste."""
-    info, name = service.llm.info, service.names[0]
+    info, name, hidden = service.llm.info, service.names[0], server.disable_fastapi_docs
     body: dict[str, Any]
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    url = address.url_of(server, listener)
     key = ' -H "authorization: Bearer $OCTAVO_API_KEY"' if guarded else ""
     if service.llm.renderer.template is None:
         path, body = "/v1/completions", {"model": name, "prompt": "Hello"}
@@ -295,9 +283,9 @@ def _banner(service: Service, server: ServerConfig, listener: socket.socket, *, 
     lines = [
         f"octavo {octavo.__version__} serves {name} at {url}/v1",
         f"  {info.dtype} on {info.device}; {limits}",
-        f"  for clients of OpenAI {url}/v1, of Anthropic {url}; every endpoint: {url}/docs",
-        f"  curl {url}{path} -H 'content-type: application/json'{key} -d {data}",
+        f"  for clients of OpenAI {url}/v1, of Anthropic {url}" + ("" if hidden else f"; every endpoint: {url}/docs"),
+        f"  {address.curl(server)} {url}{path} -H 'content-type: application/json'{key} -d {data}",
     ]
-    if not guarded and server.host not in LOOPBACK:
+    if not guarded and not address.is_private(server):
         lines.insert(1, "  warning: no --api-key: whoever reaches this address can use it")
     return "\n".join(lines)

@@ -11,15 +11,12 @@ so that those which come while an API process is started again wait for it inste
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import os
 import shutil
 import signal
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -31,9 +28,10 @@ from octavo.frontend.core_process import error_of, private_folder
 from octavo.frontend.fleet import MAX_TRIES, Fleet, Patience
 from octavo.frontend.ray_engines import RayActors
 from octavo.log import PROCESS, get_logger
+from octavo.server.address import listeners
 from octavo.server.api_process import Report, Start, Up
 from octavo.server.metrics import SHARED_FOLDER
-from octavo.server.run import bound, signals
+from octavo.server.run import signals
 
 MAX_API_PROCESSES = 256
 LAST_SECONDS = 5.0  # beyond those of draining, until an API process that does not end is killed
@@ -53,20 +51,10 @@ def supervise(config: EngineConfig, server: ServerConfig, *, worker: Literal["re
     folder = private_folder()
     (folder / "metrics").mkdir()
     try:
-        with _listeners(server) as listeners:
-            return asyncio.run(_Supervisor(config, server, worker, str(folder), listeners).run())
+        with listeners(server) as bound:
+            return asyncio.run(_Supervisor(config, server, worker, str(folder), bound).run())
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _listeners(server: ServerConfig) -> Iterator[list[socket.socket]]:
-    """A bound socket for each API process, all at one address."""
-    with bound(server) as alone:  # fails if another server has the address, even one that would share it
-        port = alone.getsockname()[1]
-    server = dataclasses.replace(server, port=port)
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(bound(server, shared=True)) for _ in range(server.api_server_count)]
 
 
 class _Supervisor:
