@@ -10,8 +10,9 @@ import numpy as np
 
 from octavo.hub.checkpoint import Array, Checkpoint, Slices
 from octavo.hub.gguf_quants import Bytes
-from octavo.hub.quantised.found import Found
 from octavo.hub.quantised.methods import METHODS
+from octavo.hub.quantised.stored import Stored
+from octavo.hub.quantised.weights import Found
 from octavo.hub.safetensors_file import TensorInfo
 
 _NOT_WEIGHTS: Final = (
@@ -82,7 +83,7 @@ def unquantised(checkpoint: Checkpoint, hf: Mapping[str, Any]) -> Checkpoint:
     settings = hf.get("quantization_config")
     if not settings:
         return checkpoint
-    return QuantisedCheckpoint(checkpoint, METHODS[settings["quant_method"]](checkpoint, settings))
+    return QuantisedCheckpoint(checkpoint, METHODS[settings["quant_method"]](Stored(checkpoint), settings))
 
 
 def optional_tensors(checkpoint: Checkpoint) -> frozenset[str]:

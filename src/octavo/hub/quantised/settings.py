@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from octavo.errors import ConfigError, UnsupportedModel
 
 Hf = Mapping[str, Any]
+Settings = Mapping[str, Any]  # what ``quantization_config`` says
 
 FILES: Final = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Where tools wrote it before they wrote config.json, and the method that such a file is of."""
@@ -52,7 +53,7 @@ def stated(hf: Hf, file: tuple[str, Hf] | None = None) -> dict[str, Any] | None:
     return None if file is None else _named(file[1], FILES[file[0]])
 
 
-def _named(settings: Mapping[str, Any], default: str) -> dict[str, Any]:
+def _named(settings: Settings, default: str) -> dict[str, Any]:
     inner = settings.get("quantization")  # of ModelOpt's own file
     if isinstance(inner, Mapping):
         settings = {**settings, **inner}
@@ -68,6 +69,10 @@ def _named(settings: Mapping[str, Any], default: str) -> dict[str, Any]:
 def as_dict(value: object) -> Mapping[str, Any]:
     """``value`` of a config, nothing if it is not the object that it should be."""
     return value if isinstance(value, Mapping) else {}
+
+
+def are_sizes(value: object, count: int) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) == count and all(type(n) is int and n > 0 for n in value)
 
 
 def check(hf: Hf) -> None:
@@ -93,7 +98,7 @@ def check(hf: Hf) -> None:
         )
 
 
-def _odd(method: str, settings: Mapping[str, Any]) -> str | None:
+def _odd(method: str, settings: Settings) -> str | None:
     """What of ``method`` is not read here."""
     if method == "compressed-tensors":
         groups = as_dict(settings.get("config_groups")).values()

@@ -7,7 +7,7 @@ not quantised. It is read by slices, and only the bytes of those are touched. Va
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -40,6 +40,14 @@ class Weight(Protocol):
     def blocks(self, rows: slice) -> Bytes:
         """``rows`` in blocks of `block_type`: uint8 [rows, blocks, bytes of a block]."""
         ...
+
+
+@dataclass
+class Found:
+    """Weights by the name that the model has for them, and the tensors that they are made of or that are not needed."""
+
+    weights: dict[str, Weight] = field(default_factory=dict)
+    spent: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
