@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
 _cpu = pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
 from octavo.kernels import cpu, cpu_choice  # noqa: E402  # needs the extension
 
-TABLES = [name for name in (*_cpu.names(), *_cpu.emulated()) if name.startswith("amx")]
-
-
-@pytest.fixture(params=TABLES, autouse=True)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before, threads = _cpu.active(), _cpu.threads()
-    _cpu.use(request.param)
-    _cpu.set_threads(2)
-    yield request.param
-    _cpu.use(before)
-    _cpu.set_threads(threads)
+pytestmark = pytest.mark.usefixtures("amx_isa")
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,9 +68,9 @@ def test_a_row_of_nan_stays_alone() -> None:
     assert not got[torch.arange(20) != 3].isnan().any()
 
 
-def test_the_emulation_adds_as_the_manual_says(isa: str) -> None:
+def test_the_emulation_adds_as_the_manual_says(amx_isa: str) -> None:
     """Even inputs apart from odd ones; denormals are zeros."""
-    if isa not in _cpu.emulated():
+    if amx_isa not in _cpu.emulated():
         pytest.skip("what a processor does beyond the manual is its own")
     x, weight = torch.zeros(1, 32, dtype=torch.bfloat16), torch.ones(16, 32, dtype=torch.bfloat16)
     x[0, :3] = torch.tensor([2.0**24, 1, -(2.0**24)])
@@ -93,13 +81,13 @@ def test_the_emulation_adds_as_the_manual_says(isa: str) -> None:
     assert (packed(weight)(x) == 0).all()
 
 
-def test_tiles_are_used_if_they_multiply_as_the_next_best_does(isa: str) -> None:
-    assert cpu_choice.choose([isa, "baseline"]) == ""
-    assert _cpu.active() == isa
+def test_tiles_are_used_if_they_multiply_as_the_next_best_does(amx_isa: str) -> None:
+    assert cpu_choice.choose([amx_isa, "baseline"]) == ""
+    assert _cpu.active() == amx_isa
 
 
-def test_tiles_that_multiply_wrongly_are_not_used(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_that_multiply_wrongly_are_not_used(amx_isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     product = cpu_choice.product
-    monkeypatch.setattr(cpu_choice, "product", lambda name: product(name) + (name == isa))
-    assert isa in cpu_choice.choose([isa, "baseline"])
+    monkeypatch.setattr(cpu_choice, "product", lambda name: product(name) + (name == amx_isa))
+    assert amx_isa in cpu_choice.choose([amx_isa, "baseline"])
     assert _cpu.active() == "baseline"

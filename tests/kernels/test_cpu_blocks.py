@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import gguf
@@ -15,22 +14,14 @@ from octavo.hub.gguf_quants import FORMATS, dequantise
 _cpu = pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
 from octavo.kernels import cpu  # noqa: E402  # needs the extension
 
+pytestmark = pytest.mark.usefixtures("every_isa")
+
 DTYPES = [torch.bfloat16, torch.float32]
 FORMAT = {f.name: f for f in FORMATS.values()}
 KINDS = list(cpu.BLOCK_TYPES)
 
 # Values of the K types are off by the rounding of their scales to float16; in bfloat16 that is not seen.
 HALF = 2.0**-11
-
-
-@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()], autouse=True)
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before, threads = _cpu.active(), _cpu.threads()
-    _cpu.use(request.param)
-    _cpu.set_threads(2)
-    yield
-    _cpu.use(before)
-    _cpu.set_threads(threads)
 
 
 @cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -16,14 +14,6 @@ from octavo.kernels import cpu_experts  # noqa: E402  # needs the extension
 BFLOAT16 = torch.bfloat16
 # tokens, experts of a token, experts, inputs, outputs
 SHAPES = [(1, 2, 4, 64, 48), (5, 2, 4, 64, 40), (33, 3, 8, 96, 32), (520, 2, 3, 70, 20), (9, 2, 2, 2100, 16)]
-
-
-@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()])
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _cpu.active()
-    _cpu.use(request.param)
-    yield
-    _cpu.use(before)
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -74,7 +64,7 @@ def test_the_reference_is_the_sum_of_what_a_tokens_experts_say(
     torch.testing.assert_close(found.double(), wanted(x, weight, bias, ids, weights), rtol=0, atol=1e-5)
 
 
-@pytest.mark.usefixtures("_isa")
+@pytest.mark.usefixtures("every_isa")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("by_token", [True, False])
 def test_packed_weights_of_experts_give_the_same(shape: tuple[int, int, int, int, int], by_token: bool) -> None:
@@ -87,7 +77,7 @@ def test_packed_weights_of_experts_give_the_same(shape: tuple[int, int, int, int
     torch.testing.assert_close(found.double(), wanted(x, weight, bias, ids, weights), rtol=1e-2, atol=3e-2)
 
 
-@pytest.mark.usefixtures("_isa")
+@pytest.mark.usefixtures("every_isa")
 def test_a_row_alone_gets_what_it_gets_among_others_to_the_last_bit() -> None:
     tokens, each, experts, size, out = 300, 2, 5, 96, 48
     x, weight = normal(tokens, size, dtype=BFLOAT16, seed=0), normal(experts, out, size, dtype=BFLOAT16, seed=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -15,23 +14,9 @@ from tests.kernels import grid
 _cpu = pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
 from octavo.kernels import cpu  # noqa: E402  # needs the extension
 
+pytestmark = pytest.mark.usefixtures("every_isa")
+
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()], autouse=True)
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _cpu.active()
-    _cpu.use(request.param)
-    yield
-    _cpu.use(before)
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = _cpu.threads()
-    _cpu.set_threads(2)
-    yield
-    _cpu.set_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,16 +13,10 @@ from tests.kernels import grid
 _cpu = pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
 from octavo.kernels import cpu, cpu_layer  # noqa: E402  # need the extension
 
+pytestmark = pytest.mark.usefixtures("every_isa")
+
 SIZE, INNER, HEADS, KV_HEADS, DIM = 96, 160, 4, 2, 64
 CASE = grid.Case(heads=HEADS, kv_heads=KV_HEADS, head_dim=DIM)
-
-
-@pytest.fixture(params=[*_cpu.names(), *_cpu.emulated()], autouse=True)
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _cpu.active()
-    _cpu.use(request.param)
-    yield
-    _cpu.use(before)
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

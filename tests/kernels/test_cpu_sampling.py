@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -13,6 +12,8 @@ from octavo.kernels import sampling
 
 _cpu = pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
 from octavo.kernels import cpu  # noqa: E402  # needs the extension
+
+pytestmark = pytest.mark.usefixtures("native_isa")
 
 DTYPES = [torch.float32, torch.bfloat16]
 FILTERS = [  # top_k, top_p, min_p
@@ -31,16 +32,6 @@ FILTERS = [  # top_k, top_p, min_p
     (7, 0.5, 0.2),
     (1000, 0.95, 0.0),
 ]
-
-
-@pytest.fixture(params=_cpu.names(), autouse=True)
-def _isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before, threads = _cpu.active(), _cpu.threads()
-    _cpu.use(request.param)
-    _cpu.set_threads(2)
-    yield
-    _cpu.use(before)
-    _cpu.set_threads(threads)
 
 
 def keys(count: int, position: int = 7) -> torch.Tensor:
