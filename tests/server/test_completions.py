@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from octavo.types import Request, TokenOutput
-from tests.server.fake import SPOKEN, TEXT, Server, events, run
+from tests.server.fake import SPOKEN, TEXT, Server, events, run, speak
 
 
 def test_a_completion_has_text_reason_and_usage() -> None:
@@ -121,6 +121,21 @@ def test_echo_with_zero_tokens_scores_the_prompt_as_evaluation_harnesses_ask() -
         assert choice["logprobs"]["token_logprobs"][0] is None
         assert set(choice["logprobs"]["token_logprobs"][1:]) == {-0.5}
         assert body["usage"]["completion_tokens"] == 0
+
+    run(work)
+
+
+def test_what_is_only_echoed_is_streamed_as_it_is_answered_whole() -> None:
+    async def work() -> None:
+        server = Server(speak([2], finish="stop"))
+        request = {"prompt": "hello you", "echo": True, "max_tokens": 0, "return_token_ids": True}
+        (whole,) = (await server.post("/v1/completions", request)).json()["choices"]
+        usage = {"include_usage": True, "continuous_usage_stats": True}
+        response = await server.post("/v1/completions", request | {"stream": True, "stream_options": usage})
+        piece, last = events(response.text)
+        assert piece["choices"] == [whole]
+        assert (whole["text"], whole["finish_reason"], whole["token_ids"]) == ("hello you", "length", [])
+        assert piece["usage"]["completion_tokens"] == last["usage"]["completion_tokens"] == 0
 
     run(work)
 

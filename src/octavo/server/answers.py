@@ -309,16 +309,6 @@ def name_of(token: int, entry: Logprob, as_id: bool = False) -> str:
     return f"token_id:{token}" if as_id or entry.decoded_token is None else entry.decoded_token
 
 
-def completion_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Logprobs], *, as_ids: bool = False
-) -> CompletionLogprobs:
-    """Of an output's tokens; ``as_ids`` names them by their numbers."""
-    made = CompletionLogprobs()
-    for token, entry in zip(token_ids, entries, strict=True):
-        made.add(token, entry, name_of(token, entry[token], as_ids), as_ids=as_ids)
-    return made
-
-
 def chat_logprobs(
     token_ids: Sequence[int], entries: Sequence[Logprobs], top: int, *, as_ids: bool = False
 ) -> ChatLogprobs:

@@ -28,7 +28,7 @@ class CompletionAnswer(Generic[Body]):
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         if self._body.include_usage or self._body.return_timings:
-            last = self._chunk([], self._usage(results) if self._body.include_usage else None)
+            last = self._chunk([], Usage.of(results) if self._body.include_usage else None)
             last.timings = self._timings(results)
             yield event(last)
         yield DONE
@@ -38,9 +38,6 @@ class CompletionAnswer(Generic[Body]):
 
     def _chunk(self, choices: list[Any], usage: Usage | None = None) -> Completion | ChatChunk:
         raise NotImplementedError
-
-    def _usage(self, results: list[RequestOutput]) -> Usage:
-        return Usage.of(results)
 
     def _timings(self, results: list[RequestOutput]) -> Timings | msgspec.UnsetType:
         return Timings.of(results) if self._body.return_timings else msgspec.UNSET
