@@ -11,7 +11,7 @@ import random
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, RequestError
@@ -23,11 +23,13 @@ from octavo.frontend.loading import TextModel, load_text_model
 from octavo.frontend.outputs import Delta, RequestState
 from octavo.hub.tokenizer import Tokenizer
 from octavo.sampling_params import SamplingParams
-from octavo.types import EngineInfo, Request, RequestOutput, Stats, TokenOutput
+from octavo.types import EngineInfo, RequestOutput, Stats
 
 if TYPE_CHECKING:
     from octavo.frontend.fleet import Source
 
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 INLINE_SIZE = 4096  # characters or ids of prompts that are encoded in the event loop, faster than a thread could start
 
 
@@ -271,8 +273,9 @@ class AsyncLLM:
             raise RequestError(f"a request with id {id!r} is running.", "Use another id.", param="request_id")
         self._running[id] = state
         try:
-            async with aclosing(self._outputs(state.prepared.requests)) as outputs:
-                async for batch in outputs:
+            sources = [await self.client.submit(request) for request in state.prepared.requests]
+            async with aclosing(merged(sources)) as outputs:
+                async for _, batch in outputs:
                     deltas: list[Delta] = []
                     try:
                         for output in batch:
@@ -295,31 +298,46 @@ class AsyncLLM:
             if unfinished := state.unfinished_ids():
                 await self.client.abort(unfinished)
 
-    async def _outputs(self, requests: Sequence[Request]) -> AsyncGenerator[list[TokenOutput], None]:
-        """The outputs of several requests as they come."""
-        if len(requests) == 1:
-            async for batch in await self.client.submit(requests[0]):
-                yield batch
-            return
-        merged: asyncio.Queue[list[TokenOutput] | Exception | None] = asyncio.Queue()
-        tasks = [asyncio.create_task(self._pump(request, merged)) for request in requests]
-        try:
-            for _ in requests:
-                while (item := await merged.get()) is not None:
-                    if isinstance(item, Exception):
-                        raise item
-                    yield item
-        finally:
-            for task in tasks:
-                task.cancel()
 
-    async def _pump(self, request: Request, into: asyncio.Queue[list[TokenOutput] | Exception | None]) -> None:
+class Closable(Protocol[T_co]):
+    """An async iterator that can be closed, such as an async generator."""
+
+    def __aiter__(self) -> AsyncIterator[T_co]: ...
+
+    async def aclose(self) -> None: ...
+
+
+async def merged(sources: Sequence[Closable[T]]) -> AsyncGenerator[tuple[int, T], None]:
+    """(number of its source, item), as they come, until all sources have ended or one has failed; all are closed."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as items:
+            async for item in items:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, T] | int] = asyncio.Queue()  # an item, or the number of a source that has ended
+
+    async def feed(number: int) -> None:
         try:
-            async for batch in await self.client.submit(request):
-                into.put_nowait(batch)
-            into.put_nowait(None)
-        except Exception as error:
-            into.put_nowait(error)
+            async with aclosing(sources[number]) as items:
+                async for item in items:
+                    queue.put_nowait((number, item))
+        finally:
+            queue.put_nowait(number)
+
+    tasks = [asyncio.create_task(feed(number)) for number in range(len(sources))]
+    try:
+        left = len(tasks)
+        while left:
+            came = await queue.get()
+            if isinstance(came, int):
+                left -= 1
+                await tasks[came]  # raises what ended it
+            else:
+                yield came
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def new_id() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -145,14 +145,14 @@ class FakeClient:
     def engines(self) -> list[EngineState]:
         return [EngineState(self.dead is None, self.stats)]
 
-    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
+    async def submit(self, request: Request) -> AsyncGenerator[list[TokenOutput], None]:
         if self.dead is not None:
             raise self.dead
         self.requests.append(request)
         self._ends[request.id] = asyncio.Event()
         return self._answer(request)
 
-    async def _answer(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
+    async def _answer(self, request: Request) -> AsyncGenerator[list[TokenOutput], None]:
         end = self._ends[request.id]
         for output in self._script(request):
             await asyncio.sleep(0)

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Literal, Self
 
 from octavo.config import EngineConfig
@@ -107,7 +107,7 @@ class Balancer:
             for slot in self._fleet.slots
         ]
 
-    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
+    async def submit(self, request: Request) -> AsyncGenerator[list[TokenOutput], None]:
         """See `EngineClient.submit`. Raises `Overloaded` while no engine runs."""
         if request.id in self._flights:
             raise RequestError(f"a request with id {request.id!r} is running.", "Use another id.", param="request_id")
@@ -153,7 +153,7 @@ class Balancer:
             self._asking.cancel()
         await self._fleet.close()
 
-    async def _begin(self, flight: _Flight) -> AsyncIterator[list[TokenOutput]]:
+    async def _begin(self, flight: _Flight) -> AsyncGenerator[list[TokenOutput], None]:
         flight.starts += 1
         if self._shared:
             self._ask_for_loads()
@@ -166,8 +166,8 @@ class Balancer:
         return await client.submit(flight.request)
 
     async def _follow(
-        self, flight: _Flight, batches: AsyncIterator[list[TokenOutput]]
-    ) -> AsyncIterator[list[TokenOutput]]:
+        self, flight: _Flight, batches: AsyncGenerator[list[TokenOutput], None]
+    ) -> AsyncGenerator[list[TokenOutput], None]:
         id = flight.request.id
         while True:
             try:

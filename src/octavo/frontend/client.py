@@ -6,7 +6,7 @@ fake. A client never sees text, only token ids.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,7 +45,7 @@ class EngineClient(Protocol):
         """Each engine behind this client, as far as it is known without asking."""
         ...
 
-    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
+    async def submit(self, request: Request) -> AsyncGenerator[list[TokenOutput], None]:
         """Sends ``request``; the iterator ends after the terminal output. The id must not be in use.
 
         Each turn gives all that came since the one before, at least one output: more than one where the loop is busy.

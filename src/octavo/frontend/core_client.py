@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 import msgspec
 import zmq
@@ -113,7 +113,7 @@ class CoreClient:
         """Ends an engine that does not answer; `on_death` is called as for any other end."""
         self._core.kill()
 
-    async def submit(self, request: Request) -> AsyncIterator[list[TokenOutput]]:
+    async def submit(self, request: Request) -> AsyncGenerator[list[TokenOutput], None]:
         """See `EngineClient.submit`."""
         if request.id in self._pending:
             raise RequestError(f"a request with id {request.id!r} is running.", "Use another id.", param="request_id")
@@ -153,7 +153,7 @@ class CoreClient:
         self._core.unwatch()
         await asyncio.to_thread(self._core.stop)
 
-    async def _batches(self, inbox: _Inbox) -> AsyncIterator[list[TokenOutput]]:
+    async def _batches(self, inbox: _Inbox) -> AsyncGenerator[list[TokenOutput], None]:
         while batch := await inbox.take():
             yield batch
             if batch[-1].finish_reason is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Sequence
 
+from octavo.async_llm import merged
 from octavo.errors import OctavoError
 from octavo.frontend.inputs import Prepared
 from octavo.frontend.outputs import Delta
@@ -37,8 +37,7 @@ class Runs:
             for generation in self._generations:
                 service.history.started(generation.state)
             try:
-                source = self._one() if len(self._generations) == 1 else self._merged()
-                async with contextlib.aclosing(source) as items:
+                async with contextlib.aclosing(merged(self._generations)) as items:
                     async for item in items:
                         yield item
             except OctavoError:
@@ -59,37 +58,3 @@ class Runs:
             async for _ in items:
                 pass
         return self.results
-
-    async def _one(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
-        async with contextlib.aclosing(self._generations[0]) as batches:
-            async for batch in batches:
-                yield 0, batch
-
-    async def _merged(self) -> AsyncGenerator[tuple[int, list[Delta]], None]:
-        queue: asyncio.Queue[tuple[int, list[Delta]] | None] = asyncio.Queue()
-
-        async def feed(number: int) -> None:
-            try:
-                async with contextlib.aclosing(self._generations[number]) as batches:
-                    async for batch in batches:
-                        queue.put_nowait((number, batch))
-            finally:
-                queue.put_nowait(None)
-
-        tasks = [asyncio.create_task(feed(number)) for number in range(len(self._generations))]
-        try:
-            left = len(tasks)
-            while left:
-                item = await queue.get()
-                if item is not None:
-                    yield item
-                    continue
-                left -= 1
-                for task in tasks:
-                    if task.done():
-                        task.result()
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
