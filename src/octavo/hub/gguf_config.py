@@ -171,7 +171,7 @@ def _rope(reader: GgufReader, arch: str, config: dict[str, Any]) -> dict[str, An
             raise UnsupportedModel(
                 f"{reader.path} scales RoPE both by {scaling['rope_type']} and by rope_freqs.weight."
             )
-        factors = reader.read("rope_freqs.weight")
+        factors = reader.tensors["rope_freqs.weight"].read()
         scaling = _explicit_factors(reader, arch, factors, theta, rotated, config["max_position_embeddings"])
     return {**common, **scaling}
 

@@ -130,7 +130,7 @@ def _revisions(repo: Repo) -> list[str]:
 def cache_root(repo: Repo) -> Path:
     from huggingface_hub import constants
 
-    return Path(repo.cache or constants.HF_HUB_CACHE).expanduser()
+    return Path(repo.download_dir or constants.HF_HUB_CACHE).expanduser()
 
 
 def _status(error: Exception) -> int | None:

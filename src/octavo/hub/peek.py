@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Unpack
 
 from octavo.errors import ModelError
 from octavo.hub import gguf, safetensors_file
 from octavo.hub.quantised import settings
-from octavo.hub.repo import Repo
+from octavo.hub.repo import Repo, Wanted
 from octavo.hub.resolve import locate
 from octavo.hub.source import CONFIGS, Source, named_by_index
 
@@ -37,16 +37,9 @@ class Peeked:
 
 
 @contextlib.contextmanager
-def peek(
-    name: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    download_dir: str | None = None,
-    load_format: str = "auto",
-) -> Iterator[Peeked]:
+def peek(name: str, **wanted: Unpack[Wanted]) -> Iterator[Peeked]:
     """What ``name`` means, as `hub.resolve.resolve` finds it, readable as long as the context lasts."""
-    found = locate(name, revision=revision, token=token, download_dir=download_dir, load_format=load_format)
+    found = locate(name, **wanted)
     if isinstance(found, Source):
         yield Peeked(found)
         return
@@ -59,9 +52,9 @@ def peek(
     commit, sizes = repo.listing()
     with tempfile.TemporaryDirectory(prefix="octavo-plan-") as temporary:
         folder = Path(temporary)
-        wanted = [file for file in sizes if _is_weights(file) or file in _CONFIGS or file.endswith(".index.json")]
+        looked_at = [file for file in sizes if _is_weights(file) or file in _CONFIGS or file.endswith(".index.json")]
         with ThreadPoolExecutor(READERS, "octavo-peek") as pool:
-            list(pool.map(lambda file: _fetch(repo, commit, file, sizes[file], snapshot, folder), wanted))
+            list(pool.map(lambda file: _fetch(repo, commit, file, sizes[file], snapshot, folder), looked_at))
         needed = {file: sizes[file] for file in named_by_index(sizes, folder)}
         yield Peeked(_source(repo, commit, needed, folder), _downloads(needed, snapshot))
 

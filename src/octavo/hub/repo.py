@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from octavo.errors import ModelError
 from octavo.hub import hub_errors, resume
@@ -34,20 +34,32 @@ RETRY_DELAYS: Final = (0.5, 1.0, 2.0, 4.0)  # seconds before the second attempt 
 JITTER: Final = 0.25  # share by which they vary, so that processes that failed together do not ask together again
 
 
+class Wanted(TypedDict, total=False):
+    """What is wanted of a repo; each field is one of `Repo`."""
+
+    revision: str | None
+    token: str | None
+    download_dir: str | None
+    weights: bool
+    code: bool
+    load_format: str
+
+
 @dataclass(frozen=True)
 class Repo:
     """``gguf``: which GGUF file is wanted; None: whatever the repo has, safetensors before anything else.
 
-    ``load_format`` as in `ModelOptions`: which weights are wanted.
+    ``weights=False`` asks for config and tokenizer only; ``code=True`` for Python files, too, which runs none of them.
+    ``load_format`` (see `ModelOptions`) says which weights are meant.
     """
 
     id: str
+    gguf: GgufPick | None = None
     revision: str | None = None
     token: str | None = None
-    cache: str | None = None
+    download_dir: str | None = None
     weights: bool = True
     code: bool = False
-    gguf: GgufPick | None = None
     load_format: str = "auto"
 
     @property
@@ -61,12 +73,15 @@ class Repo:
 
         try:
             for name in ("config.json", "tokenizer.json"):
-                found = hub.try_to_load_from_cache(self.id, name, cache_dir=self.cache, revision=self.revision)
+                found = hub.try_to_load_from_cache(self.id, name, cache_dir=self.download_dir, revision=self.revision)
                 if isinstance(found, str):
                     return Path(found).parent
-            nothing = "*"  # is to be fetched or to be there: only the folder is asked for
             folder = hub.snapshot_download(
-                self.id, revision=self.revision, cache_dir=self.cache, local_files_only=True, ignore_patterns=nothing
+                self.id,
+                revision=self.revision,
+                cache_dir=self.download_dir,
+                local_files_only=True,
+                ignore_patterns="*",  # only the folder is asked for, no file
             )
         except HFValidationError:
             raise hub_errors.no_repo_id(self.id) from None
@@ -98,7 +113,7 @@ class Repo:
         if not hasattr(hub, "get_cached_repo_tree"):  # before 2.0
             return None
         try:
-            return [f.path for f in hub.get_cached_repo_tree(self.id, revision=commit, cache_dir=self.cache)]
+            return [f.path for f in hub.get_cached_repo_tree(self.id, revision=commit, cache_dir=self.download_dir)]
         except errors.CachedRepoTreeNotFoundError:
             return None
 
@@ -201,7 +216,7 @@ class Repo:
         def fetch() -> str:
             patterns = [_literal(name) for name in names]
             return hub.snapshot_download(
-                self.id, revision=commit, cache_dir=self.cache, token=self.token, allow_patterns=patterns
+                self.id, revision=commit, cache_dir=self.download_dir, token=self.token, allow_patterns=patterns
             )
 
         folder = Path(self.call(fetch))

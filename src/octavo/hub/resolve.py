@@ -9,60 +9,32 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Final
+from typing import Final, Unpack
 
 from octavo.errors import ModelError
 from octavo.hub.gguf_pick import GgufPick, file_in_repo, models, split_quant
 from octavo.hub.redirect import redirected
-from octavo.hub.repo import Repo
+from octavo.hub.repo import Repo, Wanted
 from octavo.hub.source import CONFIGS, Source
 
 GGUF_MAGIC: Final = b"GGUF"
 
 
-def resolve(
-    name: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    download_dir: str | None = None,
-    weights: bool = True,
-    code: bool = False,
-    load_format: str = "auto",
-) -> Source:
-    """Finds ``name``: a folder, a GGUF file, or a repo id at ``revision`` in the cache or on the Hub.
+def resolve(name: str, **wanted: Unpack[Wanted]) -> Source:
+    """Finds ``name``: a folder, a GGUF file, or a repo id in the cache or on the Hub.
 
     ``folder:QUANT``, ``owner/name:QUANT`` and ``owner/name/file.gguf`` name one of several GGUF files.
-    ``weights=False`` asks for config and tokenizer only; ``code=True`` for Python files, too, which runs none of them.
-    ``load_format`` (see `ModelOptions`) says which weights of a repo are meant.
     Raises `ModelError`: HF001 for a path that does not exist, HF003 gated, HF004 not found, HF005 offline and not in
     the cache, HF006 for a Hub that does not answer.
     """
-    found = locate(
-        name,
-        revision=revision,
-        token=token,
-        download_dir=download_dir,
-        weights=weights,
-        code=code,
-        load_format=load_format,
-    )
+    found = locate(name, **wanted)
     if isinstance(found, Source):
         return found
     repo, snapshot, missing = found
     return repo.download(snapshot, missing)
 
 
-def locate(
-    name: str,
-    *,
-    revision: str | None = None,
-    token: str | None = None,
-    download_dir: str | None = None,
-    weights: bool = True,
-    code: bool = False,
-    load_format: str = "auto",
-) -> Source | tuple[Repo, Path | None, list[str]]:
+def locate(name: str, **wanted: Unpack[Wanted]) -> Source | tuple[Repo, Path | None, list[str]]:
     """As `resolve`, but without the network: the source if everything is here, else (repo, snapshot, what it lacks)."""
     name = redirected(name)
     path = Path(name).expanduser()
@@ -85,7 +57,7 @@ def locate(
         raise _no_address(name)
     elif _looks_like_path(name):
         raise _no_such_path(name, path)
-    repo = Repo(id, revision, token, download_dir, weights, code, pick, load_format)
+    repo = Repo(id, pick, **wanted)
     snapshot = repo.cached()
     missing = ["the whole snapshot"] if snapshot is None else repo.missing(snapshot)
     if snapshot is not None and not missing:
