@@ -127,6 +127,12 @@ def test_a_list_is_json_or_has_commas(value: str) -> None:
         options.server_config(parse("serve", "m", "--allowed-origins", "[1]"))
 
 
+def test_variables_of_templates_are_one_object_under_either_name() -> None:
+    for flag in ("--default-chat-template-kwargs", "--chat-template-kwargs"):
+        config = options.server_config(parse("serve", "m", f"{flag}.enable_thinking", "false", f"{flag}.effort", "low"))
+        assert config.default_chat_template_kwargs == {"enable_thinking": False, "effort": "low"}
+
+
 def test_several_names_stand_behind_each_other_or_between_commas() -> None:
     for argv in (("a", "b"), ("a,b",)):
         assert options.server_config(parse("serve", "m", "--served-model-name", *argv)).served_model_name == "a,b"
@@ -200,6 +206,8 @@ def test_pooling_is_refused(argv: tuple[str, ...]) -> None:
         ("--cpu_offload_gb", "0"),
         ("--pipeline-parallel-size=1",),
         ("--scheduling-policy", "priority"),
+        ("--ignore-patterns", "original/**/*"),
+        ("--model-loader-extra-config", "{}"),
     ],
 )
 def test_an_option_of_vllm_that_changes_nothing_is_accepted(argv: tuple[str, ...]) -> None:
@@ -221,7 +229,7 @@ def test_an_option_of_vllm_that_would_change_something_is_refused(argv: tuple[st
 
 
 def test_options_of_vllm_s_server_that_change_nothing_are_accepted() -> None:
-    argv = ("--enable-auto-tool-choice", "--enable-reasoning", "--uvicorn-log-level", "warning")
+    argv = ("--enable-auto-tool-choice", "--enable-reasoning", "--uvicorn-log-level", "warning", "--max-log-len", "9")
     assert options.server_config(parse("serve", "m", *argv)) == options.server_config(parse("serve", "m"))
     with pytest.raises(ConfigError, match="--enable-reasoning is False"):
         options.server_config(parse("serve", "m", "--no-enable-reasoning"))

@@ -100,6 +100,24 @@ def test_several_outputs_of_one_prompt(llm: LLM) -> None:
     assert all(len(o.token_ids) == 4 for o in result.outputs)
 
 
+def test_as_many_log_probabilities_as_the_engine_allows() -> None:
+    for limit in (0, 2, 30):
+        with make(max_logprobs=limit) as llm:
+            assert llm.generate("ab", SamplingParams(logprobs=limit, prompt_logprobs=limit), use_tqdm=False)[0].finished
+            for name in ("logprobs", "prompt_logprobs"):
+                with pytest.raises(RequestError, match=f"{name} is {limit + 1}") as caught:
+                    llm.generate("ab", SamplingParams(**{name: limit + 1}), use_tqdm=False)  # type: ignore[arg-type]
+                assert "--max-logprobs" in caught.value.remedy
+
+
+@pytest.mark.parametrize("options", [{"max_logprobs": 1025}, {"max_logprobs": -1}])
+def test_more_log_probabilities_than_a_step_can_send_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="max_logprobs"):
+        make(**options)
+    with pytest.raises(ConfigError, match=r"outside \[0, 16\]"):
+        make(max_num_batched_tokens=1 << 20)
+
+
 def test_an_answer_that_would_outgrow_the_context_is_cut_at_its_end(llm: LLM) -> None:
     result = llm.generate([[1] * 190], SamplingParams(max_tokens=100, ignore_eos=True), use_tqdm=False)[0]
     assert (len(result.outputs[0].token_ids), result.outputs[0].finish_reason) == (10, "length")

@@ -61,6 +61,7 @@ class AsyncLLM:
         *,
         chat_template: str | None = None,
         content_format: WantedFormat = "auto",
+        template_variables: Mapping[str, Any] | None = None,
         seeds: random.Random | None = None,
     ) -> None:
         self.client = client
@@ -71,6 +72,7 @@ class AsyncLLM:
         )
         self.renderer = ChatRenderer.of(text.tokenizer, chat_template)
         self.renderer.content_format = content_format
+        self.renderer.variables = dict(template_variables or {})
         self._decoder = TextDecoder(text.tokenizer) if text.tokenizer is not None else None
         self._running: dict[str, RequestState] = {}
 
@@ -81,6 +83,7 @@ class AsyncLLM:
         *,
         chat_template: str | None = None,
         content_format: WantedFormat = "auto",
+        template_variables: Mapping[str, Any] | None = None,
         worker: Literal["real", "stub"] = "real",
         log_level: str = "info",
         on_death: Callable[[OctavoError], None] | None = None,
@@ -88,9 +91,9 @@ class AsyncLLM:
     ) -> AsyncLLM:
         """Starts the engine processes and waits until they are ready; the tokenizer is loaded meanwhile.
 
-        ``chat_template`` is a template's text; ``content_format`` that of `ChatRenderer`. ``on_death`` is called once,
-        when no engine is left. ``engines`` are those that another process looks after, instead. Raises what kept an
-        engine from starting, as `LLM` does.
+        ``chat_template`` is a template's text; ``content_format`` and ``template_variables`` are those of
+        `ChatRenderer`. ``on_death`` is called once, when no engine is left. ``engines`` are those that another process
+        looks after, instead. Raises what kept an engine from starting, as `LLM` does.
         """
         from octavo.frontend.balancer import open_engines, own_engines
 
@@ -110,7 +113,14 @@ class AsyncLLM:
                 await opening.result().close()
             raise
         seeds = random.Random(config.model.seed)
-        return cls(client, text, chat_template=chat_template, content_format=content_format, seeds=seeds)
+        return cls(
+            client,
+            text,
+            chat_template=chat_template,
+            content_format=content_format,
+            template_variables=template_variables,
+            seeds=seeds,
+        )
 
     @property
     def info(self) -> EngineInfo:

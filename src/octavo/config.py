@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from octavo.errors import ConfigError
+from octavo.sampling_params import MAX_LOGPROBS
 
 DEFAULT_MAX_NUM_SEQS = 128
 DEFAULT_BATCHED_TOKENS = 2048
+SCORES_IN_MESSAGE = 2**24  # of prompts, with one step's message below `types.MAX_MESSAGE_BYTES`
 
 # Load formats of vLLM that octavo has no reader for, with what to do instead.
 OTHER_LOAD_FORMATS = {
@@ -129,6 +131,7 @@ class LimitOptions:
 
     max_num_seqs: int = option(DEFAULT_MAX_NUM_SEQS, "most sequences in one step")
     max_num_batched_tokens: int = option(DEFAULT_BATCHED_TOKENS, "most tokens in one step")
+    max_logprobs: int = option(20, "most log-probabilities of a token that a request may ask for")
     max_waiting: int = option(10_000, "requests that may wait; more are refused with 503")
 
 
@@ -140,6 +143,7 @@ class MemoryOptions:
         0.9, "share of the GPU's memory to use", alias=("device_memory_utilization",)
     )
     kv_cache_memory_bytes: int | None = option(None, "memory of the KV cache (2G, 512M); overrides the share")
+    num_gpu_blocks_override: int | None = option(None, "pages of the KV cache, on a CPU, too; overrides both")
     kv_cache_dtype: str = option(
         "auto", "type of the KV cache: the model's, or 8 bits (e4m3, unscaled; CUDA only)", choices=("auto", "fp8")
     )
@@ -215,6 +219,9 @@ class EngineConfig:
         _range("max_num_seqs", self.limits.max_num_seqs, 1, 65_536)
         _range("max_num_batched_tokens", self.limits.max_num_batched_tokens, 1, 1 << 20)
         _range("data_parallel_size", self.parallel.data_parallel_size, 1, 1024)
+        scored = SCORES_IN_MESSAGE // self.limits.max_num_batched_tokens
+        _range("max_logprobs", self.limits.max_logprobs, 0, min(MAX_LOGPROBS, scored))
+        _range("num_gpu_blocks_override", self.memory.num_gpu_blocks_override, 1, 1 << 30)
         _range("max_waiting", self.limits.max_waiting, 1, 1 << 30)
         _range("gpu_memory_utilization", self.memory.gpu_memory_utilization, 0.01, 1.0)
         _range("kv_cache_memory_bytes", self.memory.kv_cache_memory_bytes, 1, 1 << 50)
@@ -249,6 +256,9 @@ class ServerConfig:
         "auto",
         "how the chat template reads a message: as text (string) or as parts (openai); auto finds out",
         choices=("auto", "string", "openai"),
+    )
+    default_chat_template_kwargs: dict[str, Any] = option(
+        {}, "JSON: variables of the chat template that a request may override", alias=("chat_template_kwargs",)
     )
     tool_call_parser: str = option("auto", "format of tool calls: auto (the model's), none, hermes, mistral, …")
     reasoning_parser: str = option("auto", "format of reasoning: auto (the model's), none, think, gpt_oss, …")

@@ -12,7 +12,7 @@ import msgspec
 from octavo.errors import RequestError
 from octavo.structured import StructuredOutputsParams
 
-MAX_LOGPROBS = 20  # same default limit as vLLM's --max-logprobs
+MAX_LOGPROBS = 1024  # the most that --max-logprobs allows: what the kernels list of a row
 MAX_N = 128
 MAX_STOP = 64
 MAX_LOGIT_BIAS = 1024
@@ -87,6 +87,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     def clone(self) -> Self:
         """A copy that shares nothing with this one."""
         return copy.deepcopy(self)
+
+    def check_logprobs(self, limit: int) -> None:
+        """Raises `RequestError` for more log-probabilities than ``limit``, which is the engine's."""
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > limit:
+                cause = f"{name} is {getattr(self, name)}, outside [0, {limit}]."
+                raise RequestError(cause, "Ask for fewer, or raise --max-logprobs.", param=name)
 
     def validate(self) -> None:
         """Checks every field that needs neither tokenizer nor model."""

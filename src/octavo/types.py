@@ -201,6 +201,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_logprobs: int
     prefix_caching: bool
     weight_bytes: int = 0  # that a step reads; 0: not known
     kv_bytes: int = 0  # of a token

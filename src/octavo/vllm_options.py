@@ -24,44 +24,77 @@ class Foreign(NamedTuple):
 OPTIONS: dict[str, Foreign] = {
     "allowed_local_media_path": Foreign(("",)),
     "async_scheduling": Foreign(None, switch=True),
+    "calculate_kv_scales": Foreign((False,), switch=True),
     "convert": Foreign(("auto", "none")),
     "cpu_offload_gb": Foreign((0,)),
+    "data_parallel_backend": Foreign(("mp",)),
+    "disable_cascade_attn": Foreign(None, switch=True),
     "disable_custom_all_reduce": Foreign(None, switch=True),
+    "disable_hybrid_kv_cache_manager": Foreign(None, switch=True),
     "disable_log_stats": Foreign(None, switch=True),
+    "disable_sliding_window": Foreign((False,), switch=True),
     "enable_chunked_prefill": Foreign((None, True), switch=True),
     "enable_expert_parallel": Foreign((False,), switch=True),
     "enable_lora": Foreign((False,), switch=True),
+    "enable_prompt_embeds": Foreign((False,), switch=True),
+    "enable_sleep_mode": Foreign((False,), switch=True),
+    "ignore_patterns": Foreign(("original/**/*", ["original/**/*"])),  # what no model needs is not downloaded
+    "logprobs_mode": Foreign(("raw_logprobs",)),
+    "long_prefill_token_threshold": Foreign((0,)),
+    "max_long_partial_prefills": Foreign((1,)),
+    "max_num_partial_prefills": Foreign((1,)),
+    "max_parallel_loading_workers": Foreign(None),
     "max_seq_len_to_capture": Foreign(None),
+    "model_loader_extra_config": Foreign(({},)),
+    "num_scheduler_steps": Foreign(None),
     "pipeline_parallel_size": Foreign((1,)),
+    "preemption_mode": Foreign((None, "recompute")),
+    "prefix_caching_hash_algo": Foreign(None),
+    "safetensors_load_strategy": Foreign(None),
     "runner": Foreign(("auto", "generate")),
     "scheduling_policy": Foreign(("fcfs", "priority")),
+    "skip_mm_profiling": Foreign(None, switch=True),
+    "stream_interval": Foreign((1,)),
     "swap_space": Foreign(None),
+    "use_tqdm_on_load": Foreign(None, switch=True),
     "task": Foreign(("auto", "generate", None)),
 }
 SERVER_OPTIONS: dict[str, Foreign] = {
+    "disable_frontend_multiprocessing": Foreign(None, switch=True),
     "disable_uvicorn_access_log": Foreign(None, switch=True),
     "enable_auto_tool_choice": Foreign((True,), switch=True),  # tools can always be chosen
+    "enable_log_outputs": Foreign((False,), switch=True),
     "enable_log_requests": Foreign((True,), switch=True),
+    "enable_prompt_tokens_details": Foreign((True,), switch=True),  # usage always has them
     "enable_reasoning": Foreign((True,), switch=True),
+    "enable_server_load_tracking": Foreign((True,), switch=True),  # /load
+    "max_log_len": Foreign(None),  # no text is logged
+    "response_role": Foreign(("assistant",)),
     "uvicorn_log_level": Foreign(None),
 }
 
 # What to do instead of options that are not accepted in any form.
 INSTEAD = {
-    "--chat-template-kwargs": "send chat_template_kwargs with each request",
-    "--middleware": "put a proxy in front: no code from outside runs in the server",
     "--compilation-config": "leave it out; --enforce-eager turns CUDA graphs off",
-    "--default-chat-template-kwargs": "send chat_template_kwargs with each request",
+    "--enable-force-include-usage": "send stream_options with each request",
     "--enable-ssl-refresh": "start the server again when the certificate changes",
     "--guided-decoding-backend": "leave it out: grammars are llguidance's",
+    "--h11-max-header-count": "leave it out: the head of a request is at most 64 KiB",
+    "--h11-max-incomplete-event-size": "leave it out: the head of a request is at most 64 KiB",
     "--limit-mm-per-prompt": "leave it out: only text is read",
     "--lora-modules": "merge the adapter into the model",
-    "--max-logprobs": "leave it out: the limit is 20",
-    "--num-gpu-blocks-override": "use --kv-cache-memory-bytes",
+    "--log-config-file": "use --log-format json and --log-level",
+    "--logits-processors": "send logit_bias, bad_words, allowed_token_ids or structured_outputs with each request",
+    "--middleware": "put a proxy in front: no code from outside runs in the server",
+    "--reasoning-parser-plugin": "leave it out: --reasoning-parser has the formats",
+    "--return-tokens-as-token-ids": "send return_tokens_as_token_ids with each request",
     "--rope-scaling": "use --hf-overrides.rope_parameters JSON",
     "--rope-theta": "use --hf-overrides.rope_theta N",
     "--speculative-config": "leave it out: there is no speculative decoding",
     "--structured-outputs-config": "leave it out: grammars are llguidance's",
+    "--tool-parser-plugin": "leave it out: --tool-call-parser has the formats",
+    "--tool-server": "leave it out: tools are called by the client",
+    "--trust-request-chat-template": "leave it out: templates are the server's, by --chat-template",
 }
 
 RUNNER = {"runner", "convert", "task"}  # which `check_runner` looks at together
@@ -81,6 +114,7 @@ LEGACY_TASKS = {
 def without(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` but for those of `OPTIONS`; raises `ConfigError` for a value that would change something."""
     known = dict(options)
+    known.pop("served_model_name", None)  # a name for clients
     for name in sorted(OPTIONS.keys() & known.keys()):
         _check(name, known.pop(name), OPTIONS[name].fine, str)
     return known

@@ -113,6 +113,7 @@ def info(**changes: Any) -> EngineInfo:
         "device": "cpu",
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
+        "max_logprobs": 20,
         "prefix_caching": True,
     }
     return EngineInfo(**(facts | changes))

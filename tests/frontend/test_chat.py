@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from octavo.errors import ConfigError, ModelError, RequestError
-from octavo.frontend.chat import ChatRenderer, load_template
+from octavo.frontend.chat import ChatRenderer, check_variables, load_template
 from octavo.frontend.template_shape import content_format
 from tests.frontend.fakes import byte_level
 
@@ -215,6 +215,16 @@ def test_a_continued_message_stays_open_as_with_transformers(peer: Any, template
     assert ours == peer.apply_chat_template(
         messages, chat_template=template, tokenize=False, continue_final_message=True
     )
+
+
+def test_variables_of_the_server_hold_where_a_conversation_brings_none() -> None:
+    made = ChatRenderer("{{ a }}{{ b }}{{ c }}", variables={"a": 1, "b": 2})
+    messages = [{"role": "user", "content": "q"}]
+    assert made.render(messages) == "12"
+    assert made.render(messages, template_kwargs={"b": 3, "c": 4}) == "134"
+    check_variables(made.variables)
+    with pytest.raises(ConfigError, match="default_chat_template_kwargs holds 'messages'"):
+        check_variables({"messages": []})
 
 
 def test_the_format_of_content_can_be_said() -> None:

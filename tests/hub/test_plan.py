@@ -53,13 +53,15 @@ def test_tied_head_counts_once_and_is_read_whole(tmp_path: Path) -> None:
     assert made.weights.read == made.weights.loaded
 
 
-def test_tokens_that_fit_are_what_the_worker_gets(folder: Path) -> None:
+@pytest.mark.parametrize("sized", [{"kv_cache_memory_bytes": 1 << 20}, {"num_gpu_blocks_override": 40}])
+def test_tokens_that_fit_are_what_the_worker_gets(folder: Path, sized: dict[str, Any]) -> None:
     from octavo.core.engine import EngineCore
     from octavo.runtime.worker import Worker
 
-    options: dict[str, Any] = {"kv_cache_memory_bytes": 1 << 20, "max_num_seqs": 64, "device": "cpu"}
+    options = {**sized, "max_num_seqs": 64, "device": "cpu"}
     core = EngineCore(EngineConfig.of(model=str(folder), **options), Worker())
     assert plan(folder, **options).cache.tokens == core.info.num_pages * core.info.page_size
+    assert core.info.num_pages == sized.get("num_gpu_blocks_override", core.info.num_pages)
     core.close()
 
 

@@ -47,7 +47,7 @@ BAD: list[tuple[str, dict[str, Any], str | None]] = [
     ("/v1/chat/completions", CHAT | {"tool_choice": "required"}, "tool_choice"),
     ("/v1/chat/completions", CHAT | {"response_format": {"type": "xml"}}, "response_format"),
     ("/v1/chat/completions", CHAT | {"top_logprobs": 3}, "top_logprobs"),
-    ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
+    ("/v1/chat/completions", CHAT | {"logprobs": True, "top_logprobs": 1025}, "top_logprobs"),
     ("/v1/chat/completions", CHAT | {"chat_template": "{{ 1 }}"}, "chat_template"),
     ("/v1/chat/completions", CHAT | {"guided_decoding_backend": "x"}, "guided_decoding_backend"),
     ("/tokenize", {"model": "m"}, "prompt"),

@@ -71,6 +71,7 @@ class EngineCore:
             device=worker.device,
             max_num_seqs=limits.max_rows,
             max_num_batched_tokens=limits.max_tokens,
+            max_logprobs=config.limits.max_logprobs,
             prefix_caching=limits.prefix_caching,
             weight_bytes=worker.step_bytes,
             kv_bytes=model.kv_bytes_per_token,

@@ -32,7 +32,8 @@ class ChatRenderer:
     """Renders conversations with one model's template. ``special_tokens`` are what templates call ``bos_token`` etc.
 
     ``named`` are further templates of the model; the one called ``tool_use`` is taken when there are tools.
-    ``content_format`` overrides `template_shape.content_format`.
+    ``content_format`` overrides `template_shape.content_format`; ``variables`` are those of templates where a
+    conversation brings none.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class ChatRenderer:
         special_tokens: Mapping[str, str] | None = None,
         named: Mapping[str, str] | None = None,
         content_format: WantedFormat = "auto",
+        variables: Mapping[str, Any] | None = None,
     ) -> None:
         self.template = template
         self.content_format = content_format
+        self.variables = dict(variables or {})
         self.named = dict(named or {})
         self._special_tokens = dict(special_tokens or {})
 
@@ -98,7 +101,7 @@ class ChatRenderer:
         if plain_tools and not takes_tools(template):
             chat = tool_prompt.describe(chat, plain_tools, role="system" if "system" in template else "user")
         marker = _mark(chat) if continue_final_message else None
-        extra = _plain(dict(template_kwargs or {}), "chat_template_kwargs")
+        extra = _plain({**self.variables, **(template_kwargs or {})}, "chat_template_kwargs")
         if reserved := sorted(_RESERVED & extra.keys()):
             raise RequestError(
                 f"chat_template_kwargs holds {reserved[0]!r}, which is not a variable of templates.",
@@ -120,6 +123,13 @@ class ChatRenderer:
         if wanted is not None:
             return self.named.get(wanted, wanted)
         return self.named.get("tool_use", self.template) if tools else self.template
+
+
+def check_variables(variables: Mapping[str, Any]) -> None:
+    """Raises `ConfigError` if one of ``variables`` has a name that is not free."""
+    if reserved := sorted(_RESERVED & variables.keys()):
+        cause = f"default_chat_template_kwargs holds {reserved[0]!r}, which is no variable of templates."
+        raise ConfigError(cause, "Remove it.")
 
 
 def load_template(source: str) -> str:

@@ -103,6 +103,7 @@ class InputProcessor:
         clamp = self._clamp or clamp_max_tokens or params is None  # a default is no demand
         params = params or self.default_params()
         params.validate()
+        params.check_logprobs(self.info.max_logprobs)
         ids, text = self._truncated(list(ids), text, params)
         self._check_ids("prompt", ids)
         sampling = self._sampling(params, self._max_tokens(params, len(ids), clamp))

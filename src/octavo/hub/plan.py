@@ -250,7 +250,11 @@ def active_experts(hf: Mapping[str, Any]) -> float:
 
 def _cache(config: EngineConfig, model: ModelConfig, machine: Machine, weights: Weights, max_len: int) -> Cache:
     memory, limits = config.memory, config.limits
-    if memory.kv_cache_memory_bytes is not None:
+    page = int(memory.block_size)
+    page_bytes = max(model.kv_bytes_per_token, 1) * page  # 0: nothing can run it, so nobody knows its layers
+    if memory.num_gpu_blocks_override is not None:
+        budget, why = (memory.num_gpu_blocks_override + 1) * page_bytes, "--num-gpu-blocks-override"
+    elif memory.kv_cache_memory_bytes is not None:
         budget, why = memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"
     elif machine.kv_share is not None:
         budget, why = int(machine.memory * machine.kv_share), f"{machine.kv_share:.0%} of {size(machine.memory)}"
@@ -262,8 +266,6 @@ def _cache(config: EngineConfig, model: ModelConfig, machine: Machine, weights: 
             f"{memory.gpu_memory_utilization:.0%} of {size(machine.memory)} - weights - about {size(step)} for the "
             f"largest step - {size(GPU_RESERVE)} reserve"
         )
-    page = int(memory.block_size)
-    page_bytes = max(model.kv_bytes_per_token, 1) * page  # 0: nothing can run it, so nobody knows its layers
     pages = max(max(budget, 0) // page_bytes - 1, 0) if model.layers else 0  # one page is the dummy
     lengths = sorted({n for n in _ASKED_LENGTHS if n < max_len} | {max_len})
     fitting = {n: count for n in lengths if (count := min(pages // -(-n // page), limits.max_num_seqs))}

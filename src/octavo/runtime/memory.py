@@ -70,8 +70,9 @@ def plan_cache(
     fixed_len: bool,
     max_rows: int,
     own: OwnCache | None = None,
+    pages: int | None = None,
 ) -> CachePlan:
-    """Divides ``budget`` bytes into pages.
+    """Divides ``budget`` bytes into pages, or takes so many ``pages``.
 
     ``max_len`` shrinks to what one sequence can have, unless it is ``fixed_len`` by the user: then `OutOfMemory`. No
     more pages are made than ``max_rows`` longest sequences need. What a model keeps of its ``own`` is counted, too: at
@@ -88,10 +89,12 @@ def plan_cache(
         budget -= max_rows * own.per_row
         why = f"{why}, less {_size(own.per_row)} for each of {max_rows} sequences"
     page_bytes = max(1, config.kv_bytes_per_token + (own.per_token if own is not None else 0)) * page_size
-    fitting = max(budget // page_bytes - 1, 0)
+    fitting = max(budget // page_bytes - 1, 0) if pages is None else pages
     wanted = -(-max_len // page_size)
     num_pages = min(fitting, wanted * max_rows)
     arithmetic = f"{_size(budget)} ({why}) / {page_bytes / 1024:.0f} KiB a page of {page_size} tokens = {fitting} pages"
+    if pages is not None:
+        arithmetic = f"{pages} pages (--num-gpu-blocks-override) of {page_size} tokens, {page_bytes / 1024:.0f} KiB"
     if num_pages < wanted:
         needed = _size((wanted + 1) * page_bytes)
         if fixed_len or num_pages < 1:

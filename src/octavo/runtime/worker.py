@@ -162,6 +162,7 @@ class Worker:
             fixed_len=self._config.model.max_model_len not in (None, -1),
             max_rows=limits.max_num_seqs,
             own=self._model.own_cache,
+            pages=memory.num_gpu_blocks_override,
         )
         get_logger().info("kv cache: %s", plan.reason)
         self.max_rows, self.shares_prefixes = plan.max_rows, self._model.own_cache is None

@@ -31,7 +31,7 @@ import octavo
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import OctavoError
-from octavo.frontend.chat import WantedFormat, load_template
+from octavo.frontend.chat import WantedFormat, check_variables, load_template
 from octavo.frontend.parse.registry import check_names
 from octavo.log import get_logger
 from octavo.server import address
@@ -61,6 +61,7 @@ def serve(config: EngineConfig, server: ServerConfig, *, worker: Literal["real",
             folder = Path(tempfile.gettempdir()) / f"octavo-files-{secrets.token_hex(16)}"  # made when there is a file
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             server = dataclasses.replace(server, files_dir=str(folder))
+        check_variables(server.default_chat_template_kwargs)
         Edge.of(server)
         address.tls(server)
         if server.api_server_count != 1:
@@ -147,6 +148,7 @@ class Session:
                 self._config,
                 chat_template=load_template(template) if template is not None else None,
                 content_format=cast("WantedFormat", self._server.chat_template_content_format),
+                template_variables=self._server.default_chat_template_kwargs,
                 worker=self._worker,
                 log_level=self._server.log_level,
                 on_death=self._engine_died,
