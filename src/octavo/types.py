@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from octavo.errors import OctavoError, retold
 from octavo.structured import Guide
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -264,6 +265,15 @@ class Dead(msgspec.Struct, frozen=True, tag="dead"):
     kind: str = "EngineDead"
     exit_code: int = 1
     id: str = ""
+
+    @classmethod
+    def of(cls, error: OctavoError) -> Dead:
+        """Because of ``error``."""
+        return cls(error.cause, error.remedy, type(error).__name__, error.exit_code, error.id)
+
+    def error(self) -> OctavoError:
+        """What ended the core, as the class that it was there."""
+        return retold(self.kind, self.cause, self.remedy, self.id)
 
 
 CoreOutput = Ready | Outputs | Pong | Dead

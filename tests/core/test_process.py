@@ -17,7 +17,7 @@ from octavo.core.process import run
 from octavo.errors import EngineDead, OutOfMemory, RequestError
 from octavo.frontend import core_process
 from octavo.frontend.core_client import MAX_BURST, CoreClient
-from octavo.frontend.core_process import Core, CoreProcess, decode_output, error_of, spawn
+from octavo.frontend.core_process import Core, CoreProcess, decode_output, spawn
 from octavo.types import (
     Abort,
     Dead,
@@ -129,7 +129,7 @@ def test_an_error_at_start_carries_its_class_id_and_exit_code() -> None:
         raise OutOfMemory("12 GB do not fit into 8 GB.", "Use a smaller model.", id="MEM007")
 
     assert run(build, channel) == 4  # type: ignore[arg-type]
-    error = error_of(channel.outbox.get_nowait())  # type: ignore[arg-type]
+    error = channel.outbox.get_nowait().error()  # type: ignore[union-attr]
     assert type(error) is OutOfMemory
     assert (error.cause, error.remedy, error.id) == ("12 GB do not fit into 8 GB.", "Use a smaller model.", "MEM007")
 

@@ -16,7 +16,7 @@ from typing import Literal, TypeVar
 from octavo.bench import offline, report
 from octavo.config import EngineConfig
 from octavo.core.process import seconds_since_start
-from octavo.frontend.core_process import Core, decode_output, error_of, spawn
+from octavo.frontend.core_process import Core, decode_output, spawn
 from octavo.hub.configs import model_config
 from octavo.hub.files import ModelFiles, find_files
 from octavo.options import add_engine_options, engine_config
@@ -78,7 +78,7 @@ def _first_token(core: Core, info: EngineInfo) -> None:
         if core.socket.poll(POLL_MS):
             message = decode_output(core.socket.recv())
             if isinstance(message, Dead):
-                raise error_of(message)
+                raise message.error()
             if isinstance(message, Outputs):
                 return
     raise core.death()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from octavo import log
 from octavo.config import EngineConfig
 from octavo.core.transport import Channel, Peer, ZmqChannel
 from octavo.errors import OctavoError
-from octavo.parent import end_with_parent
+from octavo.parent import end_with_parent, run_child
 from octavo.types import (
     Abort,
     Bye,
@@ -166,7 +165,7 @@ class _Dispatcher:
 
 def _dead(error: Exception) -> Dead:
     if isinstance(error, OctavoError):
-        return Dead(error.cause, error.remedy, type(error).__name__, error.exit_code, error.id)
+        return Dead.of(error)
     return Dead(  # clients see this: what the error says stays in the log
         f"the engine failed with {type(error).__name__}.",
         "This is a bug in octavo or in what it runs on; restart, and report it with the traceback on standard error.",
@@ -214,13 +213,7 @@ def _end_with(error: OctavoError, channel: Channel) -> NoReturn:
         os._exit(error.exit_code)
 
 
-def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    line = sys.stdin.buffer.readline()
-    if not line:
-        return 1
-    start = msgspec.json.decode(line, type=Start)
+def main(start: Start) -> int:
     end_with_parent(start.folder)
     os.dup2(2, 1)  # what libraries print is log, not output
     log.configure(start.log_level)
@@ -229,6 +222,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # threads of native libraries have nothing left to do and can take seconds to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    run_child(Start, main)

@@ -13,7 +13,7 @@ import zmq
 
 from octavo.errors import EngineDead, OctavoError, RequestError
 from octavo.frontend.client import EngineState
-from octavo.frontend.core_process import Core, decode_output, error_of
+from octavo.frontend.core_process import Core, decode_output
 from octavo.types import (
     MAX_MESSAGE_BYTES,
     Abort,
@@ -208,7 +208,7 @@ class CoreClient:
             if answer is not None and not answer.done():
                 answer.set_result(message)
         elif isinstance(message, Dead):
-            self._die(error_of(message))
+            self._die(message.error())
 
     def _deliver(self, output: TokenOutput) -> None:
         inbox = self._pending.get(output.id)

@@ -23,8 +23,9 @@ import msgspec
 import zmq
 
 from octavo.config import EngineConfig
-from octavo.errors import EngineDead, OctavoError, retold
+from octavo.errors import EngineDead, OctavoError
 from octavo.log import get_logger
+from octavo.parent import how_ended
 from octavo.types import MAX_MESSAGE_BYTES, Bye, CoreInput, CoreOutput, Dead, EngineInfo, Hello, Ready, Shutdown
 
 GRACE_SECONDS = 0.5  # how long `stop` waits before it becomes less polite
@@ -62,7 +63,7 @@ class Core:
                 if isinstance(message, Ready):
                     return message.info
                 if isinstance(message, Dead):
-                    raise error_of(message)
+                    raise message.error()
             elif not alive:
                 raise self.death()
         raise EngineDead("the start was given up.")
@@ -144,9 +145,8 @@ class CoreProcess(Core):
     def death(self) -> OctavoError:
         """The error for a child that ended without a word."""
         code = self.process.wait()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         remedy = "If the system ran out of memory, give the engine less." if code == -9 else "Start it again."
-        return EngineDead(f"the engine process {how}.", remedy)
+        return EngineDead(f"the engine process {how_ended(code)}.", remedy)
 
     def watch(self, ended: Callable[[], None]) -> None:
         """Calls ``ended`` from a thread of its own when the process has ended."""
@@ -231,11 +231,6 @@ def launch(
         process.stdin.write(msgspec.json.encode(start) + b"\n")
         process.stdin.flush()
     return process, address
-
-
-def error_of(dead: Dead) -> OctavoError:
-    """The error that a `Dead` message carries, as its own class again."""
-    return retold(dead.kind, dead.cause, dead.remedy, dead.id)
 
 
 def private_folder() -> Path:

@@ -10,7 +10,7 @@ import zmq
 
 from octavo.config import EngineConfig
 from octavo.errors import EngineDead
-from octavo.frontend.core_process import Core, decode_output, error_of, spawn
+from octavo.frontend.core_process import Core, decode_output, spawn
 from octavo.frontend.devices import shares
 from octavo.frontend.routing import router_for, together
 from octavo.types import (
@@ -123,7 +123,7 @@ class SeveralCores:
             if core.socket in ready:
                 message = decode_output(core.socket.recv())
                 if isinstance(message, Dead):
-                    raise error_of(message)
+                    raise message.error()
                 if isinstance(message, Outputs | Pong):
                     self._stats[index] = message.stats or self._stats[index]
                 messages.append(message)

@@ -30,6 +30,7 @@ import numpy as np
 from octavo.config import EngineConfig
 from octavo.errors import EngineDead, OctavoError, retold
 from octavo.log import get_logger
+from octavo.parent import how_ended
 from octavo.types import StepPlan
 
 LENGTH = struct.Struct("<I")
@@ -259,9 +260,8 @@ class Executor:
             time.sleep(BETTER_REASON_SECONDS)
             self._fail(self._lost)
             return
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         remedy = "If the system ran out of memory, give the engine less." if code == -9 else _REMEDY
-        self._fail(EngineDead(f"the process of rank {rank} {how}.", remedy))
+        self._fail(EngineDead(f"the process of rank {rank} {how_ended(code)}.", remedy))
 
     def _fail(self, error: OctavoError) -> OctavoError:
         """Keeps the first failure, and tells of it."""

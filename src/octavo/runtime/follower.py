@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import traceback
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import msgspec
 from octavo import log
 from octavo.errors import OctavoError
 from octavo.parallel.group import LostPeer
-from octavo.parent import end_with_parent
+from octavo.parent import end_with_parent, run_child
 from octavo.runtime.executor import (
     Command,
     Done,
@@ -91,13 +90,7 @@ def _failed(error: Exception) -> Failed:
     return Failed(f"failed with {type(error).__name__}: {error}.", "Restart, and report it with the traceback.")
 
 
-def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    line = sys.stdin.buffer.readline()
-    if not line:
-        return 1
-    start = msgspec.json.decode(line, type=Start)
+def main(start: Start) -> int:
     end_with_parent()
     os.dup2(2, 1)  # what libraries print is log, not output
     log.configure(start.log_level)
@@ -105,6 +98,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)  # threads of native libraries have nothing left to do and can take seconds to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    run_child(Start, main)

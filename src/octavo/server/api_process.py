@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from typing import Literal
 
 import msgspec
@@ -18,7 +17,7 @@ from octavo import log
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import OctavoError
 from octavo.frontend.fleet import Addresses, Source
-from octavo.parent import end_with_parent
+from octavo.parent import end_with_parent, run_child
 from octavo.server.run import Session, run
 from octavo.types import Dead
 
@@ -51,11 +50,7 @@ def _engines(start: Start) -> Source:
     return RayActors(start.cluster, start.engines)
 
 
-def main() -> int:
-    line = sys.stdin.buffer.readline()
-    if not line:
-        return 1
-    start = msgspec.json.decode(line, type=Start)
+def main(start: Start) -> int:
     end_with_parent()
     reports = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is log, not a report
@@ -71,11 +66,9 @@ def main() -> int:
             announce = lambda banner: report(Up(banner))  # noqa: E731
             return run(Session(start.config, start.server, start.worker, listener, engines=engines, announce=announce))
     except OctavoError as error:
-        report(Dead(error.cause, error.remedy, type(error).__name__, error.exit_code, error.id))
+        report(Dead.of(error))
         return error.exit_code
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stderr.flush()
-    os._exit(code)
+    run_child(Start, main)

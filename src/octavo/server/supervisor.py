@@ -24,10 +24,11 @@ import msgspec
 from octavo.config import EngineConfig, ServerConfig
 from octavo.errors import ConfigError, EngineDead, OctavoError
 from octavo.frontend.balancer import own_engines
-from octavo.frontend.core_process import error_of, private_folder
+from octavo.frontend.core_process import private_folder
 from octavo.frontend.fleet import MAX_TRIES, Fleet, Patience
 from octavo.frontend.ray_engines import RayActors
 from octavo.log import PROCESS, get_logger
+from octavo.parent import how_ended
 from octavo.server.address import listeners
 from octavo.server.api_process import Report, Start, Up
 from octavo.server.metrics import SHARED_FOLDER
@@ -135,7 +136,7 @@ class _Supervisor:
                 if not up.done():
                     up.set_exception(error)
                     return
-            how = _how(await process.wait())
+            how = how_ended(await process.wait())
             if not self._stop.is_set():
                 get_logger().error("API process %d %s", index, how)
                 pause = patience.pause()
@@ -200,12 +201,8 @@ async def _banner(process: Process) -> str:
     """What a started API process says; raises the error that it has, or that it ended without a word."""
     line = await process.stdout.readline() if process.stdout is not None else b""
     if not line:
-        raise EngineDead(f"an API process {_how(await process.wait())}.", "Start the server again.")
+        raise EngineDead(f"an API process {how_ended(await process.wait())}.", "Start the server again.")
     report = msgspec.json.decode(line, type=Report)
     if isinstance(report, Up):
         return report.banner
-    raise error_of(report)
-
-
-def _how(code: int) -> str:
-    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    raise report.error()
