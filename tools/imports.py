@@ -5,7 +5,7 @@
                                                  +-> runtime -> models -> layers -> parallel -> kernels -> platforms
                                                         +---------+-> hub
 
-The frontend knows of the rest only `cache.prefix` and four modules of `hub`. An import inside a function counts too.
+The frontend knows of the rest only `cache.prefix` and five modules of `hub`. An import inside a function counts too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BELOW: dict[str, set[str]] = {
     "cache": set(),
     "sched": {"cache"},
     "core": {"sched", "cache", "runtime", "models", "layers", "parallel", "kernels", "platforms", "hub"},
-    "frontend": {"cache.prefix", "hub.tokenizer", "hub.configs", "hub.files", "hub.live"},
+    "frontend": {"cache.prefix", "hub.tokenizer", "hub.configs", "hub.files", "hub.live", "hub.pooling"},
     "server": {"frontend", "async_llm", "hub.machines"},
 }
 NO_TORCH = {"cache", "sched", "frontend", "server", "hub", "async_llm", "options", "terminal", *LEAVES}

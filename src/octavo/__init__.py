@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.llm import LLM
-    from octavo.sampling_params import SamplingParams
+    from octavo.sampling_params import PoolingParams, SamplingParams
     from octavo.structured import StructuredOutputsParams
-    from octavo.types import CompletionOutput, RequestOutput
+    from octavo.types import CompletionOutput, EmbeddingRequestOutput, RequestOutput
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,9 @@ _HOMES = {
     "AsyncLLM": "octavo.async_llm",
     "EngineConfig": "octavo.config",
     "SamplingParams": "octavo.sampling_params",
+    "PoolingParams": "octavo.sampling_params",
     "RequestOutput": "octavo.types",
+    "EmbeddingRequestOutput": "octavo.types",
     "CompletionOutput": "octavo.types",
     "StructuredOutputsParams": "octavo.structured",
 }
@@ -31,7 +33,9 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",

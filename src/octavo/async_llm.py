@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, RequestError
+from octavo.frontend.beams import BeamSearchParams, Search, output_of
 from octavo.frontend.chat import ChatRenderer, Message, WantedFormat
 from octavo.frontend.client import EngineClient
 from octavo.frontend.detokenize import TextDecoder
-from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
+from octavo.frontend.inputs import InputProcessor, Params, Prepared, Prompt
 from octavo.frontend.loading import TextModel, load_text_model
 from octavo.frontend.outputs import Delta, RequestState
 from octavo.hub.tokenizer import Tokenizer
-from octavo.sampling_params import SamplingParams
-from octavo.types import EngineInfo, RequestOutput, Stats
+from octavo.sampling_params import PoolingParams, SamplingParams
+from octavo.types import EmbeddingRequestOutput, EngineInfo, RequestOutput, Stats
 
 if TYPE_CHECKING:
     from octavo.frontend.fleet import Source
@@ -52,7 +53,7 @@ class Generation:
 
 
 class AsyncLLM:
-    """Generates for many callers at once. Made by `start`, or over any `EngineClient`."""
+    """Generates, or embeds, for many callers at once. Made by `start`, or over any `EngineClient`."""
 
     def __init__(
         self,
@@ -68,7 +69,12 @@ class AsyncLLM:
         self.tokenizer: Tokenizer | None = text.tokenizer
         self.architecture = text.architecture
         self.inputs = InputProcessor(
-            text.tokenizer, client.info, eos_ids=text.eos_ids, defaults=text.defaults, seeds=seeds
+            text.tokenizer,
+            client.info,
+            eos_ids=text.eos_ids,
+            defaults=text.defaults,
+            seeds=seeds,
+            pooler=text.pooler,
         )
         self.renderer = ChatRenderer.of(text.tokenizer, chat_template)
         self.renderer.content_format = content_format
@@ -136,7 +142,7 @@ class AsyncLLM:
     async def prepare(
         self,
         prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
+        params: Params | None = None,
         request_id: str | None = None,
         *,
         priority: int = 0,
@@ -149,14 +155,14 @@ class AsyncLLM:
         """
         prompts = {request_id or new_id(): prompt}
         (prepared,) = await self.prepare_all(
-            prompts, sampling_params, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
+            prompts, params, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
         )
         return prepared
 
     async def prepare_all(
         self,
         prompts: Mapping[str, Prompt],
-        sampling_params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         add_special_tokens: bool = True,
         **options: Any,
@@ -166,7 +172,7 @@ class AsyncLLM:
         def work() -> list[Prepared]:
             encoded = self.inputs.encode_prompts(prompts.values(), add_special_tokens=add_special_tokens)
             return [
-                self.inputs.process_ids(id, ids, sampling_params, text=text, **options)
+                self.inputs.process_ids(id, ids, params, text=text, **options)
                 for id, (text, ids) in zip(prompts, encoded, strict=True)
             ]
 
@@ -196,6 +202,11 @@ class AsyncLLM:
         """Sends a prepared request when iterated. Raises, then, what ended it: `Overloaded`, `EngineDead`, …"""
         state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
         return Generation(state, self._batches(state))
+
+    def search(self, prepared: Prepared, params: BeamSearchParams) -> Generation:
+        """As `run`, by beam search: the outputs of ``prepared`` are the best beams, which all come at the end."""
+        state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
+        return Generation(state, self._searched(state, params))
 
     async def collect(self, prepared: Prepared) -> RequestOutput:
         """Runs a prepared request to its end."""
@@ -241,6 +252,18 @@ class AsyncLLM:
         return self._snapshots(
             lambda: self.prepare_chat(messages, sampling_params, request_id, priority=priority, **rendering)
         )
+
+    async def encode(
+        self,
+        prompt: Prompt,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> AsyncGenerator[EmbeddingRequestOutput, None]:
+        """The embedding of a prompt, the one thing that comes; for a model that embeds."""
+        params = pooling_params or PoolingParams()
+        result = await self.collect(await self.prepare(prompt, params, request_id, priority=priority))
+        yield result.embedded()
 
     async def abort(self, request_id: str) -> None:
         """Ends a request early; its iterator ends with ``finish_reason="abort"``. Unknown ids are ignored."""
@@ -307,6 +330,30 @@ class AsyncLLM:
             del self._running[id]
             if unfinished := state.unfinished_ids():
                 await self.client.abort(unfinished)
+
+
+    async def _searched(self, state: RequestState, params: BeamSearchParams) -> AsyncGenerator[list[Delta], None]:
+        prepared = state.prepared
+        first = prepared.requests[0]
+        step = msgspec.structs.replace(params.step, detokenize=False)
+        search = Search(prepared.prompt_token_ids, params, self.inputs.eos_ids, first.sampling.max_tokens)
+        for number in itertools.count():
+            runs = [
+                self.inputs.process_ids(f"{prepared.id}-{number}-{i}", ids, step, priority=first.priority, salt=first.salt)
+                for i, ids in enumerate(search.prompts())
+            ]
+            if not runs:
+                break
+            try:
+                async with asyncio.TaskGroup() as group:
+                    results = [group.create_task(self.collect(one)) for one in runs]
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+            search.take([(result.result().outputs[0].logprobs or [{}])[0] for result in results])
+        wanted = prepared.params.logprobs
+        best = zip(prepared.requests, search.best(), strict=True)
+        deltas = [state.process(output_of(request.id, beam, wanted)) for request, beam in best]
+        yield [delta for delta in deltas if delta is not None]
 
 
 class Closable(Protocol[T_co]):

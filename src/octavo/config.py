@@ -20,6 +20,7 @@ from octavo.sampling_params import MAX_LOGPROBS
 DEFAULT_MAX_NUM_SEQS = 128
 DEFAULT_BATCHED_TOKENS = 2048
 SCORES_IN_MESSAGE = 2**24  # of prompts, with one step's message below `types.MAX_MESSAGE_BYTES`
+MODEL_ENTRY_POINTS = "octavo.models"  # of packages that bring models; see `models.registry`
 
 # Load formats of vLLM that octavo has no reader for, with what to do instead.
 OTHER_LOAD_FORMATS = {
@@ -83,6 +84,13 @@ class ModelOptions:
     code_revision: str | None = option(None, "branch, tag or commit of code that the model takes from another repo")
     tokenizer_revision: str | None = option(None, "branch, tag or commit of the tokenizer; default: --revision")
     trust_remote_code: bool = option(False, "allow Python code from the model's repository to run")
+    runner: str = option(
+        "auto", "generate text, or pool hidden states to embeddings", choices=("auto", "generate", "pooling")
+    )
+    convert: str = option("auto", "what pooling makes of a model that generates", choices=("auto", "none", "embed"))
+    pooler_config: dict[str, Any] = option(
+        {}, "JSON: pooling_type (LAST, MEAN, CLS), use_activation, dimensions", alias=("override_pooler_config",)
+    )
     dtype: str = option(
         "auto",
         "type of weights and activations",
@@ -389,6 +397,7 @@ class ModelConfig:
     hidden_act: str
     tie_embeddings: bool
     hf: Mapping[str, Any]
+    has_head: bool = True  # False for one that embeds: its hidden states are all that is wanted
     cache_dtype: str | None = None  # of the KV cache: "float8_e4m3fn", or None for ``dtype``
 
     @property

@@ -12,21 +12,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from octavo import vllm_options
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
+from octavo.frontend.beams import BeamSearchOutput, BeamSearchParams, Search
 from octavo.frontend.chat import ChatRenderer, Message, load_template
 from octavo.frontend.detokenize import TextDecoder
-from octavo.frontend.inputs import InputProcessor, Prepared, Prompt
+from octavo.frontend.inputs import InputProcessor, Params, Prepared, Prompt
 from octavo.frontend.loading import TextModel, load_text_model
 from octavo.frontend.outputs import OutputProcessor, RequestState, error_of
 from octavo.hub.configs import overrides_by
 from octavo.hub.files import find_files
 from octavo.hub.live import LiveModel, device_of, is_loaded
-from octavo.sampling_params import SamplingParams
-from octavo.types import Request, RequestOutput
+from octavo.sampling_params import PoolingParams, SamplingParams
+from octavo.types import EmbeddingRequestOutput, Request, RequestOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
     from octavo.core.process import Engine
     from octavo.hub.tokenizer import Tokenizer
 
-Params = SamplingParams | Sequence[SamplingParams] | None
+SeveralParams = SamplingParams | Sequence[SamplingParams] | None
+P = TypeVar("P", SamplingParams, PoolingParams)
 UseTqdm = bool | Callable[..., Any]  # a callable makes the bar, as tqdm's own class does
 
 
 class LLM:
-    """A model, ready to generate. Not for several threads at once; for a service see `AsyncLLM`.
+    """A model, ready to generate or to embed. Not for several threads at once; for a service see `AsyncLLM`.
 
     ``model`` is a repo id, a folder or a ``.gguf`` file; options are the fields of `EngineConfig`, flat, such as
     ``dtype``, ``max_model_len``, ``max_num_seqs``, ``kv_cache_memory_bytes``, ``device``. ``hf_overrides`` may also
@@ -82,6 +84,7 @@ class LLM:
             defaults=text.defaults,
             seeds=random.Random(config.model.seed),
             clamp_max_tokens=True,
+            pooler=text.pooler,
         )
         self._chat = ChatRenderer.of(text.tokenizer)
         self._ids = itertools.count()
@@ -89,7 +92,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: Params = None,
+        sampling_params: SeveralParams = None,
         use_tqdm: UseTqdm = True,
     ) -> list[RequestOutput]:
         """One result for each prompt, in order. Without ``sampling_params`` the model's defaults apply.
@@ -97,14 +100,31 @@ class LLM:
         All prompts are checked before any is run; a bad one raises `RequestError` and nothing is generated.
         """
         several = _prompts(prompts)
-        params = _params_for(sampling_params, len(several))
+        self._inputs.check_generates()
+        params = _params_for(sampling_params, len(several), SamplingParams, "sampling_params")
         encoded = self._inputs.encode_prompts(several)
         return self._run(self._prepared(encoded, params), use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: UseTqdm = True,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """An embedding of each prompt, in order; for a model that embeds, such as ``LLM(model, runner="pooling")``.
+
+        All prompts are checked before any is run; a bad one raises `RequestError`.
+        """
+        several = _prompts(prompts)
+        params = _params_for(pooling_params or PoolingParams(), len(several), PoolingParams, "pooling_params")
+        encoded = self._inputs.encode_prompts(several)
+        return [result.embedded() for result in self._run(self._prepared(encoded, params), use_tqdm)]
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: Params = None,
+        sampling_params: SeveralParams = None,
         use_tqdm: UseTqdm = True,
         *,
         chat_template: str | None = None,
@@ -118,10 +138,11 @@ class LLM:
         ``chat_template`` is a file, a template itself or the name of one of the model's, instead of its usual one.
         """
         chats = _conversations(messages)
+        self._inputs.check_generates()
         template = chat_template
         if template is not None and template not in self._chat.named:
             template = load_template(template)
-        params = _params_for(sampling_params, len(chats))
+        params = _params_for(sampling_params, len(chats), SamplingParams, "sampling_params")
         texts = [
             self._chat.render(
                 conversation,
@@ -135,6 +156,34 @@ class LLM:
         ]
         ids = self._inputs.encode_texts(texts, add_special_tokens=False)
         return self._run(self._prepared(zip(texts, ids, strict=True), params), use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: UseTqdm = False
+    ) -> list[BeamSearchOutput]:
+        """The ``beam_width`` best answers to each prompt, in order; each holds its prompt, as vLLM's do.
+
+        The end token is part of ``tokens``, and of ``text`` with ``include_stop_str_in_output``.
+        """
+        tokenizer, info = self.get_tokenizer(), self._engine().info
+        params.validate(info.max_logprobs)
+        encoded = self._inputs.encode_prompts(_prompts(prompts))
+        searches = [
+            Search(ids, params, self._inputs.eos_ids, max(1, info.max_model_len - len(ids))) for _, ids in encoded
+        ]
+        bar = _Progress(use_tqdm, params.max_tokens, "step")
+        while asked := [ids for search in searches for ids in search.prompts()]:
+            given = self._run(self._prepared([(None, ids) for ids in asked], [params.step] * len(asked)), False)
+            found = iter([(result.outputs[0].logprobs or [{}])[0] for result in given])
+            for search in searches:
+                search.take([next(found) for _ in search.prompts()])
+            bar.advance(len(asked))
+        bar.close()
+        best = [search.best() for search in searches]
+        for beam in itertools.chain(*best):
+            hidden = beam.finish_reason == "stop" and not params.include_stop_str_in_output
+            shown = beam.tokens[:-1] if hidden else beam.tokens
+            beam.text = tokenizer.decode(shown, skip_special_tokens=False)
+        return [BeamSearchOutput(sequences) for sequences in best]
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises `ConfigError` if the engine has none."""
@@ -169,7 +218,7 @@ class LLM:
         return self._core
 
     def _prepared(
-        self, encoded: Iterable[tuple[str | None, Sequence[int]]], params: Sequence[SamplingParams | None]
+        self, encoded: Iterable[tuple[str | None, Sequence[int]]], params: Sequence[Params | None]
     ) -> list[Prepared]:
         return [
             self._inputs.process_ids(str(next(self._ids)), ids, one, text=text)
@@ -298,16 +347,14 @@ def _conversations(messages: object) -> list[Sequence[Message]]:
     return [several] if not several or isinstance(several[0], Mapping) else several
 
 
-def _params_for(params: object, count: int) -> Sequence[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
+def _params_for(params: object, count: int, kind: type[P], name: str) -> Sequence[P | None]:
+    if params is None or isinstance(params, kind):
         return [params] * count
-    if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
-        raise _wrong_type("sampling_params", params, "Give a SamplingParams, or one for each prompt.")
+    if not isinstance(params, Sequence) or not all(isinstance(one, kind) for one in params):
+        raise _wrong_type(name, params, f"Give a {kind.__name__}, or one for each prompt.")
     if len(params) != count:
         raise RequestError(
-            f"there are {count} prompts and {len(params)} sampling_params.",
-            "Give one for all, or one for each.",
-            param="sampling_params",
+            f"there are {count} prompts and {len(params)} {name}.", "Give one for all, or one for each.", param=name
         )
     return params
 
@@ -317,21 +364,27 @@ def _wrong_type(param: str, value: object, remedy: str) -> RequestError:
 
 
 class _Progress:
-    """A bar over prompts with the rate of tokens, or nothing."""
+    """A bar over prompts, or what else ``unit`` says, with the rate of tokens; or nothing."""
 
-    def __init__(self, use_tqdm: UseTqdm, total: int) -> None:
+    def __init__(self, use_tqdm: UseTqdm, total: int, unit: str = "prompt") -> None:
         self._bar: Any = None
         if use_tqdm is not False and total:
             from tqdm.auto import tqdm
 
             make = tqdm if use_tqdm is True else use_tqdm
-            self._bar = make(total=total, desc="Processed prompts", unit="prompt", dynamic_ncols=True)
+            self._bar = make(total=total, desc=f"Processed {unit}s", unit=unit, dynamic_ncols=True)
         self._tokens = 0
         self._began = time.monotonic()
 
     def add(self, state: RequestState, tokens: int) -> None:
         self._tokens += tokens
-        if self._bar is not None and state.finished:
+        if state.finished:
+            self.advance(0)
+
+    def advance(self, tokens: int) -> None:
+        """One more is done."""
+        self._tokens += tokens
+        if self._bar is not None:
             rate = self._tokens / max(time.monotonic() - self._began, 1e-6)
             self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
             self._bar.update(1)

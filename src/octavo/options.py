@@ -180,14 +180,14 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         if part not in groups:
             groups[part] = parser.add_argument_group((hints[part].__doc__ or part).strip())
         _add(groups[part], field)
-    vllm_options.add_runner(groups["model"])
+    vllm_options.add_task(groups["model"])
     vllm_options.add_ineffective(parser, vllm_options.OPTIONS)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The config that ``args`` describe; raises `ConfigError`. Without MODEL it is `default_model`, if installed."""
     values = _values(args, (field for _, field in option_fields(EngineConfig)))
-    vllm_options.check_runner(args)
+    values = {**values, **vllm_options.of_task(args.task, values)}
     vllm_options.check_ineffective(args, vllm_options.OPTIONS)
     named = args.model_argument
     if named and values.get("model", named) != named:

@@ -1,4 +1,4 @@
-"""What a user says about sampling, checked field by field; the core sees `types.Sampling`."""
+"""What a user says about sampling, checked field by field, or about an embedding; the core sees `types.Sampling`."""
 
 from __future__ import annotations
 
@@ -149,3 +149,15 @@ def _within(name: str, value: float | None, low: float, high: float, *, above: b
 def _at_most(name: str, values: Any, limit: int) -> None:
     if len(values) > limit:
         raise RequestError(f"{name} has {len(values)} entries, more than {limit}.", "Send fewer.", param=name)
+
+
+class PoolingParams(msgspec.Struct, kw_only=True):
+    """As vLLM's. ``use_activation``: whether the embedding gets length 1; None: what the model's files say.
+
+    ``dimensions`` of a model that was trained for fewer than all. ``truncate_prompt_tokens``: only the first so many
+    tokens of a text and those that end every text; -1: as many as fit.
+    """
+
+    dimensions: int | None = None
+    use_activation: bool | None = None
+    truncate_prompt_tokens: int | None = None

@@ -18,6 +18,15 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 PoolingKind = Literal["last", "mean", "cls"]  # the hidden state of the last token, the mean of all, that of the first
 
 
+class Pooling(msgspec.Struct, frozen=True, array_like=True):
+    """How an embedding is made: of what hidden states, of how many of their numbers (None: all), and whether of
+    length 1."""
+
+    kind: PoolingKind
+    dimensions: int | None = None
+    normalize: bool = True
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The part of `SamplingParams` that the core acts on, all in token ids, all validated."""
 
@@ -39,12 +48,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     guide: Guide | None = None
-    pooling: PoolingKind | None = None  # nothing is sampled: the request ends with an embedding of its prompt
+    pooling: Pooling | None = None  # nothing is sampled: the request ends with an embedding of its prompt
 
     @property
     def whole_prompt(self) -> bool:
         """Whether every token of the prompt is to be computed for it, even if its K and V are known."""
-        return self.prompt_logprobs is not None or self.pooling in ("mean", "cls")
+        return self.prompt_logprobs is not None or (self.pooling is not None and self.pooling.kind != "last")
 
     @property
     def greedy(self) -> bool:
@@ -316,6 +325,26 @@ class RequestMetrics(msgspec.Struct, kw_only=True):
     finished_time: float | None = None
 
 
+class EmbeddingOutput(msgspec.Struct, kw_only=True):
+    """As vLLM's."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+class EmbeddingRequestOutput(msgspec.Struct, kw_only=True):
+    """A text that was embedded."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int = 0
+    finished: bool = True
+
+
 class RequestOutput(msgspec.Struct, kw_only=True):
     """A request as its user sees it: cumulative, one `CompletionOutput` for each of ``n``."""
 
@@ -327,3 +356,12 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics = msgspec.field(default_factory=RequestMetrics)
+
+    def embedded(self) -> EmbeddingRequestOutput:
+        """As `LLM.embed` returns it."""
+        return EmbeddingRequestOutput(
+            request_id=self.request_id,
+            outputs=EmbeddingOutput(embedding=self.outputs[0].embedding or []),
+            prompt_token_ids=self.prompt_token_ids,
+            num_cached_tokens=self.num_cached_tokens,
+        )

@@ -25,7 +25,6 @@ OPTIONS: dict[str, Foreign] = {
     "allowed_local_media_path": Foreign(("",)),
     "async_scheduling": Foreign(None, switch=True),
     "calculate_kv_scales": Foreign((False,), switch=True),
-    "convert": Foreign(("auto", "none")),
     "cpu_offload_gb": Foreign((0,)),
     "data_parallel_backend": Foreign(("mp",)),
     "disable_cascade_attn": Foreign(None, switch=True),
@@ -51,13 +50,11 @@ OPTIONS: dict[str, Foreign] = {
     "preemption_mode": Foreign((None, "recompute")),
     "prefix_caching_hash_algo": Foreign(None),
     "safetensors_load_strategy": Foreign(None),
-    "runner": Foreign(("auto", "generate")),
     "scheduling_policy": Foreign(("fcfs", "priority")),
     "skip_mm_profiling": Foreign(None, switch=True),
     "stream_interval": Foreign((1,)),
     "swap_space": Foreign(None),
     "use_tqdm_on_load": Foreign(None, switch=True),
-    "task": Foreign(("auto", "generate", None)),
 }
 SERVER_OPTIONS: dict[str, Foreign] = {
     "disable_frontend_multiprocessing": Foreign(None, switch=True),
@@ -97,48 +94,44 @@ INSTEAD = {
     "--trust-request-chat-template": "leave it out: templates are the server's, by --chat-template",
 }
 
-RUNNER = {"runner", "convert", "task"}  # which `check_runner` looks at together
-
 # Tasks that vLLM had before --runner and --convert took their place, and what they became.
 LEGACY_TASKS = {
-    "auto": ("auto", "auto"),
-    "generate": ("generate", "none"),
-    "embed": ("pooling", "embed"),
-    "embedding": ("pooling", "embed"),
-    "classify": ("pooling", "classify"),
-    "score": ("pooling", "classify"),
-    "reward": ("pooling", "embed"),
+    "auto": {},
+    "generate": {"runner": "generate", "convert": "none"},
+    "embed": {"runner": "pooling", "convert": "embed"},
+    "embedding": {"runner": "pooling", "convert": "embed"},
 }
+OTHER_TASKS = ("classify", "reward", "score")
 
 
 def without(options: Mapping[str, Any]) -> dict[str, Any]:
     """``options`` but for those of `OPTIONS`; raises `ConfigError` for a value that would change something."""
     known = dict(options)
     known.pop("served_model_name", None)  # a name for clients
+    known |= of_task(known.pop("task", None), known)
     for name in sorted(OPTIONS.keys() & known.keys()):
         _check(name, known.pop(name), OPTIONS[name].fine, str)
     return known
 
 
-def add_runner(group: Any) -> None:
-    """The options that choose between generating and pooling; octavo generates."""
-    group.add_argument("--runner", default="auto", metavar="RUNNER", help="generate or auto, which mean the same")
-    group.add_argument("--convert", default="auto", metavar="KIND", help="none or auto, which mean the same")
+def add_task(group: Any) -> None:
+    """The option of `of_task`."""
     group.add_argument("--task", metavar="TASK", help="former name of --runner and --convert")
 
 
-def check_runner(args: argparse.Namespace) -> None:
-    """Refuses whatever is not generating text, under its present name."""
-    runner, convert, given = args.runner, args.convert, f"--runner {args.runner} --convert {args.convert}"
-    if args.task is not None:
-        if args.task not in LEGACY_TASKS:
-            raise ConfigError(f"--task is {args.task!r}.", f"Give one of {', '.join(LEGACY_TASKS)}.")
-        runner, convert = LEGACY_TASKS[args.task]
-        given = f"--task {args.task}, which is --runner {runner} --convert {convert}"
-    if runner not in ("auto", "generate") or convert not in ("auto", "none"):
-        raise ConfigError(
-            f"{given}: octavo generates text and has no pooling models.", "Leave these options out, or say generate."
-        )
+def of_task(task: str | None, given: Mapping[str, Any]) -> dict[str, str]:
+    """What ``task`` is called now; raises `ConfigError` if there is no such one, or if ``given`` says another."""
+    if task is None:
+        return {}
+    if task in OTHER_TASKS:
+        raise ConfigError(f"task is {task}: octavo generates text and embeds it.", "Give generate or embed.")
+    if task not in LEGACY_TASKS:
+        raise ConfigError(f"task is {task!r}.", f"Give one of {', '.join(LEGACY_TASKS)}.")
+    found = LEGACY_TASKS[task]
+    for name, value in found.items():
+        if given.get(name, "auto") not in ("auto", value):
+            raise ConfigError(f"task is {task}, which is {name} {value}, and {name} is {given[name]}.", "Drop one.")
+    return found
 
 
 def add_ineffective(parser: argparse.ArgumentParser, options: Mapping[str, Foreign]) -> None:
@@ -158,7 +151,7 @@ def add_ineffective(parser: argparse.ArgumentParser, options: Mapping[str, Forei
 def check_ineffective(args: argparse.Namespace, options: Mapping[str, Foreign]) -> None:
     """Raises `ConfigError` for a flag of `add_ineffective` whose value would change something."""
     for name, (fine, _) in options.items():
-        if name not in RUNNER and hasattr(args, name):
+        if hasattr(args, name):
             _check(name, getattr(args, name), fine, _flag)
 
 

@@ -284,7 +284,7 @@ def test_an_architecture_that_nobody_knows_is_told_what_was_tried(terminal: Term
     assert outcome.code == 3
     for said in ("no native model", "entry points", "the installed Transformers lacks it", "LlamaForCausalLM"):
         assert said in json.loads(outcome.out)["implementation_reason"]
-    assert "no pooling models" in terminal.plan(str(model), "--task", "embed").err
+    assert "generates text and embeds it" in terminal.plan(str(model), "--task", "score").err
 
 
 # --- 9: tokenizer -----------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.core.engine import EngineCore
-from octavo.types import StepResult, TokenOutput
+from octavo.types import Pooling, PoolingKind, StepResult, TokenOutput
 from tests.core.stub_engine import collect, expected, make_engine, make_request, run
 
 
@@ -281,3 +282,60 @@ def assert_idle(core: EngineCore) -> None:
     assert core.stats().pages_used == 0
     assert core.stats().running == core.stats().waiting == 0
     assert not core.scheduler._prefixes._claims
+
+
+@pytest.mark.parametrize("kind", ["last", "mean"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_to_embed_ends_with_its_prompt_whatever_its_length(kind: PoolingKind, overlap: bool) -> None:
+    core = make_engine(pages=16, overlap=overlap, runner="pooling")
+    shared = prompt(1, 40)
+    prompts = {f"r{i}": [*shared[: 8 * i], *prompt(i, n)] for i, n in enumerate((1, 33, 16, 100, 216, 31, 32))}
+    assert len(prompts["r4"]) < core.info.max_model_len
+    prompts["whole"] = prompt(8, core.info.max_model_len)
+    for id, tokens in prompts.items():
+        request = make_request(core, id, tokens, max_tokens=0, pooling=Pooling(kind))
+        assert core.add(request) is None
+    outputs = run(core)
+    assert {output.id: output.embedding for output in outputs} == {
+        id: np.float32(expected(tokens, 1)[0]).tobytes() for id, tokens in prompts.items()
+    }
+    assert all(output.finish_reason == "stop" and not output.token_ids for output in outputs)
+    assert core.stats().generation_tokens == 0
+
+
+def test_only_what_is_pooled_from_the_last_token_takes_a_prefix_that_is_known() -> None:
+    core = make_engine(runner="pooling")
+    tokens = prompt(1, 64)
+    cached = []
+    for kind in ("mean", "last", "last", "mean", "cls"):
+        core.add(make_request(core, kind, tokens, max_tokens=0, pooling=Pooling(kind)))
+        cached += [output.cached for output in run(core)]
+    assert cached == [0, 48, 48, 0, 0]
+
+
+def test_embedding_survives_preemption_and_ends_when_aborted() -> None:
+    core = make_engine(pages=16, max_num_seqs=3, max_num_batched_tokens=16, runner="pooling")
+    prompts = {id: prompt(i, 150) for i, id in enumerate("abc")}
+    for id, tokens in prompts.items():
+        core.add(make_request(core, id, tokens, max_tokens=0, pooling=Pooling("mean")))
+    early = [output for _ in range(6) for output in core.step()]
+    core.add(make_request(core, "first", prompt(7, 200), max_tokens=0, pooling=Pooling("mean"), priority=-1))
+    early += core.step()
+    assert core.stats().preemptions > 0
+    (aborted,) = core.abort(["b"])
+    found = {output.id: output.embedding for output in [*early, *run(core)]}
+    assert aborted.finish_reason == "abort" and not aborted.embedding
+    assert found == {
+        id: np.float32(expected(tokens, 1)[0]).tobytes()
+        for id, tokens in {**prompts, "first": prompt(7, 200)}.items()
+        if id != "b"
+    }
+
+
+def test_an_engine_refuses_what_the_other_kind_does() -> None:
+    generates, embeds = make_engine(), make_engine(runner="pooling")
+    pooled = {"max_tokens": 0, "pooling": Pooling("last")}
+    for core, sampling in ((generates, pooled), (embeds, {})):
+        refusal = core.add(make_request(core, "a", [1], **sampling))
+        assert refusal is not None and refusal.status == 400
+        assert not core.has_work()

@@ -91,10 +91,13 @@ class EngineCore:
             return _refusal(request, f"{self._max_waiting} requests are waiting, the limit. Retry later.", 503)
         if request.id in self.scheduler or request.id in self._compiling:
             return _refusal(request, f"A request with id {request.id!r} is running. Use another id.", 400)
-        length = len(request.token_ids) // 4
-        if not 0 < length < self.info.max_model_len:
-            limit = self.info.max_model_len
-            return _refusal(request, f"The prompt has {length} tokens, outside [1, {limit - 1}]. Shorten it.", 400)
+        pools = request.sampling.pooling is not None
+        if pools == self.model_config.has_head:
+            does = "generates text" if self.model_config.has_head else "embeds"
+            return _refusal(request, f"This engine {does}. Start another one for this request.", 400)
+        length, limit = len(request.token_ids) // 4, self.info.max_model_len - (not pools)
+        if not 0 < length <= limit:
+            return _refusal(request, f"The prompt has {length} tokens, outside [1, {limit}]. Shorten it.", 400)
         if request.sampling.guide is not None:
             refused = self._grammars.open(request.id, request.sampling.guide)
             if refused is not None:

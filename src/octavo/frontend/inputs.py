@@ -14,21 +14,23 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 import msgspec
 
 from octavo.cache.prefix import page_hashes
 from octavo.errors import ContextExceeded, RequestError
-from octavo.sampling_params import SEED_LIMIT, SamplingParams
+from octavo.sampling_params import SEED_LIMIT, PoolingParams, SamplingParams
 from octavo.structured import Guide
 from octavo.types import EngineInfo, Request, Sampling
 
 if TYPE_CHECKING:
+    from octavo.hub.pooling import Pooler
     from octavo.hub.tokenizer import Tokenizer
 
 # A text, its token ids, or either as vLLM's dicts: {"prompt": str} and {"prompt_token_ids": list[int]}.
 Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
+Params: TypeAlias = SamplingParams | PoolingParams
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,12 @@ class InputProcessor:
         defaults: Mapping[str, Any] | None = None,
         seeds: random.Random | None = None,
         clamp_max_tokens: bool = False,
+        pooler: Pooler | None = None,
     ) -> None:
         """``defaults`` are sampling parameters of the model's own (`default_params`); ``seeds`` draws the seeds of
         requests that bring none. With ``clamp_max_tokens`` an output that would outgrow the context is cut at its end,
-        as vLLM's ``LLM`` does, instead of refused; `process` can ask for it for one request.
+        as vLLM's ``LLM`` does, instead of refused; `process` can ask for it for one request. ``pooler`` is that of an
+        engine that embeds and generates nothing.
         """
         self.tokenizer = tokenizer
         self.info = info
@@ -67,6 +71,19 @@ class InputProcessor:
         self._defaults = dict(defaults or {})
         self._seeds = seeds or random.SystemRandom()
         self._clamp = clamp_max_tokens
+        self._pooler = pooler
+
+    @property
+    def pooler(self) -> Pooler:
+        """How the engine embeds; raises `RequestError` if it generates text."""
+        if self._pooler is None:
+            raise RequestError("this engine generates text and does not embed it.", "Start one with --runner pooling.")
+        return self._pooler
+
+    def check_generates(self) -> None:
+        """Raises `RequestError` if the engine embeds."""
+        if self._pooler is not None:
+            raise RequestError("this engine embeds texts and generates none.", "Start one with --runner generate.")
 
     def default_params(self) -> SamplingParams:
         """Sampling parameters for requests that bring none: the model's own over those of `SamplingParams`."""
@@ -76,7 +93,7 @@ class InputProcessor:
         self,
         id: str,
         prompt: Prompt,
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         priority: int = 0,
         salt: bytes = b"",
@@ -92,7 +109,7 @@ class InputProcessor:
         self,
         id: str,
         ids: Sequence[int],
-        params: SamplingParams | None = None,
+        params: Params | None = None,
         *,
         text: str | None = None,
         priority: int = 0,
@@ -100,6 +117,9 @@ class InputProcessor:
         clamp_max_tokens: bool = False,
     ) -> Prepared:
         """As `process`, from token ids; ``text`` is what they came from, if known."""
+        if isinstance(params, PoolingParams):
+            return self._to_embed(id, list(ids), params, text, priority, salt)
+        self.check_generates()
         clamp = self._clamp or clamp_max_tokens or params is None  # a default is no demand
         params = params or self.default_params()
         params.validate()
@@ -128,6 +148,36 @@ class InputProcessor:
         if keep == -1:
             keep = max(1, self.info.max_model_len - (params.max_tokens or 1))
         return (ids, text) if keep is None or len(ids) <= keep else (ids[-keep:], None)
+
+    def _to_embed(
+        self, id: str, ids: list[int], params: PoolingParams, text: str | None, priority: int, salt: bytes
+    ) -> Prepared:
+        sampling = Sampling(max_tokens=0, pooling=self.pooler.pooling(params.dimensions, params.use_activation))
+        keep, limit = params.truncate_prompt_tokens, self.info.max_model_len
+        if keep is not None and not -1 <= keep < 2**31:
+            cause = f"truncate_prompt_tokens is {keep}, outside [-1, {2**31 - 1}]."
+            raise RequestError(cause, "Give a value in that range.", param="truncate_prompt_tokens")
+        keep = limit if keep == -1 else keep
+        if keep is not None and len(ids) > keep:
+            ids, text = self._first(ids, text, keep), None
+        self._check_ids("prompt", ids)
+        if not 0 < len(ids) <= limit:
+            raise ContextExceeded(
+                f"the prompt has {len(ids)} tokens, outside [1, {limit}].",
+                "Send at least one token, and to cut what is too long truncate_prompt_tokens -1.",
+                param="prompt",
+            )
+        request = request_of(self.info, id, ids, sampling, priority=priority, salt=salt)
+        return Prepared(id, text, ids, SamplingParams(max_tokens=None, detokenize=False), [request])
+
+    def _first(self, ids: list[int], text: str | None, keep: int) -> list[int]:
+        """The first ``keep`` of ``ids``, among them the special tokens around the text that they came from."""
+        bare = ids if text is None else self.encode(text, add_special_tokens=False)
+        extra = len(ids) - len(bare)
+        begin = next((at for at in range(extra + 1) if ids[at : at + len(bare)] == bare), None)
+        if begin is None or extra > keep:
+            return ids[:keep]
+        return [*ids[:begin], *bare[: keep - extra], *ids[begin + len(bare) :]]
 
     def encode_prompts(
         self, prompts: Iterable[Prompt], *, add_special_tokens: bool = True
@@ -299,9 +349,18 @@ def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
-def pack(ids: Sequence[int]) -> bytes:
-    """Token ids as int32, little endian."""
-    packed = array("i", ids)
+def pack(values: Sequence[Any], kind: Literal["i", "f"] = "i") -> bytes:
+    """Token ids as int32, or numbers as float32, little endian."""
+    packed = array(kind, values)
     if sys.byteorder != "little":
         packed.byteswap()
     return packed.tobytes()
+
+
+def unpack(values: bytes, kind: Literal["i", "f"]) -> array[Any]:
+    """What `pack` packed."""
+    found = array(kind)
+    found.frombytes(values)
+    if sys.byteorder != "little":
+        found.byteswap()
+    return found

@@ -10,17 +10,22 @@ from octavo.config import EngineConfig
 from octavo.hub.configs import model_config
 from octavo.hub.files import find_files
 from octavo.hub.live import LiveModel
+from octavo.hub.pooling import Pooler, causal
 from octavo.hub.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class TextModel:
-    """``tokenizer`` is None with ``skip_tokenizer_init``; ``defaults`` are fields of `SamplingParams`."""
+    """``tokenizer`` is None with ``skip_tokenizer_init``; ``defaults`` are fields of `SamplingParams`.
+
+    ``pooler`` is that of a model that embeds.
+    """
 
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int] = frozenset()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     architecture: str = ""
+    pooler: Pooler | None = None
 
 
 def load_text_model(config: EngineConfig, live: LiveModel | None = None) -> TextModel:
@@ -30,9 +35,12 @@ def load_text_model(config: EngineConfig, live: LiveModel | None = None) -> Text
     """
     options = config.model
     files = live or find_files(options, weights=False)
-    model = model_config(files.hf_dict(), generation=files.generation, traced=True)  # the worker is strict
+    hf = files.hf_dict()
+    pooler = files.pooler(hf)
+    hf = hf if pooler is None else causal(hf)
+    model = model_config(hf, generation=files.generation, traced=True)  # the worker is strict
     ends = set(model.eos_ids)
     tokenizer = None if options.skip_tokenizer_init else files.load_tokenizer()
     if tokenizer is not None and tokenizer.eos_id is not None:
         ends.add(tokenizer.eos_id)
-    return TextModel(tokenizer, frozenset(ends), files.sampling_defaults(), model.architecture)
+    return TextModel(tokenizer, frozenset(ends), files.sampling_defaults(), model.architecture, pooler)

@@ -12,7 +12,7 @@ import msgspec
 
 from octavo.errors import OctavoError, Overloaded, RequestError
 from octavo.frontend.detokenize import Detokenizer, TextDecoder
-from octavo.frontend.inputs import Prepared
+from octavo.frontend.inputs import Prepared, unpack
 from octavo.types import CompletionOutput, Logprob, RequestMetrics, RequestOutput, TokenLogprobs, TokenOutput
 
 Logprobs = dict[int, Logprob]
@@ -45,6 +45,7 @@ class _Output:
         self.cumulative = 0.0
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
+        self.embedding: list[float] | None = None
         self.detokenizer: Detokenizer | None = None
         if decoder is not None and params.detokenize:
             self.detokenizer = Detokenizer(decoder, prepared.prompt_token_ids, params, keep=prepared.kept_ids)
@@ -62,6 +63,7 @@ class _Output:
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            embedding=self.embedding,
         )
 
 
@@ -147,7 +149,9 @@ class RequestState:
     def _take_tokens(self, one: _Output, output: TokenOutput) -> int:
         """Appends tokens up to a stop string; returns how many."""
         tokens = output.token_ids
-        if tokens and self.metrics.first_token_time is None:
+        if output.embedding:
+            one.embedding = unpack(output.embedding, "f").tolist()
+        if (tokens or output.embedding) and self.metrics.first_token_time is None:
             now = self.metrics.first_token_time = time.monotonic()
             self.metrics.scheduled_time = min(self.metrics.arrival_time + output.queued, now)
         # The token that ended the output has no text, unless it is asked for; core and frontend agree on its place.

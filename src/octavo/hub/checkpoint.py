@@ -151,6 +151,31 @@ class GgufCheckpoint:
         return tensor.blocks[rows] if order is None else tensor.blocks[order[rows]]
 
 
+class WithoutPrefix:
+    """A checkpoint that was saved without a head, so that names lack the ``model.`` of a model with one."""
+
+    PREFIX = "model."
+
+    def __init__(self, inner: Checkpoint) -> None:
+        self._inner = inner
+        self._tensors = {self.PREFIX + name: info for name, info in inner.tensors().items()}
+
+    @classmethod
+    def over(cls, checkpoint: Checkpoint) -> Checkpoint:
+        """``checkpoint`` under the names of a model with a head, whichever it has."""
+        return cls(checkpoint) if "embed_tokens.weight" in checkpoint.tensors() else checkpoint
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read(self, name: str, slices: Slices | None = None) -> Array:
+        return self._inner.read(name.removeprefix(self.PREFIX), slices)
+
+    def forget(self) -> None:
+        """See `Checkpoint`."""
+        self._inner.forget()
+
+
 # --- which files ----------------------------------------------------------------------------------------------------
 
 _NOT_WEIGHTS = frozenset({"training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt"})

@@ -23,6 +23,7 @@ from octavo.log import get_logger
 _KNOWN_KEYS: Final = frozenset(
     (
         *("architectures", "attn_logit_softcapping", "dtype", "eos_token_id", "head_dim", "hidden_size_per_head"),
+        *("is_causal", "is_matryoshka", "matryoshka_dimensions"),
         *("layer_types", "max_window_layers", "model_type", "no_rope_layers", "no_rope_layer_interval"),
         *("original_max_position_embeddings", "partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta"),
         *("sliding_window", "text_config", "tie_word_embeddings", "torch_dtype", "use_sliding_window", "vocab_size"),
@@ -210,6 +211,7 @@ def model_config(
     kv_cache_dtype: str = "auto",
     converts_float8: bool = False,
     traced: bool = False,
+    has_head: bool = True,
 ) -> ModelConfig:
     """What the engine needs of ``hf`` (normalised), for ``device`` "cpu" or "cuda".
 
@@ -247,11 +249,16 @@ def model_config(
         eos_ids=_eos_ids(hf, text, generation or {}),
         norm_eps=number(text, "norm_eps", 1e-6),
         hidden_act=str(lookup(text, "hidden_act") or "silu"),
-        # Transformers 4 looked at the text config, 5 looks at the top level.
-        tie_embeddings=bool(hf.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings")),
+        tie_embeddings=has_head and _ties(hf, text),
         hf=hf,
+        has_head=has_head,
         cache_dtype=_cache_dtype(kv_cache_dtype, converts_float8),
     )
+
+
+def _ties(hf: Hf, text: Hf) -> bool:
+    """Transformers 4 looked at the text config, 5 looks at the top level."""
+    return bool(hf.get("tie_word_embeddings")) or bool(text.get("tie_word_embeddings"))
 
 
 def _cache_dtype(wanted: str, converts_float8: bool) -> str | None:

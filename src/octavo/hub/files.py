@@ -10,6 +10,7 @@ from octavo.config import ModelOptions
 from octavo.hub.configs import read_hf_dict
 from octavo.hub.generation import generation_config, sampling_defaults
 from octavo.hub.patches import Hf
+from octavo.hub.pooling import Pooler, pooler_of
 from octavo.hub.remote_code import RepoCode, completed
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
@@ -32,6 +33,10 @@ class ModelFiles:
     def hf_dict(self) -> Hf:
         """See `hub.configs.read_hf_dict`; what only code of the repo tells is asked of that code, if it is trusted."""
         return completed(read_hf_dict(self.config, self.options.hf_overrides, self.options.config_format), self.code())
+
+    def pooler(self, hf: Hf) -> Pooler | None:
+        """See `hub.pooling.pooler_of`; ``hf`` is what `hf_dict` returned."""
+        return pooler_of(hf, self.weights, self.options)
 
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of `SamplingParams` that hold for requests which do not set them; raises `ModelError` HF002."""

@@ -17,10 +17,14 @@ from octavo.hub.configs import DTYPES, override
 from octavo.hub.files import find_files
 from octavo.hub.generation import sampling_defaults
 from octavo.hub.patches import Hf
+from octavo.hub.pooling import Pooler
 from octavo.hub.tokenizer import AutoTokenizerAdapter, Tokenizer
 
 # Options about files, which a loaded model does not come from, with the values that ask for nothing.
 _OF_FILES: Mapping[str, tuple[Any, ...]] = {
+    "runner": ("auto", "generate"),
+    "convert": ("auto", "none"),
+    "pooler_config": ({},),
     "revision": (None,),
     "code_revision": (None,),
     "hf_config_path": (None,),
@@ -94,6 +98,10 @@ class LiveModel:
         """The config in the shape that `hub.patches` makes; the architecture is the model's class."""
         hf = {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
         return override(hf, {})
+
+    def pooler(self, hf: Hf) -> Pooler | None:
+        """None: a loaded model generates text."""
+        return None
 
     def sampling_defaults(self) -> dict[str, Any]:
         """As `hub.files.ModelFiles.sampling_defaults`."""

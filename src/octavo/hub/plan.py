@@ -16,6 +16,7 @@ from octavo.hub.files import files_of
 from octavo.hub.gguf import GgufReader
 from octavo.hub.machines import Machine, larger_than
 from octavo.hub.peek import Peeked
+from octavo.hub.pooling import causal
 from octavo.hub.quantised.checkpoint import unquantised
 from octavo.hub.quantised.settings import check_wanted
 from octavo.hub.safetensors_file import TensorInfo
@@ -105,6 +106,8 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
     options, source = config.model, peeked.source
     files = files_of(options, source)
     hf = files.hf_dict()
+    pools = files.pooler(hf) is not None
+    hf = causal(hf) if pools else hf
     check_wanted(options.quantization, hf)
     model = model_config(
         hf,
@@ -115,6 +118,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         kv_cache_dtype=config.memory.kv_cache_dtype,
         converts_float8=machine.device == "cuda",
         traced=models.is_traced(hf, options.model_impl),
+        has_head=not pools,
     )
     max_len, max_len_reason = max_model_len(model, options.max_model_len)
     rope = _rope(model)  # before layers are traced, which shows their attention alone
@@ -203,11 +207,12 @@ def _weights(
         count = stored // (4 if model.hf.get("dtype") in (None, "float32") else 2)
         return Weights(count, stored, count * wide, count * wide, "estimated from the size of pickled files")
     stored = sum(info.nbytes for info in tensors.values())
-    tied = {"lm_head.weight"} if model.tie_embeddings else set()
-    counts = {name: math.prod(info.shape) for name, info in tensors.items() if name not in tied}
+    headless = model.tie_embeddings or not model.has_head
+    counts = {name: math.prod(info.shape) for name, info in tensors.items() if not headless or name != "lm_head.weight"}
     bytes_of = {name: _loaded_bytes(tensors[name], counts[name], wide) for name in counts}
     if rounded is not None:
-        names = [name for name in counts if len(tensors[name].shape) == 2 and (tied or "embed_tokens" not in name)]
+        kept = () if model.tie_embeddings else ("embed_tokens",)
+        names = [n for n in counts if len(tensors[n].shape) == 2 and not any(part in n for part in kept)]
         bytes_of |= {name: int(counts[name] * rounded / 8) for name in names}
     if isinstance(checkpoint, BlockCheckpoint):
         stored = checkpoint.stored
@@ -220,7 +225,7 @@ def _weights(
     loaded = sum(bytes_of.values())
     head = model.vocab_size * model.hidden_size
     used = sum(counts.values()) - int((1 - share) * sum(n for name, n in counts.items() if _EXPERT.search(name)))
-    layers = used - (head if model.tie_embeddings else 2 * head)
+    layers = used - (head if headless else 2 * head)
     small = rounded is not None or loaded < 2 * sum(counts.values())
     return Weights(
         sum(counts.values()),
@@ -228,7 +233,7 @@ def _weights(
         loaded,
         loaded - idle,
         layers=layers,
-        head=head,
+        head=head if model.has_head else 0,
         small=small,
         experts=experts,
         share=share,

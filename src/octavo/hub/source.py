@@ -21,6 +21,7 @@ _SMALL_FILES: Final = (
     "*.json",
     "*.jinja",
     "additional_chat_templates/*.jinja",
+    "*_Pooling/config.json",
     "tokenizer.model.*",
     "*.model",
     "*.spm",

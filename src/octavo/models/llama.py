@@ -255,8 +255,10 @@ class LlamaForCausalLM(Model):
         self.lm_head: Linear | None = None
         if config.tie_embeddings:
             self.tied = ("lm_head.weight", "model.embed_tokens.weight")
-        else:
+        elif config.has_head:
             self.untie()
+        else:
+            self.unused = (*self.unused, "lm_head.*")
 
     @staticmethod
     def inner_sizes(config: ModelConfig) -> dict[str, int]:

@@ -12,7 +12,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.config import ModelConfig
+from octavo.config import MODEL_ENTRY_POINTS, ModelConfig
 from octavo.errors import UnsupportedModel
 from octavo.hub.quantised import settings
 from octavo.hub.remote_code import RepoCode, reference
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from octavo.models.base import Model
 
     Maker = Callable[[ModelConfig, int], Model]  # of a config and the longest sequence
-
-ENTRY_POINTS = "octavo.models"
 
 TRANSFORMERS = "octavo.models.hf.backend:TransformersModel"
 OF_REPO = "octavo.models.hf.remote:maker"
@@ -88,7 +86,7 @@ def find(config: ModelConfig, impl: str = "auto", *, trusts_code: bool = False) 
         return OF_REPO, f"Transformers backend for {config.architecture}: asked for; {named} of its repo"
     if impl == "transformers":
         return TRANSFORMERS, f"Transformers backend for {config.architecture}: asked for"
-    installed = {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+    installed = {point.name: point for point in metadata.entry_points(group=MODEL_ENTRY_POINTS)}
     own = installed.get(config.architecture)
     if own is not None:  # before the native one: whoever installs it wants it
         package = own.dist.name if own.dist is not None else own.module
@@ -107,7 +105,7 @@ def find(config: ModelConfig, impl: str = "auto", *, trusts_code: bool = False) 
         code = " Its repo has Python code for it, but no AutoModelForCausalLM." if config.hf.get("auto_map") else ""
         raise UnsupportedModel(
             f"Architecture {config.architecture!r} (model_type {config.model_type!r}) has no native model, no installed"
-            f" package brings one (entry points {ENTRY_POINTS}), and {tried}.{code}",
+            f" package brings one (entry points {MODEL_ENTRY_POINTS}), and {tried}.{code}",
             f"The nearest native ones are {', '.join(nearest)}.",
         )
     return address, f"native {address.partition(':')[2]} for {config.architecture}"
@@ -116,7 +114,7 @@ def find(config: ModelConfig, impl: str = "auto", *, trusts_code: bool = False) 
 def is_traced(hf: Mapping[str, Any], impl: str) -> bool:
     """Whether the Transformers backend would run the config ``hf``: it finds out the layers itself."""
     names = hf.get("architectures") or ()
-    own = {*NATIVE, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))}
+    own = {*NATIVE, *(point.name for point in metadata.entry_points(group=MODEL_ENTRY_POINTS))}
     return impl == "transformers" or not own.intersection(names[:1])
 
 

@@ -15,6 +15,10 @@ T = TypeVar("T")
 class HostCopy(Protocol):
     """A copy from the device that may still be under way."""
 
+    def ready(self) -> bool:
+        """Whether `wait` returns at once."""
+        ...
+
     def wait(self) -> torch.Tensor:
         """The tensor on the host, complete."""
         ...

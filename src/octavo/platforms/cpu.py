@@ -24,6 +24,9 @@ BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
 class _Here:
     tensor: torch.Tensor
 
+    def ready(self) -> bool:
+        return True
+
     def wait(self) -> torch.Tensor:
         return self.tensor
 

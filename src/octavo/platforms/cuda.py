@@ -20,6 +20,9 @@ class _Copy:
     tensor: torch.Tensor
     done: torch.cuda.Event
 
+    def ready(self) -> bool:
+        return bool(self.done.query())  # type: ignore[no-untyped-call]
+
     def wait(self) -> torch.Tensor:
         self.done.synchronize()
         return self.tensor

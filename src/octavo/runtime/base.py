@@ -42,7 +42,11 @@ class TokenMask:
 
 
 class Pending(Protocol):
-    """Tokens that are being sampled."""
+    """Tokens that are being sampled, or embeddings that are being made."""
+
+    def ready(self) -> bool:
+        """Whether `result` need not wait."""
+        ...
 
     def result(self) -> StepResult:
         """Waits for the device and returns the tokens of the step."""

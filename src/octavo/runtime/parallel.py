@@ -14,7 +14,6 @@ from octavo.log import get_logger
 from octavo.parallel.group import LostPeer
 from octavo.runtime.base import Pending, Progress, TokenMask
 from octavo.runtime.executor import CLOSE_SECONDS, Executor, Init, Load, PlanMemory, Step, TakeTokens
-from octavo.runtime.runner import Launched
 from octavo.runtime.worker import MemoryErrors, Worker
 from octavo.types import StepPlan, StepResult
 
@@ -23,8 +22,11 @@ from octavo.types import StepPlan, StepResult
 class _Watched:
     """A step of all ranks between its launch and the reading of its tokens."""
 
-    launched: Launched
+    launched: Pending
     executor: Executor
+
+    def ready(self) -> bool:
+        return self.launched.ready()
 
     def result(self) -> StepResult:
         self.executor.watch_device(self.launched.ready)

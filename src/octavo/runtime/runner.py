@@ -14,7 +14,7 @@ from octavo.layers import context
 from octavo.models.base import Model
 from octavo.parallel.group import SINGLE, Group
 from octavo.platforms.base import Platform
-from octavo.runtime.base import TokenMask
+from octavo.runtime.base import Pending, TokenMask
 from octavo.runtime.graphs import DecodeGraphs, PromptGraphs, warm_up, warm_up_prompts
 from octavo.runtime.inputs import HostSteps, StepInputs, lay_out, send
 from octavo.runtime.memory import cache_dtype
@@ -131,15 +131,15 @@ class Runner:
             self._forward(plan)
 
     def _forward(self, plan: StepPlan) -> None:
-        hidden, inputs = self._hidden(plan)
+        hidden, inputs = self._hidden(plan, every=bool(self._scored))
         if self._scored:
             self._prompt_logprobs = self._score_prompts(plan, hidden)
             hidden = hidden[inputs.logits_at]
         self._sampled_rows, self._best = inputs.sampled_rows, None
         self._logits = self._model.logits(hidden) if any(plan.samples) else None
 
-    def _hidden(self, plan: StepPlan) -> tuple[torch.Tensor, StepInputs]:
-        """Hidden states of the last token of each item that samples; of all tokens where prompts are scored."""
+    def _hidden(self, plan: StepPlan, *, every: bool) -> tuple[torch.Tensor, StepInputs]:
+        """Hidden states of every token, or of the last of each item that samples."""
         kept = self._host_steps.fill(plan) if self._host_steps is not None else None
         if kept is not None:
             return kept.run(self._model, self._cache), kept
@@ -147,13 +147,13 @@ class Runner:
         graph = self._prompt_graphs.fitting(parts) if self._prompt_graphs is not None else None
         if graph is not None:
             hidden, inputs = graph.run(parts)
-            return hidden if self._scored else hidden[inputs.logits_at], inputs
+            return hidden if every else hidden[inputs.logits_at], inputs
         inputs = send(parts, plan, self._tables, self._platform)
-        every = bool(self._scored) or len(parts["logits_at"]) == len(parts["token_ids"])
+        every = every or len(parts["logits_at"]) == len(parts["token_ids"])
         return inputs.forward(self._model, self._ops, self._tables, self._cache, every=every), inputs
 
     @torch.inference_mode()
-    def sample(self, mask: TokenMask | None = None) -> Launched:
+    def sample(self, mask: TokenMask | None = None) -> Pending:
         """Launches sampling for the last `step`; its rows' next input is the sampled token, read or not."""
         plan = self._plan
         items = [b for b, samples in enumerate(plan.samples) if samples]
@@ -218,6 +218,8 @@ def rehearse(model: Model, num_tokens: int, max_rows: int, page_size: int, platf
 
     def steps() -> None:
         largest_step(model, min(num_tokens, 256), max_rows, page_size, platform)
+        if not model.config.has_head:
+            return
         cache = torch.zeros(model.config.cache_shape(2, page_size), dtype=cache_dtype(model.config), device=device)
         tables = Tables(max_rows, page_size, page_size, 1, device)
         warm_up(model, cache, tables, platform, max_rows)
@@ -248,5 +250,6 @@ def largest_step(model: Model, num_tokens: int, max_rows: int, page_size: int, p
         token_ids = torch.randint(config.vocab_size, (num_tokens,), dtype=torch.int32, device=device)
         with context.use(context.ForwardContext(meta, cache)):
             hidden = model(token_ids, positions)
-        model.logits(hidden[: min(max_rows, num_tokens)]).float()
+        if config.has_head:
+            model.logits(hidden[: min(max_rows, num_tokens)]).float()
         model.release(0)

@@ -29,6 +29,9 @@ def next_token(context: npt.NDArray[np.int32], vocab: int = VOCAB) -> int:
 class _Done:
     value: StepResult
 
+    def ready(self) -> bool:
+        return True
+
     def result(self) -> StepResult:
         return self.value
 
@@ -56,6 +59,7 @@ class StubWorker:
         self.page_size = int(config.memory.block_size)
         if config.memory.kv_cache_memory_bytes:
             self.num_pages = int(config.memory.kv_cache_memory_bytes) // (4 * self.page_size)
+        self.pools = config.model.runner == "pooling"
         rows = self.max_rows = config.limits.max_num_seqs
         self.max_len = min(self.max_len, config.model.max_model_len or self.max_len)
         self.pages = np.full((self.num_pages, self.page_size), -1, np.int32)
@@ -78,6 +82,7 @@ class StubWorker:
             hidden_act="none",
             tie_embeddings=True,
             hf={},
+            has_head=not self.pools,
         )
 
     def load(self, progress: Progress) -> None:
@@ -107,7 +112,13 @@ class StubWorker:
         ]
 
     def sample(self, mask: TokenMask | None = None) -> _Done:
-        """The tokens of the last `step`; one that ``mask`` forbids is replaced by one that it allows."""
+        """The tokens of the last `step`; one that ``mask`` forbids is replaced by one that it allows.
+
+        A model that embeds has the token, which tells of all of the prompt's pages, as the one number of an embedding.
+        """
+        if self.pools:
+            found = {b: np.float32(token).tobytes() for b, token in enumerate(self._tokens) if token >= 0}
+            return _Done(StepResult(tokens=[-1] * len(self._tokens), embeddings=found))
         result = StepResult(tokens=self._tokens)
         for item, bits in zip(mask.items, mask.all_bits(), strict=True) if mask else ():
             allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), count=VOCAB, bitorder="little"))

@@ -12,11 +12,12 @@ import torch
 from octavo import platforms
 from octavo.config import EngineConfig, ModelConfig
 from octavo.errors import ConfigError, OctavoError
-from octavo.hub.checkpoint import open_checkpoint
+from octavo.hub.checkpoint import WithoutPrefix, open_checkpoint
 from octavo.hub.configs import max_model_len, model_config
 from octavo.hub.files import ModelFiles, find_files
 from octavo.hub.live import LiveModel
 from octavo.hub.machines import bandwidth_of
+from octavo.hub.pooling import causal
 from octavo.hub.quantised.checkpoint import unquantised
 from octavo.hub.quantised.settings import check_wanted
 from octavo.kernels import select
@@ -25,11 +26,12 @@ from octavo.models import registry
 from octavo.models.base import Model
 from octavo.parallel import group
 from octavo.parallel.shards import MOST_RANKS
-from octavo.runtime.base import Progress, TokenMask, WorkerBase
+from octavo.runtime.base import Pending, Progress, TokenMask, WorkerBase
+from octavo.runtime.embed import PoolingRunner
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache, step_bytes
 from octavo.runtime.progress import LoadProgress
-from octavo.runtime.runner import Launched, Runner, RunnerLimits, largest_step, rehearse
+from octavo.runtime.runner import Runner, RunnerLimits, largest_step, rehearse
 from octavo.runtime.safetensors_packages import safetensors_reader
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from octavo.types import StepPlan
@@ -63,6 +65,10 @@ class Worker:
         self.enough_tokens = self.platform.enough_tokens
         log.info("device: %s", self.platform.describe())
         hf = files.hf_dict()
+        pooler = files.pooler(hf)
+        if pooler is not None:
+            hf = causal(hf)
+            log.info("pooling: %s (%s)", pooler.kind, pooler.reason)
         check_wanted(options.quantization, hf)
         self._model_config = model_config(
             hf,
@@ -73,6 +79,7 @@ class Worker:
             kv_cache_dtype=config.memory.kv_cache_dtype,
             converts_float8=self.platform.converts_float8,
             traced=registry.is_traced(hf, options.model_impl),
+            has_head=pooler is None,
         )
         self._max_len, reason = max_model_len(self._model_config, options.max_model_len)
         log.info("dtype: %s (%s)", self._model_config.dtype, self._model_config.dtype_reason)
@@ -131,7 +138,7 @@ class Worker:
             return fill_dummy(self._model, options.seed, self.platform.device, options.rounding)
         safetensors = safetensors_reader(options.load_format)
         stored = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint, safetensors=safetensors)
-        checkpoint = unquantised(stored, self._model_config.hf)
+        checkpoint = unquantised(WithoutPrefix.over(stored), self._model_config.hf)
         nbytes = sum(info.nbytes for info in checkpoint.tensors().values())
         with LoadProgress(nbytes, progress, shown=self.group.rank == 0) as told:
             return load(
@@ -169,7 +176,8 @@ class Worker:
         self.step_bytes = step_bytes(self._model)
         self.bandwidth = bandwidth_of(self.platform.describe().partition(",")[0]) or 0.0
         cache = plan.allocate(self._model_config, self.platform)
-        self._runner = Runner(
+        runner = Runner if self._model_config.has_head else PoolingRunner
+        self._runner = runner(
             self._model,
             cache,
             self.platform,
@@ -192,7 +200,7 @@ class Worker:
         with MemoryErrors():
             self._running().step(plan)
 
-    def sample(self, mask: TokenMask | None = None) -> Launched:
+    def sample(self, mask: TokenMask | None = None) -> Pending:
         """See `runtime.base.WorkerBase.sample`; raises as `step` does."""
         with MemoryErrors():
             return self._running().sample(mask)

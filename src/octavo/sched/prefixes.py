@@ -28,7 +28,7 @@ class Prefixes:
 
     def find(self, seq: SequenceState) -> tuple[list[Page], bytes | None]:
         """The pages that ``seq`` can reuse, and the key of one that it should `wait` for as another computes it."""
-        if not self._enabled or seq.sampling.prompt_logprobs is not None:
+        if not self._enabled or seq.sampling.whole_prompt:
             return [], None
         self._extend_keys(seq, seq.known)
         usable = (seq.known - 1) // self._page_size  # at least one token is computed: its logits are needed

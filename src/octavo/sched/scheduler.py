@@ -126,7 +126,7 @@ class Scheduler:
             known = len(seq.tokens) + seq.inflight
             if known - seq.computed > 1:
                 chunks.append(seq)
-            elif known < seq.limit:  # else the token in flight is the last one, whatever its value
+            elif known < seq.limit or not seq.inflight:  # else what is in flight is the last, whatever its value
                 decodes.append(seq)
         for seq in (*decodes, *chunks):
             if budget == 0:
@@ -151,7 +151,8 @@ class Scheduler:
             seq = item.seq
             if seq.status is Status.DONE:
                 continue
-            if item.samples:
+            pools = item.samples and seq.sampling.pooling is not None
+            if item.samples and not pools:
                 seq.append(result.tokens[index])
             if item.holds:
                 seq.committed += item.count
@@ -162,6 +163,9 @@ class Scheduler:
             if item.samples and index in result.bad:
                 self._finish(seq)
                 outputs.append(_nothing_left(seq))
+            elif pools:
+                self._finish(seq)
+                outputs.append(_pooled(seq, result.embeddings[index]))
             elif item.samples:
                 outputs.append(self._sampled(seq, result.logprobs.get(index), prompt_logprobs))
             elif prompt_logprobs:
@@ -302,9 +306,10 @@ class Scheduler:
     def _pages_for(self, seq: SequenceState, hit: list[Page]) -> int:
         """Free pages that admitting ``seq`` takes, ``hit`` being those with its prefix.
 
-        They are for all that is known and one token more: a smaller reserve would admit what the next step preempts.
+        They are for all that is known and one token more, if there will be one: a smaller reserve would admit what the
+        next step preempts.
         """
-        needed = -(-(seq.known + 1) // self.limits.page_size) - len(hit)
+        needed = -(-min(seq.known + 1, seq.limit) // self.limits.page_size) - len(hit)
         return needed + sum(page.refs == 0 for page in hit)
 
     def _start(self, seq: SequenceState, hit: list[Page], budget: int, starts: list[RowStart]) -> Item:
@@ -392,11 +397,16 @@ class Scheduler:
         self._waiting.push([seq])
 
 
+def _pooled(seq: SequenceState, embedding: bytes) -> TokenOutput:
+    return TokenOutput(id=seq.id, embedding=embedding, finish_reason="stop", cached=seq.cached, queued=seq.queued)
+
+
 def _nothing_left(seq: SequenceState) -> TokenOutput:
     """The end of a request of which no token could be sampled."""
     of = seq.sampling
     if of.guide is not None or of.allowed_token_ids or of.bad_words:
         error = "No token is left that the restrictions of the request allow, or its logits are not finite. Drop some."
         return TokenOutput(id=seq.id, finish_reason="error", error=error, status=400)
-    error = "The model produced logits that are not finite for this request. Try another prompt, or --dtype float32."
+    what = "logits" if of.pooling is None else "hidden states"
+    error = f"The model produced {what} that are not finite for this request. Try another prompt, or --dtype float32."
     return TokenOutput(id=seq.id, finish_reason="error", error=error, status=500)

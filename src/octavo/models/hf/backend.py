@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from octavo.config import LayerSpec, ModelConfig
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, UnsupportedModel
 from octavo.hub.checkpoint import Checkpoint
 from octavo.hub.quantised.checkpoint import optional_tensors
 from octavo.kernels import select
@@ -30,7 +30,7 @@ from octavo.models.hf import experts, trace, weights
 from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
 from octavo.models.hf.build import build, freeze_rope, refuse_parts
 from octavo.models.hf.generic import Generic
-from octavo.models.hf.head import ClassHead
+from octavo.models.hf.head import ClassHead, drop_head
 from octavo.models.hf.native import NotNative, Slot
 from octavo.models.hf.probe import first_position
 from octavo.models.hf.proof import NativeDecoder, Proven, drop_layers, prove
@@ -53,6 +53,7 @@ class TransformersModel(SelfLoading):
         self._geometry = config
         self._record = record
         self.model: Any = build(config, self.dtype) if model is None else model
+        self._dropped = () if config.has_head else (drop_head(self.model),)
         freeze_rope(self.model, max_len)
         self._cuts = shard(self.model, current())
         self._body: nn.Module | None = None
@@ -75,6 +76,9 @@ class TransformersModel(SelfLoading):
         try:
             yield
         except trace.NotPaged as reason:
+            if not self.config.has_head:
+                cause = f"{type(self.model).__name__} cannot embed: {reason}."
+                raise UnsupportedModel(cause, "Choose another embedding model.", id="HF031") from None
             refuse_generic(self.model, str(reason), current())
             self._generic = Generic(self.model, str(reason))
             self.config = dataclasses.replace(self.config, layers=())
@@ -91,7 +95,8 @@ class TransformersModel(SelfLoading):
 
     def load_weights(self, checkpoint: Checkpoint, device: torch.device, progress: Share) -> Loaded:
         tensors = checkpoint.tensors()
-        groups, ignored = weights.plan(self.model, tensors, self._cuts, optional_tensors(checkpoint))
+        optional = optional_tensors(checkpoint)
+        groups, ignored = weights.plan(self.model, tensors, self._cuts, optional, self._dropped)
         names = [name for group in groups for name, _ in group.sources]
         total, done = sum(tensors[name].nbytes for name in names), 0
 
@@ -264,7 +269,8 @@ class TransformersModel(SelfLoading):
         get_logger().info("transformers: %s", self.swapped)
         self.body = body
         self._head = ClassHead(self.model, self._body_name, device)
-        self._plain_head = self._find_plain_head(device) if self._native is not None else None
+        has_native_head = self._native is not None and self.config.has_head
+        self._plain_head = self._find_plain_head(device) if has_native_head else None
 
     def _replace(self, body: nn.Module) -> str:
         """Puts our own layers where they compute the same; returns a line for the log."""

@@ -35,6 +35,16 @@ class ClassHead:
         setattr(self._parent, self._name, self.body)
 
 
+def drop_head(model: Any) -> str:
+    """Puts nothing into the place of the head of ``model``, whose parameters have no memory yet; returns its name."""
+    head = model.get_output_embeddings()
+    name: str = next(name for name, module in model.named_modules() if module is head)
+    model.set_submodule(name, nn.Identity())
+    ties = model.all_tied_weights_keys
+    model.all_tied_weights_keys = {one: other for one, other in ties.items() if not one.startswith(f"{name}.")}
+    return name
+
+
 class _Given(nn.Module):
     """Stands for the decoder inside its causal language model, and returns the hidden states it was given."""
 

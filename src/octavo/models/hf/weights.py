@@ -42,11 +42,15 @@ class Group:
 
 
 def plan(
-    model: Any, tensors: Mapping[str, TensorInfo], cuts: Cuts, optional: Collection[str] = ()
+    model: Any,
+    tensors: Mapping[str, TensorInfo],
+    cuts: Cuts,
+    optional: Collection[str] = (),
+    dropped: Collection[str] = (),
 ) -> tuple[list[Group], list[str]]:
     """The groups that fill ``model``, and the checkpoint tensors that it ignores. ``cuts`` is what `shard` returned.
 
-    ``optional`` are tensors that the model may have no place for.
+    ``optional`` are tensors that the model may have no place for, ``dropped`` modules that it would have.
 
     Raises `ModelError`: HF042 for tensors that have no place, HF043 for parameters without tensors, HF044 for shapes
     that differ, HF050 for types that are not plain floats.
@@ -61,20 +65,21 @@ def plan(
     wanted = model.state_dict()
     prefix = model.base_model_prefix
     groups: dict[str, Group] = {}
-    spare = []
+    spare, needless = [], set(optional)
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
         if target not in wanted and name in wanted:
             target, pattern = name, None
         if target not in wanted:
             spare.append(name)
+            needless |= {name} if target.rpartition(".")[0] in dropped else set()
         elif pattern is None:
             groups.setdefault(target, Group([target])).sources.append((name, name))
         else:
             converter = by_pattern[pattern]
             group = groups.setdefault(target, Group(_targets(target, converter), [], copy.deepcopy(converter)))
             group.sources.append((name, pattern))
-    ignored = _check_names(model, wanted, groups, spare, optional)
+    ignored = _check_names(model, wanted, groups, spare, needless)
     _check_plain(wanted, groups, tensors, cuts)
     for group in groups.values():
         _cut(group, tensors, cuts)
