@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
 from starlette.responses import Response
 
+from octavo.errors import RequestError
 from octavo.types import Logprob, RequestOutput
 
+Listed = TypeVar("Listed")
 Logprobs = dict[int, Logprob]  # of one position: the token itself first, then the best ones
 
 
@@ -249,6 +251,31 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     usage: Usage | None = None
     timings: Timings | msgspec.UnsetType = msgspec.UNSET
     prompt_token_ids: list[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Page(msgspec.Struct, Generic[Listed], kw_only=True):
+    """A part of a list, the latest first."""
+
+    object: Literal["list"] = "list"
+    data: list[Listed]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool = False
+
+
+def page_of(found: Sequence[Any], after: str, limit: int) -> Page[Any]:
+    """At most ``limit`` of ``found``, from behind the one with the ``id`` ``after`` on; raises `RequestError`."""
+    ids = [one.id for one in found]
+    if after and after not in ids:
+        raise RequestError(f"after is {after[:100]!r}, which is not in the list.", "Leave it out.", param="after")
+    start = ids.index(after) + 1 if after else 0
+    shown = ids[start : start + limit]
+    return Page(
+        data=list(found[start : start + limit]),
+        first_id=shown[0] if shown else None,
+        last_id=shown[-1] if shown else None,
+        has_more=start + limit < len(ids),
+    )
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Annotated
+from typing import Any
 
-from msgspec import Meta
 from starlette.requests import Request
 from starlette.routing import Route as HttpRoute
 from starlette.routing import Router
@@ -26,7 +25,7 @@ from octavo.server.responses import answer
 from octavo.server.responses import body as response
 from octavo.server.responses import events as response_events
 from octavo.server.responses import routes as responses
-from octavo.server.route import Handler, Parameter, Route
+from octavo.server.route import Handler, Route
 from octavo.server.service import Service
 
 PROMETHEUS = "text/plain"
@@ -56,7 +55,7 @@ ROUTES = (
     ),
     Route(
         "GET", "/v1/responses/{id}/input_items", responses.input_items, "What a stored response was asked.",
-        answer=response.InputItems,
+        answer=answers.Page[dict[str, Any]],
     ),
     Route(
         "POST", "/v1/messages", messages.ENDPOINT.handle, "Answer a conversation as Anthropic's API does.",
@@ -70,12 +69,8 @@ ROUTES = (
         "POST", "/v1/files", files.upload, "Upload a file for a batch.", answer=FileObject, form=("file", "purpose")
     ),
     Route(
-        "GET", "/v1/files", files.listing, "The files, the latest first.", answer=files.FileList,
-        query=(
-            Parameter(name="purpose", type=str, text="only files of this purpose"),
-            Parameter(name="after", type=str, text="the list begins behind the file with this id"),
-            Parameter(name="limit", type=Annotated[int, Meta(ge=1, le=files.MAX_PAGE)], text="greatest length"),
-        ),
+        "GET", "/v1/files", files.listing, "The files, the latest first.",
+        query=files.FileQuery, answer=answers.Page[FileObject],
     ),
     Route("GET", "/v1/files/{id}", files.retrieve, "What is known of a file.", answer=FileObject),
     Route("DELETE", "/v1/files/{id}", files.delete, "Delete a file.", answer=files.FileDeleted),
@@ -85,11 +80,8 @@ ROUTES = (
         body=batches.BatchRequest, answer=Batch,
     ),
     Route(
-        "GET", "/v1/batches", batches.listing, "The batches, the latest first.", answer=batches.BatchList,
-        query=(
-            Parameter(name="after", type=str, text="the list begins behind the batch with this id"),
-            Parameter(name="limit", type=Annotated[int, Meta(ge=1, le=batches.MAX_PAGE)], text="greatest length"),
-        ),
+        "GET", "/v1/batches", batches.listing, "The batches, the latest first.",
+        query=batches.BatchQuery, answer=answers.Page[Batch],
     ),
     Route("GET", "/v1/batches/{id}", batches.retrieve, "The state of a batch.", answer=Batch),
     Route("POST", "/v1/batches/{id}/cancel", batches.cancel, "Stop a batch.", answer=Batch),
@@ -120,8 +112,8 @@ ROUTES = (
     Route("GET", "/", dashboard.chat, "A page to talk with the model.", answer="text/html"),
     Route("GET", "/dashboard", dashboard.dashboard, "A page that shows what goes on.", answer="text/html"),
     Route(
-        "GET", "/dashboard/data", dashboard.data, "What that page shows.", answer=dashboard.DashboardData,
-        query=(Parameter(name="after", type=Annotated[int, Meta(ge=0)], text="requests that ended after this number"),),
+        "GET", "/dashboard/data", dashboard.data, "What that page shows.",
+        query=dashboard.DataQuery, answer=dashboard.DashboardData,
     ),
     Route("GET", "/openapi.json", openapi.openapi, "This description.", answer=dict),
     Route("GET", "/docs", openapi.docs, "This description as a page.", answer="text/html"),

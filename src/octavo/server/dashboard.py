@@ -7,19 +7,27 @@ import re
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 import octavo
-from octavo.errors import RequestError
 from octavo.server.answers import json_response
 from octavo.server.history import Span
+from octavo.server.protocol import decode_query
 from octavo.server.service import Service
 from octavo.types import Stats
 
 PAGES = Path(__file__).parent / "pages"
+
+
+class DataQuery(msgspec.Struct):
+    """The query of ``/dashboard/data``."""
+
+    after: Annotated[int, Meta(ge=0, lt=10**15, description="requests that ended after this number")] = 0
 
 
 class EngineView(msgspec.Struct, kw_only=True):
@@ -48,9 +56,7 @@ class DashboardData(msgspec.Struct, kw_only=True):
 
 async def data(service: Service, request: Request) -> Response:
     """The state of the engines, the requests that run, and those that ended after number ``after``."""
-    after = request.query_params.get("after", "0")
-    if not (after.isascii() and after.isdigit() and len(after) <= 15):
-        raise RequestError(f"after is {after[:20]!r}, no number.", "Give the largest number seen.", param="after")
+    after = decode_query(request, DataQuery).after
     await service.refresh_stats()
     info = service.llm.info
     made = DashboardData(
@@ -64,7 +70,7 @@ async def data(service: Service, request: Request) -> Response:
         page_size=info.page_size,
         engines=[EngineView(running=e.running, reason=e.reason, stats=e.stats) for e in service.llm.client.engines()],
         running=service.history.running(),
-        ended=service.history.after(int(after)),
+        ended=service.history.after(after),
     )
     return json_response(made)
 

@@ -85,8 +85,8 @@ def _operation(route: Route, places: dict[int, Json]) -> Json:
         for name in _PATH_PARAMETER.findall(route.path)
     ]
     parameters += [
-        {"name": one.name, "in": "query", "description": one.text, "schema": msgspec.json.schema(one.type)}
-        for one in route.query
+        {"name": field.name, "in": "query", "schema": msgspec.json.schema(field.type)}
+        for field in (msgspec.structs.fields(route.query) if route.query else ())
     ]
     if parameters:
         made["parameters"] = parameters

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import msgspec
+from starlette.requests import Request
 
 from octavo.errors import RequestError
 from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
@@ -363,6 +364,14 @@ def decode(body: bytes, kind: type[Body]) -> Body:
         raise _explain(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ApiError(400, "invalid_json", "the body is not valid JSON.", "Send one JSON object.") from None
+
+
+def decode_query(request: Request, kind: type[Body]) -> Body:
+    """The parameters of a request's query that ``kind`` has; raises `RequestError` naming one that is wrong."""
+    try:
+        return msgspec.convert(dict(request.query_params), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from None
 
 
 def convert(value: object, kind: Any, where: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
@@ -16,18 +17,10 @@ if TYPE_CHECKING:
 Handler = Callable[["Service", Request], Awaitable[ASGIApp]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Parameter:
-    """A parameter of a query."""
-
-    name: str
-    type: Any
-    text: str
-
-
 @dataclass(frozen=True)
 class Route:
     """``body`` and ``answer`` are the types of the JSON that comes and goes, ``event`` that of a stream's events.
+    ``query`` is a struct of the parameters of the query.
 
     ``answer`` is a media type where it is no JSON, and None where there is no body. ``form`` names the fields of a
     multipart body. ``endpoint`` is set where the handler generates text.
@@ -41,5 +34,5 @@ class Route:
     answer: Any = None
     event: Any = None
     form: tuple[str, ...] = ()
-    query: tuple[Parameter, ...] = ()
+    query: type[msgspec.Struct] | None = None
     endpoint: Endpoint[Any] | None = None

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import Overloaded, RequestError
-from octavo.server.answers import json_response, now
+from octavo.server.answers import json_response, now, page_of
 from octavo.server.batches.runner import BatchRun
 from octavo.server.batches.store import WINDOW_SECONDS, Batch, BatchStore
 from octavo.server.errors import shutting_down
-from octavo.server.files.routes import page_of, store_of
-from octavo.server.protocol import check_metadata, decode
+from octavo.server.files.routes import store_of
+from octavo.server.protocol import check_metadata, decode, decode_query
 from octavo.server.service import Service
 
 MAX_RUNNING = 64  # batches that one API process works on
@@ -32,14 +33,11 @@ class BatchRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     metadata: dict[str, str] | None = None
 
 
-class BatchList(msgspec.Struct, kw_only=True):
-    """An answer to ``GET /v1/batches``."""
+class BatchQuery(msgspec.Struct, kw_only=True):
+    """The query of ``GET /v1/batches``."""
 
-    object: Literal["list"] = "list"
-    data: list[Batch]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    after: Annotated[str, Meta(description="the list begins behind the batch with this id")] = ""
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="greatest length")] = MAX_PAGE
 
 
 async def create(service: Service, request: Request) -> Response:
@@ -79,8 +77,9 @@ async def retrieve(service: Service, request: Request) -> Response:
 
 async def listing(service: Service, request: Request) -> Response:
     """Batches of this key, the latest first."""
+    query = decode_query(request, BatchQuery)
     found = await asyncio.to_thread(_batches(service).all, request.scope["owner"])
-    return json_response(BatchList(**page_of(request, found, MAX_PAGE)))
+    return json_response(page_of(found, query.after, query.limit))
 
 
 async def cancel(service: Service, request: Request) -> Response:

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 
 from octavo.errors import RequestError
-from octavo.server.answers import json_response
+from octavo.server.answers import json_response, page_of
 from octavo.server.files.multipart import parse
-from octavo.server.files.store import FileObject, FileStore
+from octavo.server.files.store import FileStore
+from octavo.server.protocol import decode_query
 from octavo.server.service import Service
-
-if TYPE_CHECKING:
-    from octavo.server.batches.store import Batch
 
 MAX_PAGE = 10_000
 
 
-class FileList(msgspec.Struct, kw_only=True):
-    """An answer to ``GET /v1/files``."""
+class FileQuery(msgspec.Struct, kw_only=True):
+    """The query of ``GET /v1/files``."""
 
-    object: Literal["list"] = "list"
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+    purpose: Annotated[str, Meta(description="only files of this purpose")] = ""
+    after: Annotated[str, Meta(description="the list begins behind the file with this id")] = ""
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="greatest length")] = MAX_PAGE
 
 
 class FileDeleted(msgspec.Struct):
@@ -57,10 +53,10 @@ async def upload(service: Service, request: Request) -> Response:
 
 async def listing(service: Service, request: Request) -> Response:
     """Files of this key, the latest first."""
+    query = decode_query(request, FileQuery)
     files = await asyncio.to_thread(store_of(service).all, request.scope["owner"])
-    purpose = request.query_params.get("purpose")
-    files = [file for file in files if purpose in (None, file.purpose)]
-    return json_response(FileList(**page_of(request, files, MAX_PAGE)))
+    wanted = [file for file in files if query.purpose in ("", file.purpose)]
+    return json_response(page_of(wanted, query.after, query.limit))
 
 
 async def retrieve(service: Service, request: Request) -> Response:
@@ -88,18 +84,3 @@ def store_of(service: Service) -> FileStore:
     if service.files is None:
         raise RequestError("this server keeps no files.", "Use octavo run-batch.")
     return service.files
-
-
-def page_of(request: Request, found: Sequence[FileObject | Batch], most: int) -> dict[str, Any]:
-    """The fields of a list: at most ``limit`` of what was ``found``, from behind ``after`` on, as the query says."""
-    limit, after = request.query_params.get("limit", str(most)), request.query_params.get("after")
-    if not (limit.isascii() and limit.isdigit() and len(limit) < 10 and 1 <= int(limit) <= most):
-        raise RequestError(f"limit is {limit[:20]!r}, outside [1, {most}].", "Give a number in it.", param="limit")
-    ids = [one.id for one in found]
-    if after is not None and after not in ids:
-        raise RequestError(f"after is {after[:100]!r}, which is not in the list.", "Leave it out.", param="after")
-    start = 0 if after is None else ids.index(after) + 1
-    end = start + int(limit)
-    shown = ids[start:end]
-    first, last = (shown[0], shown[-1]) if shown else (None, None)
-    return {"data": found[start:end], "first_id": first, "last_id": last, "has_more": end < len(ids)}

@@ -343,13 +343,3 @@ class Deleted(msgspec.Struct):
     id: str
     object: Literal["response"] = "response"
     deleted: bool = True
-
-
-class InputItems(msgspec.Struct, kw_only=True):
-    """An answer to ``GET /v1/responses/{id}/input_items``."""
-
-    object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool = False

@@ -12,10 +12,10 @@ from starlette.types import ASGIApp
 from octavo.errors import OctavoError, RequestError
 from octavo.log import get_logger
 from octavo.server import errors
-from octavo.server.answers import json_response
+from octavo.server.answers import Page, json_response
 from octavo.server.endpoint import Job, Origin
 from octavo.server.responses.answer import ENDPOINT, blank, given_items
-from octavo.server.responses.body import Deleted, Failure, InputItems, Response, ResponsesRequest
+from octavo.server.responses.body import Deleted, Failure, Response, ResponsesRequest
 from octavo.server.service import Service
 
 
@@ -46,7 +46,7 @@ async def input_items(service: Service, request: Request) -> HttpResponse:
     stored = service.responses.get(request.scope["owner"], request.path_params["id"])
     data = msgspec.json.decode(stored.given)[::-1]
     ids = [item["id"] for item in data]
-    return json_response(InputItems(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None))
+    return json_response(Page(data=data, first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None))
 
 
 async def delete(service: Service, request: Request) -> HttpResponse:
