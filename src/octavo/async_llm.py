@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, RequestError
-from octavo.frontend.beams import BeamSearchParams, Search, output_of
 from octavo.frontend.chat import ChatRenderer, Message, WantedFormat
 from octavo.frontend.client import EngineClient
 from octavo.frontend.detokenize import TextDecoder
@@ -203,11 +202,6 @@ class AsyncLLM:
         state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
         return Generation(state, self._batches(state))
 
-    def search(self, prepared: Prepared, params: BeamSearchParams) -> Generation:
-        """As `run`, by beam search: the outputs of ``prepared`` are the best beams, which all come at the end."""
-        state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
-        return Generation(state, self._searched(state, params))
-
     async def collect(self, prepared: Prepared) -> RequestOutput:
         """Runs a prepared request to its end."""
         generation = self.run(prepared)
@@ -330,30 +324,6 @@ class AsyncLLM:
             del self._running[id]
             if unfinished := state.unfinished_ids():
                 await self.client.abort(unfinished)
-
-
-    async def _searched(self, state: RequestState, params: BeamSearchParams) -> AsyncGenerator[list[Delta], None]:
-        prepared = state.prepared
-        first = prepared.requests[0]
-        step = msgspec.structs.replace(params.step, detokenize=False)
-        search = Search(prepared.prompt_token_ids, params, self.inputs.eos_ids, first.sampling.max_tokens)
-        for number in itertools.count():
-            runs = [
-                self.inputs.process_ids(f"{prepared.id}-{number}-{i}", ids, step, priority=first.priority, salt=first.salt)
-                for i, ids in enumerate(search.prompts())
-            ]
-            if not runs:
-                break
-            try:
-                async with asyncio.TaskGroup() as group:
-                    results = [group.create_task(self.collect(one)) for one in runs]
-            except BaseExceptionGroup as errors:
-                raise errors.exceptions[0] from None
-            search.take([(result.result().outputs[0].logprobs or [{}])[0] for result in results])
-        wanted = prepared.params.logprobs
-        best = zip(prepared.requests, search.best(), strict=True)
-        deltas = [state.process(output_of(request.id, beam, wanted)) for request, beam in best]
-        yield [delta for delta in deltas if delta is not None]
 
 
 class Closable(Protocol[T_co]):
