@@ -24,9 +24,12 @@ from octavo.types import Pooling, PoolingKind
 MODULES: Final = "modules.json"
 
 _KINDS: Final[Mapping[str, PoolingKind]] = {
-    **{"last": "last", "lasttoken": "last", "pooling_mode_lasttoken": "last"},
-    **{"mean": "mean", "pooling_mode_mean_tokens": "mean"},
-    **{"cls": "cls", "pooling_mode_cls_token": "cls"},
+    "lasttoken": "last",
+    "pooling_mode_lasttoken": "last",
+    "mean": "mean",
+    "pooling_mode_mean_tokens": "mean",
+    "cls": "cls",
+    "pooling_mode_cls_token": "cls",
 }
 _HEADLESS: Final = ("ForTextEncoding", "EmbeddingModel", "Model")
 _CAUSAL: Final = {"GPT2Model": "GPT2LMHeadModel", "Gemma3TextModel": "Gemma3ForCausalLM"}
@@ -36,9 +39,12 @@ _ENCODERS: Final = frozenset(
         *("modernbert", "new", "nomic_bert", "roberta", "t5", "xlm-roberta"),
     )
 )
-_SETTINGS: Final = {  # of --pooler-config; former names of vLLM's to its present ones
-    **{"pooling_type": "pooling_type", "seq_pooling_type": "pooling_type"},
-    **{"use_activation": "use_activation", "normalize": "use_activation", "dimensions": "dimensions"},
+_SETTINGS: Final = {  # of --pooler-config; former names of vLLM's, too
+    "pooling_type": "pooling_type",
+    "seq_pooling_type": "pooling_type",
+    "use_activation": "use_activation",
+    "normalize": "use_activation",
+    "dimensions": "dimensions",
 }
 
 
