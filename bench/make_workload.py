@@ -1,6 +1,6 @@
 """Writes the workloads of `octavo bench throughput --workload` as token ids, the same on every machine.
 
-The file maps a case to ``{"model", "max_tokens", "rounds": [{"prefix", "warm", "prompts"}]}``. Round 0 is the warm-up;
+The file maps a case to ``{"model", "max_tokens", "rounds": [{"prompts"}]}``. Round 0 is the warm-up;
 every round has the same lengths and other tokens, so that a prefix cache gains nothing from an earlier one.
 
 Ids come from `random.Random` with a string seed, whose sequence Python keeps stable over versions.
@@ -43,7 +43,7 @@ class Case:
         for number in range(ROUNDS):
             rng = random.Random(f"{self.seed}/{number}")
             prompts = [[rng.randrange(LOWEST, HIGHEST) for _ in range(length)] for length in lengths]
-            rounds.append({"prefix": [], "warm": [], "prompts": prompts})
+            rounds.append({"prompts": prompts})
         return rounds
 
 

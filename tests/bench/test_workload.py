@@ -30,7 +30,7 @@ def test_rounds_have_equal_lengths_and_other_tokens() -> None:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    case = {"model": "m", "max_tokens": 3, "rounds": [{"prefix": [9], "warm": [], "prompts": [[1, 2], [3]]}] * 3}
+    case = {"model": "m", "max_tokens": 3, "rounds": [{"prefix": [9], "prompts": [[1, 2], [3]]}] * 3}
     path = tmp_path / "w.json"
     path.write_text(json.dumps({"A": case, "B": case}), encoding="utf-8")
     return path

@@ -327,6 +327,13 @@ def test_sentencepiece_model_encodes_as_its_own_library(tmp_path: Path) -> None:
     assert ours.chat_template == template_for(3)
 
 
+def test_nothing_goes_before_a_text_where_the_model_has_no_beginning(tmp_path: Path) -> None:
+    theirs = write_spm(tmp_path / "tokenizer.model.v3", bos_id=-1, eos_id=1)
+    ours = load_tokenizer(source(tmp_path))
+    assert ours.bos_id is None
+    assert ours.encode(TEXTS[2]) == theirs.encode(TEXTS[2])
+
+
 def test_latest_version_counts_and_a_bare_model_only_if_asked_for(tmp_path: Path) -> None:
     write_spm(tmp_path / "tokenizer.model")
     for version in ("v3", "v7m1"):

@@ -20,13 +20,11 @@ class Round(msgspec.Struct):
 
     prompts: list[list[int]]
     prefix: list[int] = []
-    warm: list[int] = []
 
 
 class _FileCase(msgspec.Struct):
     max_tokens: int
     rounds: list[Round]
-    model: str = ""
 
 
 @dataclass(frozen=True)

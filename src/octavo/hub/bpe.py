@@ -11,6 +11,8 @@ from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from octavo.hub.sentencepiece_file import CONTROL, UNKNOWN, USER_DEFINED
+
 # Limits of deriving merges from scores, whose work is the characters of all tokens times the length of the longest.
 MAX_CHARS: Final = 1 << 23
 _MAX_TOKEN_CHARS: Final = 1 << 8  # a longer token gets no merges
@@ -121,6 +123,15 @@ def add_tokens(tokenizer: Tokenizer, texts: Iterable[str], *, special: bool) -> 
         tokenizer.add_special_tokens(wrapped)
     else:
         tokenizer.add_tokens(wrapped)
+
+
+def add_by_kind(tokenizer: Tokenizer, tokens: Iterable[str], kinds: Iterable[int]) -> None:
+    """As `add_tokens`, by SentencePiece's kinds, which GGUF has too: control tokens and the unknown one are special,
+    user-defined ones are not, others are not matched whole.
+    """
+    whole = [(text, kind) for text, kind in zip(tokens, kinds, strict=True) if text]
+    add_tokens(tokenizer, (text for text, kind in whole if kind in (UNKNOWN, CONTROL)), special=True)
+    add_tokens(tokenizer, (text for text, kind in whole if kind == USER_DEFINED), special=False)
 
 
 def add_template(tokenizer: Tokenizer, tokens: Sequence[str], bos: int | None, eos: int | None) -> None:

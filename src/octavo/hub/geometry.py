@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, get_args, get_type_hints
 
 from octavo.config import LayerSpec, RopeSpec
-from octavo.errors import ModelError
-from octavo.hub.patches import Hf
+from octavo.hub.patches import Hf, bad_value, rope_error
 from octavo.log import get_logger
 
 # What different families call the same number; the first one present counts.
@@ -61,7 +60,7 @@ def layer_specs(text: Hf) -> tuple[LayerSpec, ...]:
     heads = size(text, "num_attention_heads")
     kv_heads = size(text, "num_key_value_heads", heads)
     if heads % kv_heads:
-        raise _bad("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, which is {heads}")
+        raise bad_value("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads, which is {heads}")
     head_dim = _head_dim(text, heads)
     kinds = _layer_kinds(text, count)
     rotated = _rotated(text, count)
@@ -86,7 +85,8 @@ def _head_dim(text: Hf, heads: int) -> int:
             return size(text, key)
     hidden = size(text, "hidden_size")
     if hidden % heads:
-        raise _bad("hidden_size", hidden, f"a multiple of num_attention_heads ({heads}), or head_dim has to be given")
+        wanted = f"a multiple of num_attention_heads ({heads}), or head_dim has to be given"
+        raise bad_value("hidden_size", hidden, wanted)
     return hidden // heads
 
 
@@ -101,7 +101,7 @@ def _layer_kinds(text: Hf, count: int) -> list[str]:
     kinds = text.get("layer_types")
     if kinds is not None:
         if not isinstance(kinds, list) or len(kinds) != count or not all(isinstance(kind, str) for kind in kinds):
-            raise _bad("layer_types", kinds, f"a list of {count} names")
+            raise bad_value("layer_types", kinds, f"a list of {count} names")
         return kinds
     model_type, first = text.get("model_type"), count
     if _window(text) is not None:
@@ -118,7 +118,7 @@ def _rotated(text: Hf, count: int) -> list[bool]:
     """Which layers rotate: SmolLM3's ``no_rope_layers`` has a 1 for those that do, in spite of its name."""
     flags, interval = text.get("no_rope_layers"), text.get("no_rope_layer_interval")
     if flags is not None and (not isinstance(flags, list) or len(flags) < count):
-        raise _bad("no_rope_layers", flags, f"a list of at least {count} flags")
+        raise bad_value("no_rope_layers", flags, f"a list of at least {count} flags")
     if flags is not None:
         return [bool(flag) for flag in flags[:count]]
     if interval:
@@ -135,24 +135,16 @@ def _rope(text: Hf, kind: str, head_dim: int) -> RopeSpec | None:
         return None
     kinds = get_args(get_type_hints(RopeSpec)["kind"])
     if rope["rope_type"] not in kinds:
-        raise ModelError(
-            f"RoPE of {kind} layers: rope_type is {rope['rope_type']!r}.", f"Known are {', '.join(kinds)}.", id="HF020"
-        )
+        raise rope_error(f"{kind} layers", f"rope_type is {rope['rope_type']!r}", f"Known are {', '.join(kinds)}.")
     dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     if dim % 2:
-        raise ModelError(
-            f"RoPE of {kind} layers: {dim} of {head_dim} dimensions are rotated, an odd number.",
-            "Correct partial_rotary_factor or head_dim.",
-            id="HF020",
-        )
+        what = f"{dim} of {head_dim} dimensions are rotated, an odd number"
+        raise rope_error(f"{kind} layers", what, "Correct partial_rotary_factor or head_dim.")
     for key in ("short_factor", "long_factor"):
         factors = rope.get(key)
         if rope["rope_type"] == "longrope" and (not isinstance(factors, list) or len(factors) != dim // 2):
-            raise ModelError(
-                f"RoPE of {kind} layers: {key} is not a list of {dim // 2} numbers, one for each pair of dimensions.",
-                "Correct rope_parameters.",
-                id="HF020",
-            )
+            what = f"{key} is not a list of {dim // 2} numbers, one for each pair of dimensions"
+            raise rope_error(f"{kind} layers", what)
     return RopeSpec(
         kind=rope["rope_type"],
         theta=float(rope["rope_theta"]),
@@ -214,7 +206,7 @@ def size(text: Hf, name: str, default: int | None = None, *, limit: int = MAX_SI
     if isinstance(found, float) and found.is_integer():
         found = int(found)  # 1e6 is a float in JSON
     if isinstance(found, bool) or not isinstance(found, int) or not least <= found <= limit:
-        raise _bad(name, found, f"a whole number from {least} to {limit}")
+        raise bad_value(name, found, f"a whole number from {least} to {limit}")
     return found
 
 
@@ -224,12 +216,5 @@ def number(text: Hf, name: str, default: float) -> float:
     if found is None:
         return default
     if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) <= sys.float_info.max:
-        raise _bad(name, found, "a number that a float can hold")
+        raise bad_value(name, found, "a number that a float can hold")
     return float(found)
-
-
-def _bad(key: str, value: object, wanted: str) -> ModelError:
-    shown = "missing" if value is None else repr(value)[:80]
-    return ModelError(
-        f"config: {key} is {shown}, not {wanted}.", "Correct config.json, or give it with --hf-overrides.", id="HF002"
-    )

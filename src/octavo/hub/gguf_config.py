@@ -9,6 +9,7 @@ import numpy as np
 
 from octavo.errors import UnsupportedModel
 from octavo.hub.gguf import GgufReader
+from octavo.hub.sentencepiece_file import CONTROL
 
 _CLASSES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -33,7 +34,6 @@ _GEMMA3_PERIOD, _GEMMA3_LOCAL_THETA, _GEMMA3_27B_LAYERS = 6, 10_000.0, 62
 _NO_ROPE_INTERVAL = 4  # smollm3: every fourth layer; a constant of the architecture in llama.cpp
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _END_TOKENS = frozenset({"<|eot_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<end_of_turn>"})
-_CONTROL = 3
 _PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -98,7 +98,7 @@ def end_ids(reader: GgufReader) -> list[int]:
     types = reader.metadata.get("tokenizer.ggml.token_type")
     by_name = []
     if isinstance(types, np.ndarray) and len(types) == len(tokens):
-        by_name = [int(i) for i in np.flatnonzero(types == _CONTROL) if tokens[i] in _END_TOKENS]
+        by_name = [int(i) for i in np.flatnonzero(types == CONTROL) if tokens[i] in _END_TOKENS]
     return list(dict.fromkeys(i for i in (*declared, *by_name) if i is not None and 0 <= i < len(tokens)))
 
 

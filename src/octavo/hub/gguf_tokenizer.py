@@ -20,7 +20,6 @@ from octavo.hub import bpe
 from octavo.hub.gguf import GgufReader
 from octavo.hub.tokenizer import HfTokenizer
 
-_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # tokenizer.ggml.token_type
 _MAX_TOKENS = 1 << 21
 
 _SPECIAL_KEYS = {
@@ -140,16 +139,12 @@ def _sentencepiece(reader: GgufReader, tokens: list[str]) -> Tokenizer:
 
 
 def _add_tokens(reader: GgufReader, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    """Tokens that are matched whole in the text: control ones are special, user-defined ones are not."""
     types = reader.metadata.get("tokenizer.ggml.token_type")
     if types is None:
         return
     if not isinstance(types, np.ndarray) or types.dtype.kind not in "iu" or len(types) != len(tokens):
         _refuse(reader, "its tokenizer.ggml.token_type is not one integer for each token")
-    kinds = {_CONTROL: True, _UNKNOWN: True, _USER_DEFINED: False}
-    added = [(tokens[i], kinds[int(types[i])]) for i in np.flatnonzero(np.isin(types, list(kinds))) if tokens[i]]
-    bpe.add_tokens(tokenizer, (text for text, special in added if special), special=True)
-    bpe.add_tokens(tokenizer, (text for text, special in added if not special), special=False)
+    bpe.add_by_kind(tokenizer, tokens, types.tolist())
 
 
 def _refuse(reader: GgufReader, cause: str) -> NoReturn:

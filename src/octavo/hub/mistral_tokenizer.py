@@ -130,10 +130,7 @@ def _sentencepiece(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
             id="HF060",
         )
     tokenizer = bpe.sentencepiece(model.tokens, model.scores, unknown=model.unknown, prefix=model.prefix, strict=True)
-    kinds = {spm.CONTROL: True, spm.UNKNOWN: True, spm.USER_DEFINED: False}
-    for special in (True, False):
-        chosen = [t for t, kind in zip(model.tokens, model.kinds, strict=True) if kinds.get(kind) is special]
-        bpe.add_tokens(tokenizer, chosen, special=special)
+    bpe.add_by_kind(tokenizer, model.tokens, model.kinds)
     bpe.add_template(tokenizer, model.tokens, model.bos if model.bos >= 0 else None, None)
     names = {name: text for name, text in _NAMES.items() if text in model.tokens}
     return HfTokenizer(tokenizer, names, _templates(mistral_version(path) or 1) or templates)

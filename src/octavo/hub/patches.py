@@ -134,15 +134,15 @@ def check_kinds(hf: Hf, notes: list[str]) -> Hf:
     """Refuses values that the other patches could not even look at."""
     kinds = hf.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        raise _bad("layer_types", kinds, "a list of names")
+        raise bad_value("layer_types", kinds, "a list of names")
     if not isinstance(hf.get("model_type", ""), str | None):
-        raise _bad("model_type", hf["model_type"], "a name")
+        raise bad_value("model_type", hf["model_type"], "a name")
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
         if hf.get(key) is not None and not _is_positive(hf[key]):
-            raise _bad(key, hf[key], "a number above 0")
+            raise bad_value(key, hf[key], "a number above 0")
     inner = hf.get("text_config")
     if isinstance(inner, Mapping) and {"text_config", "llm_config"} & set(inner):
-        raise _bad("text_config", inner, "a config of one level")
+        raise bad_value("text_config", inner, "a config of one level")
     return hf
 
 
@@ -268,7 +268,7 @@ def normalise_rope(hf: Hf, notes: list[str]) -> Hf:
 def _rope_given(hf: Mapping[str, Any]) -> Hf:
     given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(given, Mapping):
-        raise _rope_error("all layers", f"the settings are {given!r}, not an object")
+        raise rope_error("all layers", f"the settings are {given!r}, not an object")
     return dict(given)
 
 
@@ -304,12 +304,12 @@ def _rope_type(given: Hf, hf: Hf, layers: str, notes: list[str]) -> str:
     """The present-day name of the type; old names and the pair ``type``/``rope_type`` are resolved here."""
     old, new = given.get("type"), given.get("rope_type")
     if old is not None and new is not None and old != new and (old, new) not in _SAME_TYPE:
-        raise _rope_error(layers, f"type is {old!r} but rope_type is {new!r}", "Keep rope_type only.")
+        raise rope_error(layers, f"type is {old!r} but rope_type is {new!r}", "Keep rope_type only.")
     kind = new or old or "default"
     if not isinstance(kind, str):
-        raise _rope_error(layers, f"rope_type is {kind!r}, not a name")
+        raise rope_error(layers, f"rope_type is {kind!r}, not a name")
     if kind == "mrope" and not given.get("mrope_section"):
-        raise _rope_error(layers, "rope_type 'mrope' has no mrope_section")
+        raise rope_error(layers, "rope_type 'mrope' has no mrope_section")
     renamed = {"su": "longrope", "mrope": "default", "telechat3-yarn": "yarn"}.get(kind, kind)
     if renamed == "yarn" and hf.get("model_type") == "phi3":
         renamed = "longrope"  # the first Phi-3 files called it so
@@ -320,24 +320,24 @@ def _rope_type(given: Hf, hf: Hf, layers: str, notes: list[str]) -> str:
 
 def _check(rope: Hf, kind: str, layers: str) -> None:
     if kind == "dynamic" and rope.get("factor") is None and rope.get("alpha") is None:
-        raise _rope_error(layers, "rope_type 'dynamic' has neither factor nor alpha")
+        raise rope_error(layers, "rope_type 'dynamic' has neither factor nor alpha")
     missing = [key for key in _REQUIRED.get(kind, ()) if key not in rope]
     if kind in _SCALED_FROM_ORIGINAL and rope["original_max_position_embeddings"] is None:
         missing.append("original_max_position_embeddings")
     if missing:
-        raise _rope_error(layers, f"rope_type {kind!r} has no {', '.join(missing)}")
+        raise rope_error(layers, f"rope_type {kind!r} has no {', '.join(missing)}")
     for key in _NUMBERS:
         if rope.get(key) is not None and not _is_positive(rope[key]):
-            raise _rope_error(layers, f"{key} is {rope[key]!r}, not a number above 0")
+            raise rope_error(layers, f"{key} is {rope[key]!r}, not a number above 0")
     partial = rope.get("partial_rotary_factor", 1.0)
     if not _is_positive(partial) or partial > 1:
-        raise _rope_error(layers, f"partial_rotary_factor is {partial!r}, outside (0, 1]")
+        raise rope_error(layers, f"partial_rotary_factor is {partial!r}, outside (0, 1]")
 
 
 def _telechat_attention(rope: Hf, layers: str) -> float:
     factor = rope.get("factor")
     if not _is_positive(factor):
-        raise _rope_error(layers, f"factor is {factor!r}, not a number above 0")
+        raise rope_error(layers, f"factor is {factor!r}, not a number above 0")
     return 0.07 * math.log(factor) + 1.0
 
 
@@ -356,15 +356,14 @@ def _first(hf: Mapping[str, Any], keys: tuple[str, ...]) -> Any:
     return next((hf[key] for key in keys if hf.get(key) is not None), None)
 
 
-def _bad(key: str, value: object, wanted: str) -> ModelError:
+def bad_value(key: str, value: object, wanted: str) -> ModelError:
+    shown = "missing" if value is None else repr(value)[:80]
     return ModelError(
-        f"config: {key} is {repr(value)[:80]}, not {wanted}.",
-        "Correct config.json, or give it with --hf-overrides.",
-        id="HF002",
+        f"config: {key} is {shown}, not {wanted}.", "Correct config.json, or give it with --hf-overrides.", id="HF002"
     )
 
 
-def _rope_error(layers: str, what: str, remedy: str = "") -> ModelError:
+def rope_error(layers: str, what: str, remedy: str = "") -> ModelError:
     fix = remedy or "Correct rope_parameters in config.json or with --hf-overrides."
     return ModelError(f"RoPE of {layers}: {what}.", fix, id="HF020")
 

@@ -14,7 +14,7 @@ from typing import Final, NoReturn
 
 from octavo.errors import ModelError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = range(1, 5)  # kinds of pieces; unused ones and bytes follow
 BPE: Final = 2
 MAX_BYTES: Final = 1 << 26
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -22,8 +22,9 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 @dataclass(frozen=True)
 class SentencePieces:
-    """``kinds[i]`` is one of the constants above. ``prefix``: a space is put before a text; ``tidies``: runs of spaces
-    become one.
+    """``kinds[i]`` is one of the constants above, ``bos`` is -1 if there is none.
+
+    ``prefix``: a space is put before a text; ``tidies``: runs of spaces become one.
     """
 
     tokens: list[str]
@@ -32,7 +33,6 @@ class SentencePieces:
     model_type: int
     unknown: int
     bos: int
-    eos: int
     prefix: bool
     tidies: bool
 
@@ -56,15 +56,13 @@ def read_pieces(path: Path) -> SentencePieces:
     if not pieces:
         _refuse(path, "it has no pieces")
     tokens, scores, kinds = ([piece[i] for piece in pieces] for i in range(3))
-    unknown, bos, eos = (_id(trainer, field, default, len(pieces)) for field, default in ((40, 0), (41, 1), (42, 2)))
     return SentencePieces(
         tokens=[str(token) for token in tokens],
         scores=[float(score) for score in scores],
         kinds=[int(kind) for kind in kinds],
         model_type=_number(trainer, 3, 1),
-        unknown=unknown,
-        bos=bos,
-        eos=eos,
+        unknown=max(_id(trainer, 40, 0, len(pieces)), 0),
+        bos=_id(trainer, 41, 1, len(pieces)),
         prefix=_number(normaliser, 3, 1) != 0,
         tidies=_number(normaliser, 4, 1) != 0,
     )
@@ -123,9 +121,10 @@ def _number(message: dict[int, int | bytes], field: int, default: int) -> int:
 
 
 def _id(message: dict[int, int | bytes], field: int, default: int, count: int) -> int:
-    """A token's id, which is written as a 64-bit number even if it is -1 (none)."""
+    """A token's id; -1 is none."""
     value = _number(message, field, default)
-    return value if value < count else default
+    value -= value >> 63 << 64  # the two's complement of 64 bits
+    return value if -1 <= value < count else default
 
 
 def _refuse(path: Path, cause: str) -> NoReturn:
