@@ -208,6 +208,23 @@ def test_reasoning_can_be_hidden_and_shown_again(
     assert "hm" in capsys.readouterr().err
 
 
+def test_a_message_whose_second_answer_fails_keeps_its_first(
+    fake: Fake, tokenizer: FakeTokenizer, type_lines: Callable[..., None]
+) -> None:
+    client = fake("ok")
+    answer = client._script
+
+    def script(request: Request) -> list[TokenOutput]:
+        if len(client.requests) == 2:
+            return [TokenOutput(id=request.id, finish_reason="error", error="No room.", status=400)]
+        return answer(request)
+
+    client._script = script
+    type_lines("one", "/retry", "two")
+    assert terminal.chat(CONFIG, {}, None, None) == 0
+    assert prompts(client, tokenizer)[-1] == "[user]one[assistant]ok[user]two"
+
+
 def test_a_conversation_goes_on_after_a_message_that_does_not_fit(
     fake: Fake, tokenizer: FakeTokenizer, type_lines: Callable[..., None]
 ) -> None:

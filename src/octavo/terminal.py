@@ -94,7 +94,10 @@ class _Chat:
             _tell(f"{name} is no command; /help lists them.")
 
     def _say(self, text: str) -> None:
-        said = [*self._said, {"role": "user", "content": text}]
+        self._answer([*self._said, {"role": "user", "content": text}])
+
+    def _answer(self, said: list[dict[str, Any]]) -> None:
+        """The conversation is ``said`` and the answer to it, if there is one; else it stays as it was."""
         view = _View()
         try:
             prepared = self._session.prepare_chat([*self._start, *said])
@@ -119,8 +122,7 @@ class _Chat:
 
     def _retry(self, rest: str) -> None:
         if self._said:
-            last, self._said = self._said[-2], self._said[:-2]
-            self._say(last["content"])
+            self._answer(self._said[:-1])
 
     def _history(self, rest: str) -> None:
         for message in [*self._start, *self._said]:

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
-from octavo.errors import ConfigError, RequestError
+from octavo.errors import ConfigError
 from octavo.server.app import ROUTES
-from octavo.server.batches.lines import Line, LineAnswer, read_line, split, work
+from octavo.server.batches.lines import BadLine, Line, LineAnswer, read_lines, work
 from octavo.server.service import Service, served_names
 
 
@@ -43,16 +43,12 @@ class _Batch:
     def _lines(self) -> Iterator[Line]:
         try:
             with self._source.open("rb") as source:
-                for number, text in split(source):
-                    yield self._line(number, text)
+                for _, line in read_lines(source, self._endpoints):
+                    yield line
         except OSError as error:
             raise ConfigError(f"cannot read {self._source}: {error.strerror}.", "Give another -i.") from None
-
-    def _line(self, number: int, text: bytes) -> Line:
-        try:
-            return read_line(text, self._endpoints)
-        except RequestError as error:
-            raise ConfigError(f"{self._source}, line {number}: {error.cause}", error.remedy) from None
+        except BadLine as bad:
+            raise ConfigError(f"{self._source}, line {bad.number}: {bad.error.cause}", bad.error.remedy) from None
 
     async def run(
         self, config: EngineConfig, write: Callable[[bytes], object], name: str | None, log_level: str

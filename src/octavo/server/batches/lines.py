@@ -49,8 +49,27 @@ class LineAnswer(msgspec.Struct, kw_only=True):
         return self.response.status_code == 200
 
 
-def read_line(text: bytes, endpoints: dict[str, Endpoint[Any]]) -> Line:
-    """Checked; raises `RequestError`."""
+class BadLine(Exception):
+    """Line ``number`` is no request."""
+
+    def __init__(self, number: int, error: RequestError) -> None:
+        super().__init__(number)
+        self.number, self.error = number, error
+
+
+def read_lines(source: Iterable[bytes], endpoints: dict[str, Endpoint[Any]]) -> Iterator[tuple[int, Line]]:
+    """(number from 1, line) of each line that is not empty; raises `BadLine`."""
+    for number, text in enumerate(source, 1):
+        if not text.strip():
+            continue
+        try:
+            line = _read(text, endpoints)
+        except RequestError as error:
+            raise BadLine(number, error) from None
+        yield number, line
+
+
+def _read(text: bytes, endpoints: dict[str, Endpoint[Any]]) -> Line:
     try:
         line = msgspec.json.decode(text, type=Line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -62,13 +81,6 @@ def read_line(text: bytes, endpoints: dict[str, Endpoint[Any]]) -> Line:
     if line.url not in endpoints:
         raise RequestError(f"url is {line.url[:100]!r}.", f"Use one of {', '.join(endpoints)}.", param="url")
     return line
-
-
-def split(source: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(number, text) of each line that is not empty, from 1."""
-    for number, text in enumerate(source, 1):
-        if text.strip():
-            yield number, text
 
 
 async def answer_line(service: Service, line: Line, owner: bytes = b"", delay: int = 0) -> LineAnswer:

@@ -13,7 +13,7 @@ import msgspec
 from octavo.errors import OctavoError, Overloaded, RequestError
 from octavo.log import get_logger
 from octavo.server.answers import now
-from octavo.server.batches.lines import Line, LineAnswer, read_line, split, work
+from octavo.server.batches.lines import BadLine, Line, LineAnswer, read_lines, work
 from octavo.server.batches.store import Batch, BatchStore
 from octavo.server.files.store import FileStore, Writer
 from octavo.server.service import Service
@@ -58,30 +58,26 @@ class BatchRun:
             for number, line in self._lines():
                 self._accept(number, line, seen)
             if not seen:
-                raise _BadLine(1, RequestError("the file has no lines."))
-        except _BadLine as bad:
+                raise BadLine(1, RequestError("the file has no lines."))
+        except BadLine as bad:
             self._batch.fail(str(bad.error), line=bad.number, param=bad.error.param)
         self._batch.request_counts.total = len(seen)
 
     def _accept(self, number: int, line: Line, seen: set[str]) -> None:
         if line.url != self._batch.endpoint:
             cause = f"url is {line.url[:100]!r}, but the batch is for {self._batch.endpoint}."
-            raise _BadLine(number, RequestError(cause, "Split the file.", param="url"))
+            raise BadLine(number, RequestError(cause, "Split the file.", param="url"))
         if line.custom_id in seen:
             cause = f"custom_id {line.custom_id[:100]!r} occurs twice."
-            raise _BadLine(number, RequestError(cause, param="custom_id"))
+            raise BadLine(number, RequestError(cause, param="custom_id"))
         if len(seen) == MAX_LINES:
-            raise _BadLine(number, RequestError(f"there are more than {MAX_LINES} lines.", "Split the file."))
+            raise BadLine(number, RequestError(f"there are more than {MAX_LINES} lines.", "Split the file."))
         seen.add(line.custom_id)
 
     def _lines(self) -> Iterator[tuple[int, Line]]:
         assert self._source is not None
         with self._source.open("rb") as source:
-            for number, text in split(source):
-                try:
-                    yield number, read_line(text, self._service.endpoints)
-                except RequestError as error:
-                    raise _BadLine(number, error) from None
+            yield from read_lines(source, self._service.endpoints)
 
     async def _answer(self) -> None:
         batch, name = self._batch, self._batch.id
@@ -150,9 +146,3 @@ class BatchRun:
 
     def _save(self) -> None:
         self._batches.save(self._owner, self._batch)
-
-
-class _BadLine(Exception):
-    def __init__(self, number: int, error: RequestError) -> None:
-        super().__init__(number)
-        self.number, self.error = number, error
