@@ -191,7 +191,7 @@ class AsyncLLM:
 
         def work() -> Prepared:
             text = self.renderer.render(messages, **rendering)
-            ids = self.inputs.encode_prompt(text, add_special_tokens=False)
+            (ids,) = self.inputs.encode_texts([text], add_special_tokens=False)
             id = request_id or new_id()
             return self.inputs.process_ids(id, ids, sampling_params, text=text, priority=priority, salt=salt)
 

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer as LibTokenizer
 
 from octavo.errors import EngineDead
 from octavo.frontend.client import EngineState
+from octavo.frontend.inputs import InputProcessor, Prepared
+from octavo.sampling_params import SamplingParams
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 SPECIAL = ("<s>", "</s>", "<|end|>")
@@ -122,6 +124,12 @@ def info(**changes: Any) -> EngineInfo:
 def prompt_of(request: Request) -> list[int]:
     """The ids of a request's prompt."""
     return array("i", request.token_ids).tolist()
+
+
+def prepared(inputs: InputProcessor, prompt: Any, params: SamplingParams | None = None, **options: Any) -> Prepared:
+    """The request "r" for ``prompt``."""
+    ((text, ids),) = inputs.encode_prompts([prompt])
+    return inputs.process_ids("r", ids, params, text=text, **options)
 
 
 Script = Callable[[Request], list[TokenOutput]]

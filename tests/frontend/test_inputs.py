@@ -12,7 +12,7 @@ from octavo.cache.prefix import page_hashes
 from octavo.errors import RequestError
 from octavo.frontend.inputs import InputProcessor, Prepared
 from octavo.sampling_params import SamplingParams
-from tests.frontend.fakes import byte_level, info, prompt_of, sentencepiece
+from tests.frontend.fakes import byte_level, info, prepared, prompt_of, sentencepiece
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_id
@@ -20,7 +20,7 @@ EOS = TOKENIZER.eos_id
 
 def process(prompt: Any, _salt: bytes = b"", _clamp: bool = False, **params: Any) -> Prepared:
     inputs = InputProcessor(TOKENIZER, info(), eos_ids={EOS}, clamp_max_tokens=_clamp)
-    return inputs.process("r", prompt, SamplingParams(**params), salt=_salt)
+    return prepared(inputs, prompt, SamplingParams(**params), salt=_salt)
 
 
 @pytest.mark.parametrize("prompt", ["he w", {"prompt": "he w"}])
@@ -39,7 +39,7 @@ def test_token_ids_are_taken_as_they_are(prompt: Any) -> None:
 
 def test_special_tokens_are_added_to_text() -> None:
     inputs = InputProcessor(sentencepiece(bos=True), info())
-    assert inputs.process("r", "he").prompt_token_ids[0] == 1
+    assert prepared(inputs, "he").prompt_token_ids[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_an_output_beyond_the_context_is_cut_only_when_told_so() -> None:
 
 def test_a_default_that_is_too_long_is_cut_without_being_told() -> None:
     inputs = InputProcessor(None, info(), defaults={"max_tokens": 50})
-    assert inputs.process("r", [1] * 60).requests[0].sampling.max_tokens == 4
+    assert prepared(inputs, [1] * 60).requests[0].sampling.max_tokens == 4
 
 
 def test_only_the_first_of_several_outputs_computes_prompt_logprobs() -> None:
@@ -151,7 +151,7 @@ def test_page_keys_follow_the_prompt_and_the_salt() -> None:
 
 def test_no_page_keys_without_prefix_caching() -> None:
     inputs = InputProcessor(None, info(prefix_caching=False))
-    assert inputs.process("r", [1] * 10).requests[0].page_hashes == b""
+    assert prepared(inputs, [1] * 10).requests[0].page_hashes == b""
 
 
 def test_a_users_seed_is_kept_and_its_siblings_differ_but_repeat() -> None:
@@ -165,7 +165,7 @@ def test_a_users_seed_is_kept_and_its_siblings_differ_but_repeat() -> None:
 def test_a_seed_is_drawn_for_every_output_without_one() -> None:
     def drawn() -> list[int]:
         inputs = InputProcessor(None, info(), seeds=random.Random(1))
-        return [r.sampling.seed for _ in range(2) for r in inputs.process("r", [1], SamplingParams(n=2)).requests]
+        return [r.sampling.seed for _ in range(2) for r in prepared(inputs, [1], SamplingParams(n=2)).requests]
 
     assert len(set(drawn())) == 4
     assert drawn() == drawn()
@@ -178,19 +178,19 @@ def test_ids_of_several_outputs_are_numbered() -> None:
 
 def test_the_models_defaults_apply_only_when_no_parameters_are_given() -> None:
     inputs = InputProcessor(None, info(), defaults={"temperature": 0.25})
-    assert inputs.process("r", [1]).requests[0].sampling.temperature == 0.25
-    assert inputs.process("r", [1], SamplingParams()).requests[0].sampling.temperature == 1.0
+    assert prepared(inputs, [1]).requests[0].sampling.temperature == 0.25
+    assert prepared(inputs, [1], SamplingParams()).requests[0].sampling.temperature == 1.0
 
 
 def test_text_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(RequestError, match="without a tokenizer"):
-        InputProcessor(None, info()).process("r", "text")
+        prepared(InputProcessor(None, info()), "text")
 
 
 def test_several_prompts_are_encoded_as_each_alone() -> None:
     inputs = InputProcessor(sentencepiece(bos=True), info())
     prompts: list[Any] = ["he", [5, 6], {"prompt": "he w"}, "w", {"prompt": "he", "prompt_token_ids": [7]}]
-    alone = [inputs.process("r", prompt) for prompt in prompts]
+    alone = [prepared(inputs, prompt) for prompt in prompts]
     assert inputs.encode_prompts(prompts) == [(one.prompt, one.prompt_token_ids) for one in alone]
     bare = inputs.encode_prompts(["he", "w"], add_special_tokens=False)
     assert [ids for _, ids in bare] == [ids[1:] for _, ids in inputs.encode_prompts(["he", "w"])]

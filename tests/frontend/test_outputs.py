@@ -12,7 +12,7 @@ from octavo.frontend.inputs import InputProcessor
 from octavo.frontend.outputs import OutputProcessor, RequestState
 from octavo.sampling_params import SamplingParams
 from octavo.types import TokenLogprobs, TokenOutput
-from tests.frontend.fakes import byte_level, info
+from tests.frontend.fakes import byte_level, info, prepared
 
 TOKENIZER = byte_level()
 DECODER = TextDecoder(TOKENIZER)
@@ -26,8 +26,8 @@ def token(text: str) -> int:
 
 
 def state(**params: Any) -> RequestState:
-    prepared = InputProcessor(TOKENIZER, info(), eos_ids={EOS}).process("r", "he", SamplingParams(**params))
-    return RequestState(prepared, DECODER, {EOS})
+    request = prepared(InputProcessor(TOKENIZER, info(), eos_ids={EOS}), "he", SamplingParams(**params))
+    return RequestState(request, DECODER, {EOS})
 
 
 def out(text: str, finish: Any = None, id: str = "r", **more: Any) -> TokenOutput:
@@ -83,7 +83,7 @@ def test_reasons_for_the_end(params: dict[str, Any], last: int, finish: str, rea
 def test_a_stop_string_ends_the_request_and_asks_for_an_abort() -> None:
     outputs = OutputProcessor(DECODER, {EOS})
     inputs = InputProcessor(TOKENIZER, info())
-    s = outputs.add(inputs.process("r", "he", SamplingParams(stop="ab")))
+    s = outputs.add(prepared(inputs, "he", SamplingParams(stop="ab")))
     assert outputs.process([out("xa")])[1] == []
     changed, aborts = outputs.process([TokenOutput(id="r", token_ids=[token("b"), token("c")])])
     assert aborts == ["r"]
@@ -96,7 +96,7 @@ def test_a_stop_string_ends_the_request_and_asks_for_an_abort() -> None:
 
 def test_a_stop_string_in_the_last_step_needs_no_abort() -> None:
     outputs = OutputProcessor(DECODER)
-    s = outputs.add(InputProcessor(TOKENIZER, info()).process("r", "he", SamplingParams(stop="b")))
+    s = outputs.add(prepared(InputProcessor(TOKENIZER, info()), "he", SamplingParams(stop="b")))
     assert outputs.process([out("ab", "length")])[1] == []
     assert s.snapshot().outputs[0].stop_reason == "b"
 

@@ -375,7 +375,7 @@ def test_13_an_error_shows_nothing_of_the_inside_at_any_endpoint(path: str, monk
     async def work() -> None:
         server = Server(max_model_len=4096)
         for inside in (server.llm.renderer, server.llm.inputs):
-            for method in ("render", "encode", "encode_prompt", "process"):
+            for method in ("render", "encode", "encode_texts", "process_ids"):
                 if hasattr(inside, method):
                     monkeypatch.setattr(inside, method, fail)
         response = await server.post(path, RENDERING.get(path, TEXT))

@@ -62,8 +62,8 @@ class InputProcessor:
     ) -> None:
         """``defaults`` are sampling parameters of the model's own (`default_params`); ``seeds`` draws the seeds of
         requests that bring none. With ``clamp_max_tokens`` an output that would outgrow the context is cut at its end,
-        as vLLM's ``LLM`` does, instead of refused; `process` can ask for it for one request. ``pooler`` is that of an
-        engine that embeds and generates nothing.
+        as vLLM's ``LLM`` does, instead of refused; `process_ids` can ask for it for one request. ``pooler`` is that of
+        an engine that embeds and generates nothing.
         """
         self.tokenizer = tokenizer
         self.info = info
@@ -89,22 +89,6 @@ class InputProcessor:
         """Sampling parameters for requests that bring none: the model's own over those of `SamplingParams`."""
         return SamplingParams(**self._defaults)
 
-    def process(
-        self,
-        id: str,
-        prompt: Prompt,
-        params: Params | None = None,
-        *,
-        priority: int = 0,
-        salt: bytes = b"",
-        clamp_max_tokens: bool = False,
-    ) -> Prepared:
-        """Checks and converts one request; raises `RequestError` naming the field, its value and the limit."""
-        ((text, ids),) = self.encode_prompts([prompt])
-        return self.process_ids(
-            id, ids, params, text=text, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
-        )
-
     def process_ids(
         self,
         id: str,
@@ -116,7 +100,10 @@ class InputProcessor:
         salt: bytes = b"",
         clamp_max_tokens: bool = False,
     ) -> Prepared:
-        """As `process`, from token ids; ``text`` is what they came from, if known."""
+        """Checks and converts a request; raises `RequestError` naming the field, its value and the limit.
+
+        ``ids`` and ``text``, what they came from, if that is known, are as `encode_prompts` tells them.
+        """
         if isinstance(params, PoolingParams):
             return self._to_embed(id, list(ids), params, text, priority, salt)
         self.check_generates()
@@ -189,17 +176,12 @@ class InputProcessor:
         return [(text, next(encoded) if ids is None else ids) for text, ids in split]
 
     def encode_texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
-        """As `encode_prompt`, of each text; several are encoded on several threads."""
-        if len(texts) < 2 or self.tokenizer is None:
-            return [self.encode_prompt(text, add_special_tokens=add_special_tokens) for text in texts]
+        """As `encode`, but several on several threads, and none if one cannot fit: its tokens would take seconds."""
         for text in texts:
             self._check_length(text)
+        if len(texts) < 2 or self.tokenizer is None:
+            return [self.encode(text, add_special_tokens=add_special_tokens) for text in texts]
         return self.tokenizer.encode_all(texts, add_special_tokens=add_special_tokens)
-
-    def encode_prompt(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """As `encode`, but a text that cannot fit is refused before seconds are spent on its tokens."""
-        self._check_length(text)
-        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def _check_length(self, text: str) -> None:
         """Raises `ContextExceeded` for a text of more characters than the context can hold."""
