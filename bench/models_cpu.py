@@ -67,10 +67,10 @@ def write_small(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from octavo.hub.checkpoint import GgufCheckpoint
     from octavo.hub.gguf import GgufReader
     from octavo.hub.gguf_config import config_from_gguf
     from octavo.hub.gguf_tokenizer import gguf_tokenizer
+    from octavo.hub.gguf_weights import GgufCheckpoint
 
     reader = GgufReader(source())
     checkpoint = GgufCheckpoint(reader)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from octavo.errors import ModelError
-from octavo.hub.checkpoint import Checkpoint, GgufCheckpoint, SafetensorsCheckpoint, open_checkpoint, safetensors_paths
+from octavo.hub.checkpoint import Checkpoint, SafetensorsCheckpoint, open_checkpoint, safetensors_paths
+from octavo.hub.gguf_weights import GgufCheckpoint
 from octavo.hub.source import Source
 from octavo.runtime.torch_checkpoint import PyTorchCheckpoint
 from tests.gguf_files import HEADS, KV_HEADS, llama_order, tiny_metadata, tiny_tensors, write_gguf

@@ -11,9 +11,10 @@ import torch
 
 from octavo.config import ModelConfig
 from octavo.errors import ConfigError, ModelError
-from octavo.hub.checkpoint import Array, Checkpoint, GgufCheckpoint, open_checkpoint
+from octavo.hub.checkpoint import Array, Checkpoint, open_checkpoint
 from octavo.hub.configs import model_config, read_hf_dict
 from octavo.hub.gguf import GgufReader
+from octavo.hub.gguf_weights import GgufCheckpoint
 from octavo.hub.patches import normalise
 from octavo.hub.resolve import resolve
 from octavo.hub.safetensors_file import TensorInfo

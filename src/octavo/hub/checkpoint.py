@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, runtime_checkable
 
-import numpy as np
 import numpy.typing as npt
 
 from octavo.config import LOAD_PACKAGES
 from octavo.errors import ModelError
-from octavo.hub.gguf import GgufReader
-from octavo.hub.gguf_names import attention_rows, hf_names, value_offset
 from octavo.hub.gguf_quants import Bytes
 from octavo.hub.safetensors_file import SafetensorsFile, TensorInfo
 
@@ -107,50 +104,6 @@ class SafetensorsCheckpoint:
             file.forget()
 
 
-class GgufCheckpoint:
-    """A GGUF file under Hugging Face names, dequantised to float32 on reading."""
-
-    def __init__(self, reader: GgufReader) -> None:
-        self._reader = reader
-        self._names = hf_names(reader)
-
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        found = {}
-        for name, own in self._names.items():
-            shape = self._reader.tensors[own].shape
-            found[name] = TensorInfo("float32", shape, 4 * int(np.prod(shape, dtype=np.int64)))
-        return found
-
-    def read(self, name: str, slices: Slices | None = None) -> Array:
-        tensor = self._reader.tensors[self._names[name]]
-        values = tensor.read(slices, attention_rows(self._reader, tensor))
-        offset = value_offset(self._reader, tensor)
-        return Array(values + np.float32(offset) if offset else values, "float32")
-
-    def forget(self) -> None:
-        """See `Checkpoint`."""
-        self._reader.forget()
-
-    @property
-    def stored(self) -> int:
-        """See `BlockCheckpoint`."""
-        return sum(tensor.nbytes for tensor in self._reader.tensors.values())
-
-    def block_types(self) -> dict[str, str]:
-        """See `BlockCheckpoint`."""
-        tensors = {name: self._reader.tensors[own] for name, own in self._names.items()}
-        return {name: tensor.format.name for name, tensor in tensors.items() if len(tensor.shape) == 2}
-
-    def read_raw(self, name: str, rows: slice = slice(None)) -> Bytes:
-        """``rows`` of the blocks as stored, uint8 [*rows, blocks in a row, bytes of a block].
-
-        A view of the file, but for query and key projections of the architectures whose rows must be reordered.
-        """
-        tensor = self._reader.tensors[self._names[name]]
-        order = attention_rows(self._reader, tensor)
-        return tensor.blocks[rows] if order is None else tensor.blocks[order[rows]]
-
-
 class WithoutPrefix:
     """A checkpoint that was saved without a head, so that names lack the ``model.`` of a model with one."""
 
@@ -195,7 +148,7 @@ def open_checkpoint(
     Transformers' layout. Raises `ModelError`: HF040 if files are missing, HF041 if one is damaged.
     """
     if source.kind == "gguf":
-        return GgufCheckpoint(GgufReader(source.path))
+        return _gguf(source.path)
     folder = source.path
     if load_format in ("auto", "hf", "safetensors", *LOAD_PACKAGES):
         paths = safetensors_paths(folder)
@@ -216,13 +169,20 @@ def open_checkpoint(
     if load_format in ("auto", "gguf"):
         paths = tuple(sorted(folder.glob("*.gguf"))) if folder.is_dir() else ()
         if len(paths) == 1 or (paths and "-00001-of-" in paths[0].name):
-            return GgufCheckpoint(GgufReader(paths[0]))
+            return _gguf(paths[0])
     present = sorted(p.name for p in folder.iterdir())[:10] if folder.is_dir() else []
     raise ModelError(
         f"{folder} has no weights for load format {load_format}; found {', '.join(present) or 'nothing'}.",
         "Download *.safetensors, or give the path of a .gguf file.",
         id="HF040",
     )
+
+
+def _gguf(path: Path) -> Checkpoint:
+    from octavo.hub.gguf import GgufReader
+    from octavo.hub.gguf_weights import GgufCheckpoint
+
+    return GgufCheckpoint(GgufReader(path))
 
 
 def safetensors_paths(folder: Path) -> tuple[Path, ...]:
