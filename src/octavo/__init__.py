@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
+    from octavo.frontend.beams import BeamSearchParams
     from octavo.llm import LLM
     from octavo.sampling_params import PoolingParams, SamplingParams
     from octavo.structured import StructuredOutputsParams
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.async_llm",
+    "BeamSearchParams": "octavo.frontend.beams",
     "EngineConfig": "octavo.config",
     "SamplingParams": "octavo.sampling_params",
     "PoolingParams": "octavo.sampling_params",
@@ -32,6 +34,7 @@ _HOMES = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EmbeddingRequestOutput",
     "EngineConfig",

@@ -7,23 +7,27 @@ iterator is closed or its task cancelled, so a client that hangs up frees its me
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
+import msgspec
+
 from octavo.config import EngineConfig
 from octavo.errors import OctavoError, RequestError
+from octavo.frontend.beams import BeamSearchParams, Search, output_of
 from octavo.frontend.chat import ChatRenderer, Message, WantedFormat
 from octavo.frontend.client import EngineClient
 from octavo.frontend.detokenize import TextDecoder
 from octavo.frontend.inputs import InputProcessor, Params, Prepared, Prompt
 from octavo.frontend.loading import TextModel, load_text_model
-from octavo.frontend.outputs import Delta, RequestState
+from octavo.frontend.outputs import Delta, Logprobs, RequestState
 from octavo.hub.tokenizer import Tokenizer
 from octavo.sampling_params import PoolingParams, SamplingParams
-from octavo.types import EmbeddingRequestOutput, EngineInfo, RequestOutput, Stats
+from octavo.types import EmbeddingRequestOutput, EngineInfo, Request, RequestOutput, Stats, TokenOutput
 
 if TYPE_CHECKING:
     from octavo.frontend.fleet import Source
@@ -202,6 +206,11 @@ class AsyncLLM:
         state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
         return Generation(state, self._batches(state))
 
+    def search(self, prepared: Prepared, params: BeamSearchParams) -> Generation:
+        """As `run`, by beam search: the outputs of ``prepared`` are the best beams, which all come at the end."""
+        state = RequestState(prepared, self._decoder, self.inputs.eos_ids)
+        return Generation(state, self._searched(state, params))
+
     async def collect(self, prepared: Prepared) -> RequestOutput:
         """Runs a prepared request to its end."""
         generation = self.run(prepared)
@@ -324,6 +333,39 @@ class AsyncLLM:
             del self._running[id]
             if unfinished := state.unfinished_ids():
                 await self.client.abort(unfinished)
+
+    async def _searched(self, state: RequestState, params: BeamSearchParams) -> AsyncGenerator[list[Delta], None]:
+        prepared = state.prepared
+        requests, step = prepared.requests, msgspec.structs.replace(params.step, detokenize=False)
+        search = Search(prepared.prompt_token_ids, params, self.inputs.eos_ids, requests[0].sampling.max_tokens)
+        for number in itertools.count():
+            prompts = search.prompts()
+            if not prompts:
+                break
+            found = await self._scored(f"{prepared.id}-{number}", prompts, step, requests[0])
+            if len(found) < len(prompts):  # the engine is closed
+                yield _deltas(state, [TokenOutput(id=one.id, finish_reason="abort") for one in requests])
+                return
+            search.take(found)
+        best, wanted = search.best(), prepared.params.logprobs
+        yield _deltas(state, [output_of(one.id, beam, wanted) for one, beam in zip(requests, best, strict=True)])
+
+    async def _scored(self, id: str, prompts: list[list[int]], params: SamplingParams, like: Request) -> list[Logprobs]:
+        """The candidates for the next token of each prompt, run side by side with priority and salt as ``like`` has."""
+        runs = [
+            self.inputs.process_ids(f"{id}-{i}", ids, params, priority=like.priority, salt=like.salt)
+            for i, ids in enumerate(prompts)
+        ]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self.collect(one)) for one in runs]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [found for task in tasks for found in task.result().outputs[0].logprobs or []]
+
+
+def _deltas(state: RequestState, outputs: list[TokenOutput]) -> list[Delta]:
+    return [delta for delta in map(state.process, outputs) if delta is not None]
 
 
 class Closable(Protocol[T_co]):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from octavo import vllm_options
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
+from octavo.frontend.beams import BeamSearchOutput, BeamSearchParams, Search
 from octavo.frontend.chat import ChatRenderer, Message, load_template
 from octavo.frontend.detokenize import TextDecoder
 from octavo.frontend.inputs import InputProcessor, Params, Prepared, Prompt
@@ -155,6 +156,34 @@ class LLM:
         ]
         ids = self._inputs.encode_texts(texts, add_special_tokens=False)
         return self._run(self._prepared(zip(texts, ids, strict=True), params), use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: UseTqdm = False
+    ) -> list[BeamSearchOutput]:
+        """The ``beam_width`` best answers to each prompt, in order; each holds its prompt, as vLLM's do.
+
+        The end token is part of ``tokens``, and of ``text`` with ``include_stop_str_in_output``.
+        """
+        tokenizer, info = self.get_tokenizer(), self._engine().info
+        params.validate(info.max_logprobs)
+        encoded = self._inputs.encode_prompts(_prompts(prompts))
+        searches = [
+            Search(ids, params, self._inputs.eos_ids, max(1, info.max_model_len - len(ids))) for _, ids in encoded
+        ]
+        bar = _Progress(use_tqdm, params.max_tokens, "step")
+        while asked := [ids for search in searches for ids in search.prompts()]:
+            given = self._run(self._prepared([(None, ids) for ids in asked], [params.step] * len(asked)), False)
+            found = iter([(result.outputs[0].logprobs or [{}])[0] for result in given])
+            for search in searches:
+                search.take([next(found) for _ in search.prompts()])
+            bar.advance(len(asked))
+        bar.close()
+        best = [search.best() for search in searches]
+        for beam in itertools.chain(*best):
+            hidden = beam.finish_reason == "stop" and not params.include_stop_str_in_output
+            shown = beam.tokens[:-1] if hidden else beam.tokens
+            beam.text = tokenizer.decode(shown, skip_special_tokens=False)
+        return [BeamSearchOutput(sequences) for sequences in best]
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises `ConfigError` if the engine has none."""
@@ -335,21 +364,27 @@ def _wrong_type(param: str, value: object, remedy: str) -> RequestError:
 
 
 class _Progress:
-    """A bar over prompts with the rate of tokens, or nothing."""
+    """A bar over prompts, or what else ``unit`` says, with the rate of tokens; or nothing."""
 
-    def __init__(self, use_tqdm: UseTqdm, total: int) -> None:
+    def __init__(self, use_tqdm: UseTqdm, total: int, unit: str = "prompt") -> None:
         self._bar: Any = None
         if use_tqdm is not False and total:
             from tqdm.auto import tqdm
 
             make = tqdm if use_tqdm is True else use_tqdm
-            self._bar = make(total=total, desc="Processed prompts", unit="prompt", dynamic_ncols=True)
+            self._bar = make(total=total, desc=f"Processed {unit}s", unit=unit, dynamic_ncols=True)
         self._tokens = 0
         self._began = time.monotonic()
 
     def add(self, state: RequestState, tokens: int) -> None:
         self._tokens += tokens
-        if self._bar is not None and state.finished:
+        if state.finished:
+            self.advance(0)
+
+    def advance(self, tokens: int) -> None:
+        """One more is done."""
+        self._tokens += tokens
+        if self._bar is not None:
             rate = self._tokens / max(time.monotonic() - self._began, 1e-6)
             self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
             self._bar.update(1)

@@ -17,9 +17,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from octavo.errors import OctavoError
+from octavo.errors import OctavoError, RequestError
+from octavo.frontend.beams import check_only_meant
 from octavo.frontend.inputs import Prepared, Prompt
 from octavo.frontend.outputs import Delta
+from octavo.sampling_params import SamplingParams
 from octavo.server.answers import json_response, now
 from octavo.server.blocks import Blocks
 from octavo.server.protocol import Sampled, decode
@@ -81,7 +83,7 @@ async def prepare(
     service: Service, body: Sampled, asked: Prompts | Conversation, id: str, origin: Origin
 ) -> list[Prepared]:
     """Renders, encodes and checks every prompt that ``body`` asks for; raises `RequestError`. Nothing is sent yet."""
-    params = body.sampling_params(service.llm.default_params())
+    params = _params(service, body)
     priority, salt = (body.priority or 0) + origin.delay, _salt(origin.owner, body.cache_salt or "")
     if isinstance(asked, Prompts):
         return await service.llm.prepare_all(
@@ -106,7 +108,21 @@ async def prepare(
         template_kwargs=asked.template_kwargs,
     )
     prepared = use.guided(service.formats, prepared)
+    if prepared.requests[0].sampling.guide is not None and body.beams(params) is not None:
+        cause = "the answer is held to a grammar, which a beam search does not know."
+        raise RequestError(cause, "Leave use_beam_search out, or the tools.", param="use_beam_search")
     return [dataclasses.replace(prepared, kept_ids=service.kept_ids(tools=bool(use.schemas)))]
+
+
+def _params(service: Service, body: Sampled) -> SamplingParams:
+    """A beam search takes nothing from the model's own defaults, since most have no effect on it."""
+    params = body.sampling_params(service.llm.default_params())
+    if (beams := body.beams(params)) is None:
+        return params
+    beams.validate(service.llm.info.max_logprobs)
+    params = body.sampling_params(SamplingParams())
+    check_only_meant(params)
+    return params
 
 
 def _salt(owner: bytes, given: str) -> bytes:
@@ -158,6 +174,11 @@ class Job(Generic[Body]):
         assert isinstance(self.asked, Conversation)
         return self.asked
 
+    def runs(self) -> Runs:
+        """What is to be run."""
+        beams = self.body.beams(self.prepared[0].params)
+        return Runs(self.service, self.prepared, self.origin.traceparent, beams)
+
     def blocks(self) -> list[Blocks]:
         """To read each of the answers to a conversation."""
         (prepared,), use = self.prepared, self.conversation.use
@@ -207,11 +228,11 @@ class Endpoint(Generic[Body]):
 
 
 async def _whole(job: Job[Any], answer: Answer) -> msgspec.Struct:
-    return answer.whole(await Runs(job.service, job.prepared, job.origin.traceparent).finish())
+    return answer.whole(await job.runs().finish())
 
 
 async def _events(job: Job[Any], answer: Answer) -> AsyncGenerator[bytes, None]:
-    runs = Runs(job.service, job.prepared, job.origin.traceparent)
+    runs = job.runs()
     async with contextlib.aclosing(runs.batches()) as batches:
         async for number, deltas in batches:
             events = b"".join([event for delta in deltas for event in answer.piece(number, delta)])

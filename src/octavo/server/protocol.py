@@ -15,6 +15,7 @@ import msgspec
 from starlette.requests import Request
 
 from octavo.errors import RequestError
+from octavo.frontend.beams import BeamSearchParams
 from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
 from octavo.server.errors import ApiError
 from octavo.structured import StructuredOutputsParams
@@ -22,6 +23,7 @@ from octavo.structured import StructuredOutputsParams
 MAX_PROMPTS = 1024  # prompts in one completion request, and answers to them
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 PRIORITY_LIMIT = 2**31
+UNLIMITED = 2**31 - 1  # tokens: as many as fit
 MAX_SALT = 1024  # characters of cache_salt
 JsonSchema = str | dict[str, Any] | bool
 GUIDED = ("json", "regex", "choice", "grammar")
@@ -92,6 +94,10 @@ class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
     def constraint(self) -> StructuredOutputsParams | None:
         """What the output must match; raises `RequestError` if several fields say so."""
         return self.structured_outputs
+
+    def beams(self, params: SamplingParams) -> BeamSearchParams | None:
+        """The beam search that is asked for, with ``params`` for the rest; None: text is sampled."""
+        return None
 
     def check(self) -> None:
         """Checks what `SamplingParams.validate` does not know."""
@@ -188,6 +194,8 @@ class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
+    use_beam_search: bool | None = None  # the ``n`` best answers
+    length_penalty: float | None = None
 
     @property
     def include_usage(self) -> bool:
@@ -196,6 +204,18 @@ class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
     @property
     def continuous_usage(self) -> bool:
         return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
+
+    def beams(self, params: SamplingParams) -> BeamSearchParams | None:
+        if not self.use_beam_search:
+            return None
+        return BeamSearchParams(
+            beam_width=params.n,
+            max_tokens=params.max_tokens or UNLIMITED,
+            ignore_eos=params.ignore_eos,
+            temperature=self.temperature or 0.0,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+        )
 
     def constraint(self) -> StructuredOutputsParams | None:
         guided = {name: getattr(self, f"guided_{name}") for name in (*GUIDED, "whitespace_pattern")}
@@ -206,6 +226,9 @@ class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
         super().check()
         if self.stream_options is not None and not self.stream:
             raise RequestError("stream_options is set, but stream is not.", "Set stream.", param="stream_options")
+        if self.length_penalty is not None and not self.use_beam_search:
+            cause = "length_penalty is set, but use_beam_search is not."
+            raise RequestError(cause, "Set use_beam_search.", param="length_penalty")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed.", "Unset stream.", param="prompt_logprobs")
         check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])

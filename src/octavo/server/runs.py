@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from octavo.async_llm import merged
 from octavo.errors import OctavoError
+from octavo.frontend.beams import BeamSearchParams
 from octavo.frontend.inputs import Prepared
 from octavo.frontend.outputs import Delta
 from octavo.server.service import Service
@@ -14,15 +15,23 @@ from octavo.types import RequestOutput
 
 
 class Runs:
-    """Answers to several prompts with the same parameters. `batches` may be called once.
+    """Answers to several prompts with the same parameters, by a search if there are ``beams``. `batches` may be called
+    once.
 
     Whatever ends it, a failure of one prompt or the client's leaving, the others are aborted with it.
     """
 
-    def __init__(self, service: Service, prepared: Sequence[Prepared], traceparent: str = "") -> None:
+    def __init__(
+        self,
+        service: Service,
+        prepared: Sequence[Prepared],
+        traceparent: str = "",
+        beams: BeamSearchParams | None = None,
+    ) -> None:
         self._service = service
         self._traceparent = traceparent
-        self._generations = [service.llm.run(one) for one in prepared]
+        llm = service.llm
+        self._generations = [llm.run(one) if beams is None else llm.search(one, beams) for one in prepared]
 
     @property
     def results(self) -> list[RequestOutput]:
