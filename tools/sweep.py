@@ -73,6 +73,7 @@ SHRINK: tuple[tuple[str, Any], ...] = (
     ("pad_token_id|(bos|eos|sep|cls)_token_id|decoder_start_token_id", 3),
     ("mamba_d_state|ssm_state_size|state_size", 16),
     ("mamba_n_heads|mamba_num_heads", 8),
+    ("(mamba_)?chunk_size", 16),
     ("mamba_d_ssm", 128),
     ("linear_num_heads|linear_num_value_heads", 4),
     ("linear_num_key_heads", 2),
@@ -341,7 +342,7 @@ def run(model_type: str) -> Row:
         return Row(model_type, architecture, "error", f"{known.id}: {known.cause}")
     except Exception as unknown:
         return Row(model_type, architecture, "error", _told(unknown))
-    status = "wrong" if worst > TOLERANCE else "fused" if model.own_cache is None else "slow"
+    status = "wrong" if worst > TOLERANCE else "fused" if model.fused else "slow"
     detail = "; ".join(part for part in (model.swapped, model.experts) if part)
     detail = detail if status != "wrong" else f"by {worst:.2g} ({case}); {detail}"
     return Row(model_type, architecture, status, detail, worst, time.perf_counter() - start)

@@ -39,10 +39,11 @@ CASES: dict[str, dict[str, Any]] = {
     "olmoe": {},
     "deepseek_v2": {},
     "deepseek_v3": {},
+    "qwen3_next": {},  # recurrent layers
 }
 
 
-MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "qwen3_next")
 REPLICATED = (
     "norm",
     "dense.bias",

@@ -26,11 +26,12 @@ from octavo.layers import context
 from octavo.layers.base import Layer
 from octavo.log import get_logger
 from octavo.models.base import Loaded, OwnCache, SelfLoading, Share, as_tensor
-from octavo.models.hf import experts, trace, weights
+from octavo.models.hf import experts, pieces, trace, weights
 from octavo.models.hf.attention import ATTRIBUTE, PagedAttention
-from octavo.models.hf.build import build, freeze_rope, refuse_parts
+from octavo.models.hf.build import build, freeze_rope, may_keep_states, refuse_parts, refuse_states
 from octavo.models.hf.generic import Generic
 from octavo.models.hf.head import ClassHead, drop_head
+from octavo.models.hf.mixers import Mixers
 from octavo.models.hf.native import NotNative, Slot
 from octavo.models.hf.probe import first_position
 from octavo.models.hf.proof import NativeDecoder, Proven, drop_layers, prove
@@ -66,6 +67,7 @@ class TransformersModel(SelfLoading):
         self.experts = ""
         """What runs its experts, if it has any, for the log."""
         self._generic: Generic | None = None
+        self._mixers: Mixers | None = None
         with self._or_generic():
             refuse_parts(self.model)
             self._adopt_early()
@@ -80,7 +82,7 @@ class TransformersModel(SelfLoading):
                 cause = f"{type(self.model).__name__} cannot embed: {reason}."
                 raise UnsupportedModel(cause, "Choose another embedding model.", id="HF031") from None
             refuse_generic(self.model, str(reason), current())
-            self._generic = Generic(self.model, str(reason))
+            self._generic, self._mixers = Generic(self.model, str(reason)), None
             self.config = dataclasses.replace(self.config, layers=())
 
     def _adopt_early(self) -> None:
@@ -135,6 +137,8 @@ class TransformersModel(SelfLoading):
         ``groups`` are what fills the model.
         """
         slots: Mapping[str, Slot] = {}
+        with self._or_generic():
+            self._prove_mixers(device)
         if self._body is not None and self._generic is None:
             try:
                 proven = prove(self.model, self._body_name, self.config, self._geometry, self.max_len, device)
@@ -154,6 +158,10 @@ class TransformersModel(SelfLoading):
 
         return place
 
+    def _prove_mixers(self, device: torch.device) -> None:
+        if self._mixers is not None and self._body is not None:
+            pieces.prove(self._mixers, self._body, self.config, self._takes_positions, device)
+
     def _forget_record_unless(self, proven: Proven, groups: list[weights.Group]) -> None:
         """Nothing is kept of a decoder that is not that of the native model."""
         if self._record is not None:
@@ -169,12 +177,20 @@ class TransformersModel(SelfLoading):
             self._record.keep()
 
     @property
+    def fused(self) -> bool:
+        """Whether the tokens of all sequences of a step are computed together."""
+        return self._generic is None
+
+    @property
     def own_cache(self) -> OwnCache | None:
+        if self._mixers is not None:
+            return OwnCache(per_row=self._mixers.row_bytes, per_token=0)
         return None if self._generic is None else self._generic.own_cache
 
     def release(self, row: int) -> None:
-        if self._generic is not None:
-            self._generic.release(row)
+        keeps = self._generic or self._mixers
+        if keeps is not None:
+            keeps.release(row)
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         if self._generic is not None:
@@ -183,9 +199,10 @@ class TransformersModel(SelfLoading):
         if self._native is not None:
             found: torch.Tensor = self._native(token_ids, positions)
             return found
-        output = self.body(
-            input_ids=token_ids.long().unsqueeze(0), position_ids=positions.long().unsqueeze(0), use_cache=False
-        )
+        if self._mixers is not None:
+            self._mixers.begin(context.current().attention)
+        known = {"position_ids": positions.long().unsqueeze(0)} if self._takes_positions else {}
+        output = self.body(input_ids=token_ids.long().unsqueeze(0), use_cache=False, **known)
         return context.current().of_wanted(output[0][0])
 
     def own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -204,21 +221,25 @@ class TransformersModel(SelfLoading):
 
     def _adopt(self, model: Any, device: torch.device) -> None:
         """Traces ``model``, this one or a copy of it, and puts our attention into this one."""
-        recorder, body = trace.record(model, device, self.max_len)
+        seen = trace.record(model, device, self.max_len, states=may_keep_states(model))
+        refuse_states(model, seen)
+        if not seen.takes_positions and (seen.attention or not seen.mixers):
+            raise trace.NotPaged(f"{type(model).__name__} takes no position_ids")
         names = {module: name for name, module in model.named_modules()}
-        layers = [shape for _, shape in recorder.calls]
+        layers = [shape for _, shape in seen.attention]
         expected = self.model.config.get_text_config().num_hidden_layers
-        if len(layers) != expected:
+        if len(layers) != expected and not seen.mixers:
             raise trace.NotPaged(
                 f"it has {expected} layers, but calls attention through Transformers' interface {len(layers)} times"
             )
-        for index, (module, shape) in enumerate(recorder.calls):
+        for index, (module, shape) in enumerate(seen.attention):
             setattr(self.model.get_submodule(names[module]), ATTRIBUTE, PagedAttention(index, shape))
-        kv_heads, head_dim = max(s.kv_heads for s in layers), max(s.head_dim for s in layers)
+        kv_heads, head_dim = max((s.kv_heads for s in layers), default=1), max((s.head_dim for s in layers), default=1)
         specs = tuple(LayerSpec(s.heads, kv_heads, head_dim, window=s.window) for s in layers)
         self.config = dataclasses.replace(self.config, layers=specs)
-        self._body_name = names[body]
+        self._body_name = names[seen.body]
         self._body = self.model.get_submodule(self._body_name)
+        self._takes_positions, self._mixers = seen.takes_positions, seen.mixers
 
     def _finish(self, device: torch.device) -> None:
         """After the weights: buffers to the device, operators to the layers, the head apart from the decoder."""
@@ -254,18 +275,22 @@ class TransformersModel(SelfLoading):
     def _finish_adopted(self, device: torch.device) -> None:
         if self._body is None:
             self._adopt_late(device)
+            self._prove_mixers(device)
         ops = select.ops(device, self.dtype)
         for module in self.model.modules():
             if isinstance(module, Layer):
                 module.finish(ops)
         body = self.model.get_submodule(self._body_name)
-        if self._native is None:  # whose positions rotate keys and nothing else
+        if self._native is None and self._takes_positions:  # those of a native one rotate keys and nothing else
             first = first_position(body, self.config, self.dtype, device)
             if first is None:
                 raise trace.NotPaged(f"{type(body).__name__} numbers positions in its own way, not 0, 1, 2 …")
             self._first_position = first
         self.capturable = self._native is not None  # of code that is not ours nobody knows
         self.swapped = self._replace(body)
+        if self._mixers is not None:
+            self._mixers.install(body)
+            self.swapped = f"{self._mixers}; {self.swapped}"
         get_logger().info("transformers: %s", self.swapped)
         self.body = body
         self._head = ClassHead(self.model, self._body_name, device)

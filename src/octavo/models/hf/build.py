@@ -15,7 +15,7 @@ from torch import nn
 from octavo.config import ModelConfig
 from octavo.errors import ModelError, UnsupportedModel
 from octavo.models.hf import attention
-from octavo.models.hf.trace import NotPaged
+from octavo.models.hf.trace import NotPaged, Trace
 
 
 def causal_lm_class(model_type: str) -> str | None:
@@ -150,18 +150,41 @@ def _refuse_kind(config: Any) -> None:
 
 
 def refuse_parts(model: Any) -> None:
-    """Raises `NotPaged` for what shows in the modules: all that carries something from one token to the next, other
-    than attention."""
+    """Raises `NotPaged` for attention that cannot be the engine's."""
+    if not (model._supports_attention_backend or model._can_set_attn_implementation() or may_keep_states(model)):
+        raise NotPaged("its attention does not go through Transformers' attention interface")
+
+
+def may_keep_states(model: Any) -> bool:
+    """Whether something other than attention may go from one token of ``model`` to the next."""
+    return bool(_recurrent(model)) or any(isinstance(module, _MIX) for module in model.modules())
+
+
+def refuse_states(model: Any, seen: Trace) -> None:
+    """Raises `NotPaged` for what goes from one token to the next and is neither attention nor a mixer that was seen."""
+    inside: set[nn.Module] = set()
+    for mixer in seen.mixers.traced if seen.mixers else ():
+        inside |= set(seen.body.get_submodule(mixer.name).modules())
+    if not inside and (reason := _recurrent(model)):
+        raise NotPaged(reason)
+    for module, _ in seen.attention:
+        if module in inside:
+            raise NotPaged(f"{type(module).__name__} is a part of what keeps a state")
+    for name, module in model.named_modules():
+        ran = module in seen.ran or model.get_submodule(name.rpartition(".")[0]) in seen.ran
+        if isinstance(module, _MIX) and ran and module not in inside:
+            raise NotPaged(f"{name} ({type(module).__name__}) mixes neighbouring tokens")
+
+
+def _recurrent(model: Any) -> str:
+    """What the config or the class says of states, as a clause, or ""."""
     kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if recurrent := {kind for kind in kinds if any(part in kind for part in ("linear", "mamba", "conv"))}:
-        raise NotPaged(f"it has layers that keep a state ({', '.join(sorted(recurrent))})")
-    if getattr(model, "_is_stateful", False):
-        raise NotPaged("it is recurrent")
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.RNNBase)):
-            raise NotPaged(f"{name} ({type(module).__name__}) mixes neighbouring tokens")
-    if not model._supports_attention_backend and not model._can_set_attn_implementation():
-        raise NotPaged("its attention does not go through Transformers' attention interface")
+        return f"it has layers that keep a state ({', '.join(sorted(recurrent))})"
+    return "it is recurrent" if getattr(model, "_is_stateful", False) else ""
+
+
+_MIX = (nn.Conv1d, nn.RNNBase)
 
 
 @contextmanager

@@ -92,7 +92,7 @@ def adopt(model: nn.Module, dtype: torch.dtype, device: torch.device) -> str:
     proven: dict[tuple[Any, ...], str | None] = {}
     with torch.inference_mode():
         for module in list(model.modules()):
-            if not _is_registered(module):
+            if not is_registered(module):
                 if type(module).__name__.endswith("Experts"):
                     done[f"{type(module).__name__} does not use Transformers' registry"] += 1
                 continue
@@ -124,7 +124,7 @@ def _register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
 
 
-def _is_registered(module: Any) -> bool:
+def is_registered(module: Any) -> bool:
     """Whether its class runs what the registry has for its config."""
     return hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
 

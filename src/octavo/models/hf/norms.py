@@ -62,7 +62,7 @@ def native_norm(module: nn.Module, call: Call, chosen: Ops, known: Formulas) -> 
     The weight is the same memory, unless the formula adds something to it.
     """
     weight: Any = getattr(module, "weight", None)
-    x: Any = call.args[0] if call.args else None
+    x: Any = call.args[0] if len(call.args) == 1 and not call.kwargs else None  # a gated norm has two
     if not all(isinstance(tensor, torch.Tensor) for tensor in (weight, x, call.output)):
         return None
     if not x.dtype == weight.dtype == call.output.dtype or x.shape[-1:] != weight.shape:

@@ -10,6 +10,7 @@ read into the native layers at once.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from octavo.config import ModelConfig
 from octavo.kernels.select import REFERENCE, Ops
 from octavo.layers.base import Layer
 from octavo.layers.norm import RMSNorm
+from octavo.models.hf.experts import is_registered
 from octavo.models.hf.native import Builder, Filling, NotNative, Slot, Wiring
 from octavo.models.hf.probe import Call, same, small_context, spread, watch
 from octavo.models.llama import Decoder, LlamaDecoderLayer
@@ -104,7 +106,7 @@ def drop_layers(body: nn.Module) -> None:
 
 def _tried(body: nn.Module, builder: Builder, positions: torch.Tensor) -> list[Wiring]:
     """How each native layer of the decoder ``body`` has to be wired; raises `NotNative`."""
-    trial = _with_random_weights(body, positions.device)
+    trial = with_random_weights(body, positions.device)
     try:
         seen = watch(trial, builder.config, torch.float32, positions)
     except Exception as error:  # code that is not ours
@@ -147,21 +149,22 @@ def _check_links(trial: nn.Module, seen: Mapping[nn.Module, Call], builder: Buil
         raise NotNative(f"its last norm ({type(norm).__name__}) computes something else than an RMS norm")
 
 
-def _with_random_weights(body: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of ``body`` in float32 on ``device``; weights of one name and shape are the same in all layers."""
-    trial, generator = copy.deepcopy(body), torch.Generator(device).manual_seed(0)
-    embedding = trial.get_input_embeddings()  # type: ignore[operator]
+def with_random_weights(body: nn.Module, device: torch.device, *, experts: bool = True) -> nn.Module:
+    """A copy of ``body`` in float32 on ``device``; weights of one name and shape are the same in all layers.
+
+    Without ``experts`` those that Transformers has a registry for have no memory, and cannot run.
+    """
     known: dict[Hashable, nn.Parameter] = {}
-    for root in (*_layers(trial), trial):
-        for name, module in root.named_modules():
-            for kind, old in list(module.named_parameters(recurse=False)):
-                if root is trial and not old.is_meta:
-                    continue  # a layer's
-                key = (root is trial, name, kind, old.shape)
-                if key not in known:
-                    rows = _overlapping if module is embedding and kind == "weight" else _random
-                    known[key] = nn.Parameter(rows(old.shape, generator), requires_grad=False)
-                setattr(module, kind, known[key])
+    bare = {id(parameter): nn.Parameter(parameter.to("meta"), requires_grad=False) for parameter in body.parameters()}
+    trial, generator = copy.deepcopy(body, bare), torch.Generator(device).manual_seed(0)
+    embedding = trial.get_input_embeddings()  # type: ignore[operator]
+    for name, module in trial.named_modules():
+        for kind, old in list(module.named_parameters(recurse=False)):
+            key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name, count=1), kind, old.shape)
+            if key not in known and (experts or not is_registered(module)):
+                rows = _overlapping if module is embedding and kind == "weight" else _random
+                known[key] = nn.Parameter(rows(old.shape, generator), requires_grad=False)
+            setattr(module, kind, known.get(key, old))
     for module in trial.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, (buffer.float() if buffer.is_floating_point() else buffer).to(device))

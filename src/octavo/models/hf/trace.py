@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 
 from octavo.errors import UnsupportedModel
 from octavo.models.hf.attention import AttentionShape
+from octavo.models.hf.mixers import Mixers, TracedMixer
+from octavo.models.hf.states import Key, States, StateShape
 
 NAME = "octavo-trace"
 TOKENS = 6  # of the run: no size of a model
@@ -37,6 +40,86 @@ _HANDLED = frozenset(("scaling", "softcap", "s_aux"))
 
 class NotPaged(Exception):
     """Why a model cannot run over pages, as a clause. `models.hf.generic` may still run it, with its own cache."""
+
+
+class StateRecorder(States):
+    """The cache of one run, which takes down the modules that ask it for states."""
+
+    def __init__(self) -> None:
+        super().__init__({}, begin=True)
+        self.ran: set[nn.Module] = set()
+        self._running: list[tuple[nn.Module, int | str | None]] = []  # and the argument that is the cache
+        self._asked: dict[nn.Module, tuple[int | str, dict[Key, None]]] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """What modules of ``model`` run inside, and ask for, is taken down."""
+        hooks: list[Any] = []
+        for module in model.modules():
+            hooks.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            hooks.append(module.register_forward_hook(self._leave))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def mixers(self, body: nn.Module) -> Mixers | None:
+        """The modules of ``body`` that asked, each with what the modules inside of it asked for; None: none did."""
+        inner = {part for module in self._asked for part in module.modules() if part is not module}
+        found = []
+        for name, module in body.named_modules():
+            if module in self._asked and module not in inner:
+                keys = {key: None for part in module.modules() if part in self._asked for key in self._asked[part][1]}
+                found.append(TracedMixer(name, self._asked[module][0], tuple(keys)))
+        shapes = {key: StateShape(tuple(state.shape[1:]), state.dtype) for key, state in self.kept.items()}
+        return Mixers(found, shapes) if found else None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+        """What attention keeps: nothing here."""
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def _get(self, key: Key) -> torch.Tensor | None:
+        self._take_down(key)
+        return super()._get(key)
+
+    def _put(self, key: Key, state: torch.Tensor) -> torch.Tensor:
+        self._take_down(key)
+        return super()._put(key, state)
+
+    def _take_down(self, key: Key) -> None:
+        module, cache = self._running[-1]
+        if cache is None:
+            raise NotPaged(f"{type(module).__name__} keeps a state, but is not handed the cache")
+        self._asked.setdefault(module, (cache, {}))[1][key] = None
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.ran.add(module)
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        self._running.append((module, next((place for place, given in places if given is self), None)))
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run showed: the attention modules in the order they ran, ``body``, the module that makes hidden states,
+    and the modules of it that keep states. ``ran``: all modules that did anything."""
+
+    attention: list[tuple[nn.Module, AttentionShape]]
+    body: nn.Module
+    takes_positions: bool
+    mixers: Mixers | None
+    ran: set[nn.Module]
 
 
 class Recorder:
@@ -146,13 +229,13 @@ def _experts(module: nn.Module, hidden_states: torch.Tensor, *_: torch.Tensor) -
 
 
 @contextmanager
-def _implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """All configs inside ``model`` name ``name`` as their attention and their experts."""
+def implementation(model: nn.Module, **names: str) -> Iterator[None]:
+    """All configs inside ``model`` have other ``names``, of their ``attn`` and their ``experts``."""
     configs: dict[int, Any] = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
-    kinds = ("_attn_implementation_internal", "_experts_implementation_internal")
+    kinds = {f"_{kind}_implementation_internal": name for kind, name in names.items()}
     before = [(config, kind, getattr(config, kind, None)) for config in configs.values() for kind in kinds]
     for config, kind, _ in before:
-        setattr(config, kind, name)
+        setattr(config, kind, kinds[kind])
     try:
         yield
     finally:
@@ -160,35 +243,46 @@ def _implementation(model: nn.Module, name: str) -> Iterator[None]:
             setattr(config, kind, value)
 
 
+@contextmanager
+def without_experts(model: nn.Module) -> Iterator[None]:
+    """Experts inside ``model`` that Transformers has a registry for return zeros, and need no weights."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
+    with implementation(model, experts=NAME):
+        yield
+
+
 def _not_running(*args: Any, **kwargs: Any) -> Any:
     raise RuntimeError("no model is being traced")
 
 
+CACHES = ("past_key_values", "cache_params")
+"""Names of the argument by which decoders and their layers take a cache."""
+
+
 @torch.inference_mode()
-def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Recorder, nn.Module]:
-    """One forward of the causal language model ``model``: its attention calls, and the module that makes hidden states.
+def record(model: nn.Module, device: torch.device, max_len: int, *, states: bool) -> Trace:
+    """One forward of the causal language model ``model``; with ``states`` it is given a cache, to see what asks it.
 
     ``model`` is on ``device``, which may be "meta". Raises `NotPaged` for what the engine cannot do, and
     whatever the model raises where it cannot run on that device.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    recorder = Recorder(max_len)
+    recorder, kept = Recorder(max_len), StateRecorder()
     AttentionInterface.register(NAME, recorder.attention)
     AttentionMaskInterface.register(NAME, recorder.mask)
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts)
     ran: list[nn.Module] = []
     bodies = [model.base_model, model.get_decoder()]  # type: ignore[operator]
     hooks = [body.register_forward_pre_hook(lambda module, _: ran.append(module)) for body in bodies]
     try:
-        with _implementation(model, NAME), torch.device(device):
+        with implementation(model, attn=NAME), without_experts(model), kept.watching(model), torch.device(device):
             model(
                 input_ids=torch.ones(1, TOKENS, dtype=torch.long),
-                # With a mask of ones Transformers does not look into the positions for packed sequences.
-                attention_mask=torch.ones(1, TOKENS, dtype=torch.long),
                 position_ids=torch.arange(TOKENS).unsqueeze(0),
                 use_cache=False,
+                **_history(model, kept if states else None),
             )
     finally:
         for hook in hooks:
@@ -196,6 +290,14 @@ def record(model: nn.Module, device: torch.device, max_len: int) -> tuple[Record
         # Transformers' registries live as long as the process, and would keep the recorder and the model alive.
         AttentionInterface.register(NAME, _not_running)
         AttentionMaskInterface.register(NAME, _not_running)
-    if not ran or "position_ids" not in inspect.signature(ran[0].forward).parameters:
-        raise NotPaged(f"{type(model).__name__} takes no position_ids")
-    return recorder, ran[0]
+    takes_positions = bool(ran) and "position_ids" in inspect.signature(ran[0].forward).parameters
+    body = ran[0] if ran else model
+    return Trace(recorder.calls, body, takes_positions, kept.mixers(body), kept.ran)
+
+
+def _history(model: nn.Module, states: States | None) -> dict[str, Any]:
+    """Either argument keeps Transformers from looking into the positions for packed sequences."""
+    if states is None:
+        return {"attention_mask": torch.ones(1, TOKENS, dtype=torch.long)}
+    names = inspect.signature(model.forward).parameters
+    return {next((name for name in CACHES if name in names), CACHES[0]): states}
