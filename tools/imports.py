@@ -18,7 +18,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "octavo"
 
 # Importable by all; they import only each other.
-LEAVES = {"errors", "types", "sampling_params", "structured", "config", "log", "parent", "vllm_options"}
+LEAVES = {"errors", "types", "sampling_params", "speculation", "structured", "config", "log", "parent", "vllm_options"}
 # These see both sides.
 JOINS = {"", "__main__", "llm", "async_llm", "cli", "options", "plan_command", "terminal", "bench", "verify"}
 BELOW: dict[str, set[str]] = {

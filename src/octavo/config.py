@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from octavo.errors import ConfigError
 from octavo.sampling_params import MAX_LOGPROBS
+from octavo.speculation import Speculation
 
 DEFAULT_MAX_NUM_SEQS = 128
 DEFAULT_BATCHED_TOKENS = 2048
@@ -168,6 +169,19 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
+class SpeculationOptions:
+    """speculative decoding"""
+
+    speculative_config: dict[str, Any] | None = option(
+        None, 'drafts from repetitions in the text: {"method": "ngram", "num_speculative_tokens": 5, …}'
+    )
+
+    def chosen(self) -> Speculation | None:
+        """None: no drafts. Raises `ConfigError`."""
+        return None if self.speculative_config is None else Speculation.of(self.speculative_config)
+
+
+@dataclass(frozen=True)
 class ParallelOptions:
     """parallelism"""
 
@@ -188,6 +202,7 @@ class EngineConfig:
     memory: MemoryOptions = field(default_factory=MemoryOptions)
     device: DeviceOptions = field(default_factory=DeviceOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
 
     @classmethod
     def of(cls, **flat: Any) -> EngineConfig:
@@ -218,6 +233,7 @@ class EngineConfig:
             value, choices = getattr(getattr(self, part), f.name), f.metadata["choices"]
             check_choice(f.name, value, choices)
         check_package(self.model.load_format)
+        self.speculation.chosen()
         if callable(self.model.hf_overrides):
             raise ConfigError(
                 "hf_overrides is a function.", "Give a dict. LLM takes a function of a model with a name."

@@ -124,18 +124,20 @@ class PageGrant(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One step, as deltas. Item b computes ``counts[b]`` tokens of row ``rows[b]``, from position ``computed[b]`` on.
 
-    Rows that decode (count 1, input is the row's last sampled token) come first. ``samples[b]`` says whether the item
-    reaches the end of what is known and so samples a token. ``ended`` rows are free before anything else happens.
+    Items of one token come first. After each of its last ``samples[b]`` tokens item b samples one: none before the end
+    of what is known is reached, more than one where drafts follow that end. ``inputs[b]`` are its tokens, where given;
+    else those of the row's start, and behind these the row's last sample. ``ended`` rows are free before anything else
+    happens.
     """
 
-    step: int
     starts: list[RowStart]
     pages: list[PageGrant]
     rows: list[int]
     counts: list[int]
     computed: list[int]
-    samples: list[bool]
+    samples: list[int]
     ended: list[int]
+    inputs: dict[int, list[int]] = {}
 
     @property
     def num_tokens(self) -> int:
@@ -143,16 +145,16 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepResult(msgspec.Struct, kw_only=True):
-    """What a step produced, in the order of the plan's items.
+    """What a step sampled, item after item: as many tokens as the plan's ``samples`` say.
 
-    ``tokens[b]`` is -1 where nothing was sampled. ``bad`` lists items whose logits were not finite.
+    ``bad`` lists places in ``tokens`` whose logits were not finite.
     """
 
     tokens: list[int]
-    logprobs: dict[int, TokenLogprobs] = {}  # item -> of the sampled token
+    logprobs: dict[int, TokenLogprobs] = {}  # place in tokens -> of that token
     prompt_logprobs: dict[int, list[TokenLogprobs]] = {}  # item -> of the prompt tokens this chunk predicts
     bad: list[int] = []
-    embeddings: dict[int, bytes] = {}  # item that reaches the end of a prompt to be pooled -> float32, little endian
+    embeddings: list[bytes] = []  # in place of tokens, where prompts are pooled: float32, little endian
 
 
 # --- messages (tagged; see core/transport.py) -------------------------------------------------------------------------
@@ -231,14 +233,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cached_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0  # tokens supposed by speculation …
+    accepted_tokens: int = 0  # … and those of them that were sampled, too
     slots_allocated: int = 0  # summed over steps: slots of the pages that requests hold …
     slots_filled: int = 0  # … and how many of those hold a token; their ratio is 1 - waste
     busy_seconds: float = 0.0  # in steps
-
-    @property
-    def kv_cache_usage(self) -> float:
-        """Share of the pages that requests hold, 0 to 1."""
-        return self.pages_used / self.pages_total if self.pages_total else 0.0
 
     @classmethod
     def sum(cls, several: Sequence[Stats]) -> Stats:

@@ -87,7 +87,6 @@ INSTEAD = {
     "--return-tokens-as-token-ids": "send return_tokens_as_token_ids with each request",
     "--rope-scaling": "use --hf-overrides.rope_parameters JSON",
     "--rope-theta": "use --hf-overrides.rope_theta N",
-    "--speculative-config": "leave it out: there is no speculative decoding",
     "--structured-outputs-config": "leave it out: grammars are llguidance's",
     "--tool-parser-plugin": "leave it out: --tool-call-parser has the formats",
     "--tool-server": "leave it out: tools are called by the client",

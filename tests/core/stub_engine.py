@@ -10,6 +10,7 @@ from octavo.cache.prefix import page_hashes
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.runtime.stub import StubWorker, next_token
+from octavo.speculation import Speculation
 from octavo.types import Request, Sampling, TokenOutput
 
 
@@ -32,6 +33,28 @@ def make_request(core: EngineCore, id: str, tokens: list[int], **sampling: objec
         sampling=Sampling(**{"max_tokens": 8, **sampling}),
         priority=priority,
     )
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+
+
+class Guesses:
+    """Takes the place of `sched.drafts.Lookup`: up to 5 tokens that the stub will answer, as many wrong ones behind
+    them as ``wrong`` says in turn."""
+
+    wrong: tuple[int, ...] = (0, 1, 3, 5)
+
+    def __init__(self, speculation: Speculation) -> None:
+        self._turn = 0
+
+    def propose(self, tokens: list[int], most: int) -> list[int]:
+        self._turn += 1
+        wrong = self.wrong[self._turn % len(self.wrong)]
+        right = expected(tokens, 5 - wrong)
+        return [*right, *[255] * wrong][:most]  # which the stub never answers
+
+    def judge(self, length: int, accepted: int) -> None:
+        pass
 
 
 def expected(tokens: list[int], count: int) -> list[int]:

@@ -63,17 +63,16 @@ def run(group: Group, folder: Path) -> list[tuple[list[int], list[float]]]:
         announce=(lambda: announced.append(number)) if group.size > 1 else None,
     )
     found = []
-    for number, (starts, ended, computed, looks) in enumerate(STEPS):
+    for number, (starts, ended, computed, looks) in enumerate(STEPS):  # noqa: B007 (announce has it)
         new = {start.row for start in starts}
         runner.step(
             StepPlan(
-                step=number,
                 starts=starts,
                 pages=[],
                 rows=list(computed),
                 counts=[len(PROMPT) if row in new else 1 for row in computed],
                 computed=list(computed.values()),
-                samples=[True] * len(computed),
+                samples=[1] * len(computed),
                 ended=ended,
             )
         )

@@ -18,7 +18,7 @@ SAMPLING = Sampling(max_tokens=9)
 
 
 def plan_of(rows: list[int], counts: list[int], computed: list[int], **more: object) -> StepPlan:
-    given = {"step": 1, "starts": [], "pages": [], "samples": [True] * len(rows), "ended": [], **more}
+    given = {"starts": [], "pages": [], "samples": [1] * len(rows), "ended": [], **more}
     return StepPlan(rows=rows, counts=counts, computed=computed, **given)  # type: ignore[arg-type]
 
 
@@ -64,7 +64,7 @@ def test_filled_in_place_or_made_anew_inputs_are_the_same() -> None:
 def test_other_plans_are_left_as_they_are() -> None:
     tables = started()
     steps, before = HostSteps(tables, PAGE), tables.host_table.copy()
-    chunk, silent = plan_of([2, 0], [1, 2], [7, 3]), plan_of([2], [1], [7], samples=[False])
+    chunk, silent = plan_of([2, 0], [1, 2], [7, 3]), plan_of([2], [1], [7], samples=[0])
     known = plan_of([2], [1], [6], pages=[PageGrant(2, 2, [1])])  # the last token of a prompt, not a sampled one
     assert [steps.fill(plan) for plan in (chunk, silent, known, PROMPTS)] == [None] * 4
     assert (tables.host_table == before).all()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from octavo.core.engine import EngineCore
+from octavo.sched import scheduler
 from octavo.types import Pooling, PoolingKind, StepResult, TokenOutput
-from tests.core.stub_engine import collect, expected, make_engine, make_request, run
+from tests.core.stub_engine import NGRAM, Guesses, collect, expected, make_engine, make_request, run
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -237,10 +240,16 @@ def test_a_request_that_is_put_aside_does_not_end_by_what_it_sampled_without_its
     assert collect(run(core)) == {"a": expected(prompt(1, 5), 4)}
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.data())
 def test_random_traffic_keeps_the_invariants_and_the_answers(data: st.DataObject) -> None:
+    with patch.object(scheduler, "Lookup", Guesses):
+        random_traffic(data)
+
+
+def random_traffic(data: st.DataObject) -> None:
     overlap = data.draw(st.booleans())
+    drafts = data.draw(st.booleans())
     core = make_engine(
         pages=data.draw(st.integers(7, 24)),
         max_len=100,
@@ -249,6 +258,7 @@ def test_random_traffic_keeps_the_invariants_and_the_answers(data: st.DataObject
         max_num_batched_tokens=data.draw(st.sampled_from([8, 16, 33])),
         enable_prefix_caching=data.draw(st.booleans()),
         enough_tokens=data.draw(st.sampled_from([None, 1, 12])),
+        speculative_config=NGRAM if drafts else None,
     )
     prompts: dict[str, tuple[list[int], int]] = {}
     outputs: list[TokenOutput] = []

@@ -19,6 +19,7 @@ from octavo.errors import OutOfMemory
 from octavo.log import get_logger
 from octavo.runtime.base import Pending, Progress, TokenMask, WorkerBase
 from octavo.sched.scheduler import Scheduler, SchedulerLimits
+from octavo.speculation import Speculation
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 T = TypeVar("T")
@@ -34,7 +35,7 @@ class EngineCore:
 
     With ``overlap`` (by default where the worker gains by it) a step is scheduled and launched before the tokens of the
     one before are read, so that the host's work hides behind the device's. Without (a CPU, where both are the same
-    processor) each step is read at once.
+    processor), and always with speculation, each step is read at once.
 
     A request with a grammar waits outside of the scheduler until that is compiled. In a step with such requests the
     tokens of the step before are read between forward and sampling, since masks depend on them. A request whose mask
@@ -57,8 +58,9 @@ class EngineCore:
         self._pending: deque[Pending] = deque()
         self._phases = dict(phases or {})  # see `EngineInfo`
         model = self._timed("config", lambda: worker.init(config))
-        # Launched steps that may stay unread.
-        self._depth = int(worker.overlaps if overlap is None else overlap)
+        # Launched steps that may stay unread: none where a step depends on how many tokens of the last one hold.
+        speculates = config.speculation.chosen() is not None
+        self._depth = 0 if speculates else int(worker.overlaps if overlap is None else overlap)
         self._timed("weights", lambda: worker.load(progress))
         limits = _limits(config, worker, *self._timed("warm-up", worker.plan_memory))
         self.info = EngineInfo(
@@ -292,7 +294,17 @@ def _limits(config: EngineConfig, worker: WorkerBase, num_pages: int, max_len: i
         num_pages=num_pages,
         prefix_caching=config.memory.enable_prefix_caching and worker.shares_prefixes,
         enough_tokens=worker.enough_tokens,
+        speculation=_speculation(config, worker),
+        draft_tokens=min(worker.draft_tokens, config.limits.max_num_batched_tokens),
     )
+
+
+def _speculation(config: EngineConfig, worker: WorkerBase) -> Speculation | None:
+    chosen = config.speculation.chosen()
+    if chosen is not None and not worker.shares_prefixes:
+        get_logger().info("speculation: off, since this model keeps more of a sequence than pages, which stays")
+        return None
+    return chosen
 
 
 def _refusal(request: Request, error: str, status: int) -> TokenOutput:

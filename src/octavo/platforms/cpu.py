@@ -37,6 +37,7 @@ class CpuPlatform:
     overlaps = False
     captures = False
     converts_float8 = False
+    draft_tokens = 16  # weights are read once for all of them, but beyond some 16 rows the arithmetic takes longer
 
     def __init__(self, ranks: int = 1) -> None:
         """``ranks`` processes share the CPU."""

@@ -20,11 +20,9 @@ LEAST_NORM = 1e-12  # as in torch's normalize
 
 @dataclass(frozen=True, slots=True)
 class Pooled:
-    """The embeddings of a step on their way to the host: ``copy`` is float32 ``[len(items), C]``."""
+    """The embeddings of a step on their way to the host: ``copy`` is float32 ``[len(poolings), C]``."""
 
-    num_items: int  # of the plan
-    items: list[int]  # those that reach the end of their prompts
-    poolings: list[Pooling]  # theirs
+    poolings: list[Pooling]  # of the items that reach the end of their prompts
     copy: HostCopy
 
     def ready(self) -> bool:
@@ -36,11 +34,7 @@ class Pooled:
         found = self.copy.wait().numpy()
         finite = np.isfinite(found).all(1)
         made = map(_finished, found, self.poolings)
-        return StepResult(
-            tokens=[-1] * self.num_items,
-            embeddings=dict(zip(self.items, made, strict=True)),
-            bad=[item for item, ok in zip(self.items, finite, strict=True) if not ok],
-        )
+        return StepResult(tokens=[], embeddings=list(made), bad=np.flatnonzero(~finite).tolist())
 
 
 def _finished(vector: npt.NDArray[np.float32], pooling: Pooling) -> bytes:
@@ -97,7 +91,5 @@ class PoolingRunner(Runner):
     @torch.inference_mode()
     def sample(self, mask: TokenMask | None = None) -> Pooled:
         """The embeddings of the last `step`; there is nothing to sample."""
-        rows = self._plan.rows
-        items = [b for b, ends in enumerate(self._plan.samples) if ends]
-        poolings = [self._poolings[rows[b]] for b in items]
-        return Pooled(len(rows), items, poolings, self._platform.to_host(self._pooled))
+        ending = [row for row, ends in zip(self._plan.rows, self._plan.samples, strict=True) if ends]
+        return Pooled([self._poolings[row] for row in ending], self._platform.to_host(self._pooled))

@@ -104,15 +104,16 @@ class DecodeStep:
     def run(self, plan: StepPlan) -> Decoded:
         """A plan in which every item has one token and samples."""
         changes = self._tables.apply(plan)
-        self._upload(np.asarray(plan.rows, np.int32), np.asarray(plan.computed, np.int32), changes)
+        self._upload(plan, changes)
         logits, best = self._work()
         count = len(plan.rows)
         return Decoded(logits[:count], best, self._inputs.sampled_rows[:count])
 
-    def _upload(self, rows: Ints, computed: Ints, changes: tuple[Ints, Ints]) -> None:
+    def _upload(self, plan: StepPlan, changes: tuple[Ints, Ints]) -> None:
         tables, page_size = self._tables, self._page_size
+        rows, computed = np.asarray(plan.rows, np.int32), np.asarray(plan.computed, np.int32)
         token_ids, fed_rows = np.zeros_like(rows), np.empty_like(rows)
-        tables.feed(rows, computed, token_ids, fed_rows)
+        tables.feed(plan, rows, computed, token_ids, fed_rows)
         slots = tables.host_table[rows, computed // page_size] * page_size + computed % page_size
         parts = {
             "token_ids": token_ids,
@@ -135,8 +136,8 @@ class PromptForward:
     ) -> None:
         self._tables, self._platform, self._model, self._cache = tables, platform, model, cache
         self._ops, self._rows = select.ops(platform.device, model.dtype), rows
-        of_tokens = ("token_ids", "fed_rows", "positions", "slots")
-        of_items = ("rows", "seq_lens", "logits_at", "sampled_rows")
+        of_tokens = ("token_ids", "fed_rows", "positions", "slots", "logits_at", "sampled_rows")
+        of_items = ("rows", "seq_lens")
         changes = dict.fromkeys(("table_at", "table_values"), TABLE_CHANGES)
         fields = {**dict.fromkeys(of_tokens, tokens), **dict.fromkeys(of_items, rows), "query_start": rows + 1}
         self._buffer = _Buffer({**fields, **changes}, tables, platform, cache.shape[4])

@@ -21,12 +21,12 @@ Arrays = dict[str, Ints]
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Device tensors of one step, int32; T tokens, S items that sample, P changed entries of the block table."""
+    """Device tensors of one step, int32; T tokens, S samples, P changed entries of the block table."""
 
     token_ids: torch.Tensor  # [T]
     fed_rows: torch.Tensor  # [T]: the row whose last sampled token is meant instead, or -1
     positions: torch.Tensor  # [T]
-    logits_at: torch.Tensor  # [S]: the last token of each item that samples
+    logits_at: torch.Tensor  # [S]: tokens after which one is sampled, the last of their items
     sampled_rows: torch.Tensor  # [S]
     table_at: torch.Tensor  # [P], of the flat table
     table_values: torch.Tensor  # [P]
@@ -67,7 +67,8 @@ def lay_out(plan: StepPlan, tables: Tables, page_size: int) -> Arrays:
     positions = np.arange(starts[-1], dtype=np.int32) + np.repeat(computed - starts[:-1], counts)
     pages = tables.host_table[np.repeat(rows, counts), positions // page_size]
     token_ids, fed_rows = _token_ids(plan, tables, rows, computed, starts)
-    samples = np.asarray(plan.samples, bool)
+    samples = np.asarray(plan.samples, np.int32)
+    ends = np.cumsum(samples, dtype=np.int32)  # of each item's samples
     return {
         "token_ids": token_ids,
         "fed_rows": fed_rows,
@@ -76,8 +77,8 @@ def lay_out(plan: StepPlan, tables: Tables, page_size: int) -> Arrays:
         "rows": rows,
         "query_start": starts,
         "seq_lens": computed + counts,
-        "logits_at": starts[1:][samples] - 1,
-        "sampled_rows": rows[samples],
+        "logits_at": np.arange(samples.sum(), dtype=np.int32) + np.repeat(starts[1:] - ends, samples),
+        "sampled_rows": np.repeat(rows, samples),
         "table_at": table_at,
         "table_values": table_values,
     }
@@ -121,10 +122,10 @@ def _token_ids(plan: StepPlan, tables: Tables, rows: Ints, computed: Ints, start
     token_ids = np.zeros(starts[-1], np.int32)
     fed_rows = np.full(starts[-1], -1, np.int32)
     single = next((b for b, count in enumerate(plan.counts) if count > 1), len(rows))
-    tables.feed(rows[:single], computed[:single], token_ids[:single], fed_rows[:single])
+    tables.feed(plan, rows[:single], computed[:single], token_ids[:single], fed_rows[:single])
     for b in range(single, len(rows)):
-        known = tables.known[plan.rows[b]]
-        token_ids[starts[b] : starts[b + 1]] = known[plan.computed[b] : plan.computed[b] + plan.counts[b]]
+        known = tables.known[plan.rows[b]][plan.computed[b] : plan.computed[b] + plan.counts[b]]
+        token_ids[starts[b] : starts[b + 1]] = plan.inputs.get(b, known)
     return token_ids, fed_rows
 
 
@@ -158,6 +159,8 @@ class HostSteps:
         arrays["slots"][:] = [table.item(row, at // size) * size + at % size for row, at in places]
         arrays["seq_lens"][:] = [at + 1 for _, at in places]
         np.take(self._last_token, arrays["rows"], out=arrays["token_ids"])
+        for b, tokens in plan.inputs.items():
+            arrays["token_ids"][b] = tokens[0]
         return inputs
 
     def _make(self, count: int) -> tuple[Arrays, StepInputs]:

@@ -43,6 +43,7 @@ class ParallelWorker:
     overlaps = False
     device = ""
     enough_tokens: int | None = None
+    draft_tokens = 0
     max_rows = 0
     shares_prefixes = True
     step_bytes = 0
@@ -61,7 +62,8 @@ class ParallelWorker:
         with self._failing_together():
             model = self._worker.init(config)
             self._executor.ask(Init())
-        self.overlaps, self.enough_tokens = self._worker.overlaps, self._worker.enough_tokens
+        self.overlaps = self._worker.overlaps
+        self.enough_tokens, self.draft_tokens = self._worker.enough_tokens, self._worker.draft_tokens
         ranks = config.parallel.tensor_parallel_size
         self.device = f"{self._worker.device}, {ranks} ranks"
         return model

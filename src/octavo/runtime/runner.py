@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -31,8 +32,6 @@ PROMPT_LOGITS_ROWS = 128  # logits of a prompt are computed in pieces: a row is 
 class Launched:
     """A step between its forward and the reading of its tokens."""
 
-    plan: StepPlan
-    items: list[int]  # the plan's items that sample
     sampled: Sampled | None
     prompt_logprobs: dict[int, list[TokenLogprobs]]
 
@@ -41,15 +40,8 @@ class Launched:
         return self.sampled is None or self.sampled.ready()
 
     def result(self) -> StepResult:
-        tokens = [-1] * len(self.plan.rows)
-        result = StepResult(tokens=tokens, prompt_logprobs=self.prompt_logprobs)
-        if self.sampled is not None:
-            values, logprobs, bad = self.sampled.finish()
-            for item, value in zip(self.items, values, strict=True):
-                tokens[item] = value
-            result.logprobs = {self.items[s]: entry for s, entry in logprobs.items()}
-            result.bad = [self.items[s] for s in bad]
-        return result
+        tokens, logprobs, bad = ([], {}, []) if self.sampled is None else self.sampled.finish()
+        return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=self.prompt_logprobs, bad=bad)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +148,12 @@ class Runner:
     def sample(self, mask: TokenMask | None = None) -> Pending:
         """Launches sampling for the last `step`; its rows' next input is the sampled token, read or not."""
         plan = self._plan
-        items = [b for b, samples in enumerate(plan.samples) if samples]
         sampled = None
         if self._logits is not None:
-            where = [SampleItem(plan.rows[b], plan.computed[b] + plan.counts[b]) for b in items]
+            where = _samples(plan)
             if mask is not None:
-                place = {b: s for s, b in enumerate(items)}
-                mask = dataclasses.replace(mask, items=[place[b] for b in mask.items])
+                places = list(accumulate(plan.samples, initial=0))  # of each item's first sample
+                mask = dataclasses.replace(mask, items=[places[b] for b in mask.items])
             found = self._best is not None and not self._sampler.looks_at_logits(where, mask)
             if not found and self._announce is not None:
                 self._announce()
@@ -173,7 +164,7 @@ class Runner:
                 if self._announce is not None:
                     self._group.broadcast_(sampled.tokens)
         self._logits = self._best = None
-        return Launched(plan, items, sampled, self._prompt_logprobs)
+        return Launched(sampled, self._prompt_logprobs)
 
     @torch.inference_mode()
     def take_tokens(self) -> None:
@@ -207,6 +198,14 @@ class Runner:
             logits = self._model.logits(hidden[piece])
             entries += self._sampler.prompt_logprobs(logits, targets[piece], alternatives)
         return entries
+
+
+def _samples(plan: StepPlan) -> list[SampleItem]:
+    return [
+        SampleItem(row, position)
+        for row, count, computed, samples in zip(plan.rows, plan.counts, plan.computed, plan.samples, strict=True)
+        for position in range(computed + count - samples + 1, computed + count + 1)
+    ]
 
 
 def rehearse(model: Model, num_tokens: int, max_rows: int, page_size: int, platform: Platform) -> None:

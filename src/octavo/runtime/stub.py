@@ -45,6 +45,7 @@ class StubWorker:
     overlaps = False
     device = "stub"
     enough_tokens: int | None = None
+    draft_tokens = 32
     shares_prefixes = True
     step_bytes = 0
     bandwidth = 0.0
@@ -52,7 +53,8 @@ class StubWorker:
     def __init__(self, num_pages: int = 1024, max_len: int = MAX_LEN) -> None:
         self.num_pages = num_pages
         self.max_len = max_len
-        self.fail_at: int | None = None  # a step whose `step` raises, to test faults
+        self.steps = 0
+        self.fail_at: int | None = None  # number of the step that raises, to test faults
 
     def init(self, config: EngineConfig) -> ModelConfig:
         """A model of one layer over bytes."""
@@ -95,7 +97,8 @@ class StubWorker:
 
     def step(self, plan: StepPlan) -> None:
         """Writes the step's tokens into pages and computes the next ones."""
-        if plan.step == self.fail_at:
+        self.steps += 1
+        if self.steps == self.fail_at:
             raise RuntimeError("the stub was told to fail here")
         for row in plan.ended:
             self.known.pop(row, None)
@@ -105,11 +108,17 @@ class StubWorker:
             self.table[start.row, : len(start.pages)] = start.pages
         for grant in plan.pages:
             self.table[grant.row, grant.first : grant.first + len(grant.ids)] = grant.ids
+        self._items: list[int] = []  # of each sample
+        self._tokens: list[int] = []
+        for item, (row, count, computed, samples) in enumerate(
+            zip(plan.rows, plan.counts, plan.computed, plan.samples, strict=True)
+        ):
+            self._write(row, computed, count, plan.inputs.get(item))
+            for length in range(computed + count - samples + 1, computed + count + 1):
+                self.last[row] = next_token(self._read(row, length))
+                self._items.append(item)
+                self._tokens.append(int(self.last[row]))
         self._rows = plan.rows
-        self._tokens = [
-            self._compute(row, computed, count, samples)
-            for row, count, computed, samples in zip(plan.rows, plan.counts, plan.computed, plan.samples, strict=True)
-        ]
 
     def sample(self, mask: TokenMask | None = None) -> _Done:
         """The tokens of the last `step`; one that ``mask`` forbids is replaced by one that it allows.
@@ -117,30 +126,30 @@ class StubWorker:
         A model that embeds has the token, which tells of all of the prompt's pages, as the one number of an embedding.
         """
         if self.pools:
-            found = {b: np.float32(token).tobytes() for b, token in enumerate(self._tokens) if token >= 0}
-            return _Done(StepResult(tokens=[-1] * len(self._tokens), embeddings=found))
+            return _Done(StepResult(tokens=[], embeddings=[np.float32(token).tobytes() for token in self._tokens]))
         result = StepResult(tokens=self._tokens)
         for item, bits in zip(mask.items, mask.all_bits(), strict=True) if mask else ():
             allowed = np.flatnonzero(np.unpackbits(bits.view(np.uint8), count=VOCAB, bitorder="little"))
-            token = result.tokens[item]
+            place = self._items.index(item)
+            token = result.tokens[place]
             if not len(allowed):
-                result.bad.append(item)
+                result.bad.append(place)
             elif token not in allowed:
-                result.tokens[item] = self.last[self._rows[item]] = int(allowed[token % len(allowed)])
+                result.tokens[place] = self.last[self._rows[item]] = int(allowed[token % len(allowed)])
         return _Done(result)
 
     def close(self) -> None:
         """Nothing was started."""
 
-    def _compute(self, row: int, computed: int, count: int, samples: bool) -> int:
+    def _write(self, row: int, computed: int, count: int, inputs: list[int] | None) -> None:
         known = self.known[row]
         position = np.arange(computed, computed + count)
-        tokens = known[position] if computed < len(known) else self.last[row : row + 1]
-        table, size = self.table[row], self.page_size
-        self.pages[table[position // size], position % size] = tokens
-        if not samples:
-            return -1
-        length = computed + count
-        context = self.pages[table[: -(-length // size)]].reshape(-1)[:length]
-        self.last[row] = next_token(context)
-        return int(self.last[row])
+        tokens = known[position] if computed + count <= len(known) else self.last[row : row + 1]
+        if inputs is not None:
+            tokens = np.array(inputs, np.int32)
+        self.pages[self.table[row, position // self.page_size], position % self.page_size] = tokens
+
+    def _read(self, row: int, length: int) -> npt.NDArray[np.int32]:
+        """What the row's pages say of its first ``length`` tokens."""
+        pages = self.table[row, : -(-length // self.page_size)]
+        return self.pages[pages].reshape(-1)[:length]

@@ -56,12 +56,16 @@ class Tables:
         """Whether the token at ``computed`` of each of ``rows`` is one that was sampled since its start."""
         return computed >= self._known_len[rows]
 
-    def feed(self, rows: Ints, computed: Ints, token_ids: Ints, fed_rows: Ints) -> None:
-        """For single tokens at ``computed`` of ``rows``: sets ``fed_rows`` to the row where the input is its last
-        sampled token, whose value only the device knows, to -1 and ``token_ids`` elsewhere."""
+    def feed(self, plan: StepPlan, rows: Ints, computed: Ints, token_ids: Ints, fed_rows: Ints) -> None:
+        """For single tokens at ``computed`` of ``rows``, the first items of ``plan``: sets ``fed_rows`` to the row
+        where the input is its last sampled token, whose value only the device knows, to -1 and ``token_ids`` elsewhere.
+        """
         fed_rows[:] = np.where(self.have_sampled(rows, computed), rows, -1)
         for b in np.flatnonzero(fed_rows < 0):
             token_ids[b] = self.known[int(rows[b])][computed[b]]
+        for item, tokens in plan.inputs.items():
+            if item < len(rows):
+                token_ids[item], fed_rows[item] = tokens[0], -1
 
 
 _NONE: Ints = np.zeros(0, np.int32)

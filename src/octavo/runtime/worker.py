@@ -62,7 +62,7 @@ class Worker:
         ranks, engines = config.parallel.tensor_parallel_size, config.parallel.data_parallel_size
         self.platform = platforms.select(config.device.device, self._rank, ranks, engines)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
-        self.enough_tokens = self.platform.enough_tokens
+        self.enough_tokens, self.draft_tokens = self.platform.enough_tokens, self.platform.draft_tokens
         log.info("device: %s", self.platform.describe())
         hf = files.hf_dict()
         pooler = files.pooler(hf)

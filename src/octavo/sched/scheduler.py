@@ -14,26 +14,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from octavo.cache.pages import Page, PagePool
+from octavo.sched.drafts import Lookup, may_draft
+from octavo.sched.item import Item
 from octavo.sched.prefixes import Prefixes
 from octavo.sched.queue import Queue
-from octavo.sched.sequence import Item, SequenceState, Status
-from octavo.types import (
-    FinishReason,
-    PageGrant,
-    Request,
-    RowStart,
-    Stats,
-    StepPlan,
-    StepResult,
-    TokenLogprobs,
-    TokenOutput,
-)
+from octavo.sched.sequence import SequenceState, Status
+from octavo.speculation import Speculation
+from octavo.types import PageGrant, Request, RowStart, Stats, StepPlan, StepResult, TokenLogprobs, TokenOutput
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
     """``max_len`` is the longest sequence; ``max_rows`` and ``max_tokens`` bound one step. With ``enough_tokens`` of
-    prompts in a step it admits no further request, which would gain nothing by it and make the others wait."""
+    prompts in a step it admits no further request, which would gain nothing by it and make the others wait.
+    With ``speculation`` each plan is to be committed before the next is scheduled; a step of more than ``draft_tokens``
+    has no drafts."""
 
     max_rows: int
     max_tokens: int
@@ -42,6 +37,8 @@ class SchedulerLimits:
     num_pages: int
     prefix_caching: bool = True
     enough_tokens: int | None = None
+    speculation: Speculation | None = None
+    draft_tokens: int = 0
 
 
 @dataclass
@@ -53,6 +50,8 @@ class Counters:
     cached_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     slots_allocated: int = 0
     slots_filled: int = 0
 
@@ -73,7 +72,6 @@ class Scheduler:
         self._prefixes = Prefixes(self.pool, limits.page_size, hash_key, enabled=limits.prefix_caching)
         self._launched: list[list[Item]] = []  # plans not committed yet, oldest first
         self._arrivals = 0
-        self._step = 0
 
     # --- requests -------------------------------------------------------------------------------------------
 
@@ -142,34 +140,18 @@ class Scheduler:
         starts: list[RowStart] = []
         if self._num_waiting:
             self._admit(budget, items, starts)
+        if self.limits.speculation is not None:
+            self._suppose(self.limits.speculation, items, grants)
         return self._plan(items, starts, grants)
 
     def commit(self, result: StepResult) -> list[TokenOutput]:
         """Reads back the oldest uncommitted plan: appends tokens, publishes pages, ends what has ended."""
-        outputs = []
+        outputs: list[TokenOutput] = []
+        place = 0
         for index, item in enumerate(self._launched.pop(0)):
-            seq = item.seq
-            if seq.status is Status.DONE:
-                continue
-            pools = item.samples and seq.sampling.pooling is not None
-            if item.samples and not pools:
-                seq.append(result.tokens[index])
-            if item.holds:
-                seq.committed += item.count
-                if seq.committed >= (seq.published + 1) * self.limits.page_size:
-                    self._waiting.push(self._prefixes.publish(seq))
-            scores = result.prompt_logprobs
-            prompt_logprobs = item.fresh(scores[index]) if index in scores else []
-            if item.samples and index in result.bad:
-                self._finish(seq)
-                outputs.append(_nothing_left(seq))
-            elif pools:
-                self._finish(seq)
-                outputs.append(_pooled(seq, result.embeddings[index]))
-            elif item.samples:
-                outputs.append(self._sampled(seq, result.logprobs.get(index), prompt_logprobs))
-            elif prompt_logprobs:
-                outputs.append(TokenOutput(id=seq.id, prompt_logprobs=prompt_logprobs, cached=seq.cached))
+            if item.seq.status is not Status.DONE and not item.deferred:
+                outputs += self._commit(item, result, place, result.prompt_logprobs.get(index, []))
+            place += item.samples
         return outputs
 
     # --- between a step's launch and its sampling -----------------------------------------------------------
@@ -188,8 +170,8 @@ class Scheduler:
         What it sampled means nothing; its request is preempted and waits until `resume`.
         """
         item = self._launched[-1][index]
-        item.samples = False
-        item.seq.inflight -= 1
+        item.deferred = True
+        item.seq.inflight -= item.samples
         item.seq.held = True
         self._preempt(item.seq)
 
@@ -262,10 +244,13 @@ class Scheduler:
             grants[:] = [g for g in grants if g.row not in self._ended]
             if victim is seq:
                 return False
-        first = len(seq.pages)
-        self._take(seq, missing)
-        grants.append(PageGrant(seq.row, first, [page.id for page in seq.pages[first:]]))
+        self._grant(seq, missing, grants)
         return True
+
+    def _grant(self, seq: SequenceState, count: int, grants: list[PageGrant]) -> None:
+        first = len(seq.pages)
+        self._take(seq, count)
+        grants.append(PageGrant(seq.row, first, [page.id for page in seq.pages[first:]]))
 
     def _take(self, seq: SequenceState, count: int) -> None:
         seq.pages.extend(self.pool.take(count))
@@ -326,18 +311,35 @@ class Scheduler:
         starts.append(RowStart(seq.row, list(seq.tokens), seq.prompt_len, [p.id for p in seq.pages], seq.sampling))
         return Item.of(seq, count)
 
+    def _suppose(self, speculation: Speculation, items: list[Item], grants: list[PageGrant]) -> None:
+        """Lets those who sample after a single token go on by drafts, where nobody else is in need of the room."""
+        room = self.limits.draft_tokens - sum(item.count for item in items)
+        for item in items:
+            seq = item.seq
+            most = min(room, seq.limit - seq.known)
+            if item.count > 1 or most <= 0 or not may_draft(seq.sampling, len(seq.tokens) - seq.prompt_len):
+                continue
+            if seq.lookup is None:
+                seq.lookup = Lookup(speculation)
+            drafts = seq.lookup.propose(seq.tokens, most)
+            missing = -(-(seq.computed + len(drafts)) // self.limits.page_size) - len(seq.pages)
+            if drafts and missing <= self.pool.num_free:
+                if missing > 0:
+                    self._grant(seq, missing, grants)
+                item.suppose(drafts)
+                room -= len(drafts)
+
     def _plan(self, items: list[Item], starts: list[RowStart], grants: list[PageGrant]) -> StepPlan | None:
         if not items:
             return None
         items.sort(key=lambda item: item.count > 1)  # stable: single tokens first
-        self._step += 1
         self._launched.append(items)
         ended, self._ended = self._ended, []
+        inputs = {b: item.inputs for b, item in enumerate(items)} if self.limits.speculation is not None else {}
         self.counters.steps += 1
         self.counters.slots_allocated += sum([seq.capacity for seq in self._running])
         self.counters.slots_filled += sum([seq.computed for seq in self._running])
         return StepPlan(
-            step=self._step,
             starts=starts,
             pages=grants,
             rows=[item.seq.row for item in items],
@@ -345,30 +347,27 @@ class Scheduler:
             computed=[item.first for item in items],
             samples=[item.samples for item in items],
             ended=ended,
+            inputs={b: tokens for b, tokens in inputs.items() if tokens is not None},
         )
 
-    def _sampled(
-        self, seq: SequenceState, logprobs: TokenLogprobs | None, prompt_logprobs: list[TokenLogprobs]
-    ) -> TokenOutput:
-        token, reason = seq.tokens[-1], self._reason(seq)
-        self.counters.generation_tokens += 1
-        if reason is not None:
+    def _commit(self, item: Item, result: StepResult, place: int, scores: list[TokenLogprobs]) -> list[TokenOutput]:
+        """Takes in an item that has its samples at ``place`` of ``result``."""
+        seq = item.seq
+        count, end = item.take(result, place)
+        accepted = max(count - 1, 0)
+        if item.holds:
+            seq.committed += item.count - len(item.drafts) + accepted
+            if seq.committed >= (seq.published + 1) * self.limits.page_size:
+                self._waiting.push(self._prefixes.publish(seq))
+        self.counters.generation_tokens += count
+        if seq.lookup is not None and item.drafts:
+            self.counters.draft_tokens += len(item.drafts)
+            self.counters.accepted_tokens += accepted
+            seq.lookup.judge(len(seq.tokens), accepted)
+        outputs = item.outputs(result, place, count, end, scores)
+        if end is not None:
             self._finish(seq)
-        return TokenOutput(
-            id=seq.id,
-            token_ids=[token],
-            logprobs=[logprobs] if logprobs else [],
-            prompt_logprobs=prompt_logprobs,
-            finish_reason=reason,
-            cached=seq.cached,
-            queued=seq.queued if len(seq.tokens) == seq.prompt_len + 1 else 0.0,
-        )
-
-    def _reason(self, seq: SequenceState) -> FinishReason | None:
-        length, end_ids = len(seq.tokens), seq.sampling.end_ids
-        if end_ids and seq.tokens[-1] in end_ids and length - seq.prompt_len >= seq.sampling.min_tokens:
-            return "stop"
-        return "length" if length >= seq.limit else None
+        return outputs
 
     # --- bookkeeping ----------------------------------------------------------------------------------------
 
@@ -395,18 +394,3 @@ class Scheduler:
     def _wait(self, seq: SequenceState) -> None:
         self._num_waiting += 1
         self._waiting.push([seq])
-
-
-def _pooled(seq: SequenceState, embedding: bytes) -> TokenOutput:
-    return TokenOutput(id=seq.id, embedding=embedding, finish_reason="stop", cached=seq.cached, queued=seq.queued)
-
-
-def _nothing_left(seq: SequenceState) -> TokenOutput:
-    """The end of a request of which no token could be sampled."""
-    of = seq.sampling
-    if of.guide is not None or of.allowed_token_ids or of.bad_words:
-        error = "No token is left that the restrictions of the request allow, or its logits are not finite. Drop some."
-        return TokenOutput(id=seq.id, finish_reason="error", error=error, status=400)
-    what = "logits" if of.pooling is None else "hidden states"
-    error = f"The model produced {what} that are not finite for this request. Try another prompt, or --dtype float32."
-    return TokenOutput(id=seq.id, finish_reason="error", error=error, status=500)

@@ -6,18 +6,19 @@
     │ (or in flight)                      │ inflight: sampled, value not read yet
 
 There are no phases: a prompt, its chunks, a recomputation and a decode all close the gap between computed and known.
+An item with drafts computes and samples these, too; what turns out not to hold was never known or computed.
 """
 
 from __future__ import annotations
 
 import time
 from array import array
-from dataclasses import dataclass
 from enum import Enum
 
 from octavo.cache.pages import Page
 from octavo.cache.prefix import split_keys
-from octavo.types import Request, TokenLogprobs
+from octavo.sched.drafts import Lookup
+from octavo.types import FinishReason, Request
 
 
 class Status(Enum):
@@ -42,6 +43,7 @@ class SequenceState:
         "inflight",
         "keys",
         "limit",
+        "lookup",
         "order",
         "pages",
         "preemptions",
@@ -81,6 +83,7 @@ class SequenceState:
         self.epoch = 0
         self.preemptions = 0
         self.held = False  # waits until `Scheduler.resume`
+        self.lookup: Lookup | None = None  # its drafts, once it has had any looked for
 
     @property
     def known(self) -> int:
@@ -115,10 +118,13 @@ class SequenceState:
         self.inflight += 1
         return True
 
-    def append(self, token: int) -> None:
-        """The value of the token in flight."""
-        self.inflight -= 1
-        self.tokens.append(token)
+    @property
+    def end(self) -> FinishReason | None:
+        """What the newest token, a sampled one, ends it for."""
+        length, end_ids = len(self.tokens), self.sampling.end_ids
+        if end_ids and self.tokens[-1] in end_ids and length - self.prompt_len >= self.sampling.min_tokens:
+            return "stop"
+        return "length" if length >= self.limit else None
 
     def preempt(self) -> list[Page]:
         """Back to waiting; returns the pages to release. A token in flight stays: it was computed rightly."""
@@ -137,30 +143,3 @@ class SequenceState:
         self.epoch += 1
         self.computed = self.committed = self.published = self.capacity = 0
         return pages
-
-
-@dataclass(slots=True)
-class Item:
-    """A sequence's part of a step. ``epoch`` tells a later commit whether its pages are still the same."""
-
-    seq: SequenceState
-    first: int  # position of its first token
-    count: int
-    samples: bool
-    epoch: int
-
-    @classmethod
-    def of(cls, seq: SequenceState, count: int) -> Item:
-        """The next ``count`` tokens of ``seq``, which are launched from now on."""
-        return cls(seq, seq.computed, count, seq.advance(count), seq.epoch)
-
-    @property
-    def holds(self) -> bool:
-        """Whether the sequence has not left its pages since."""
-        return self.epoch == self.seq.epoch
-
-    def fresh(self, scores: list[TokenLogprobs]) -> list[TokenLogprobs]:
-        """Those of ``scores`` (of the tokens after the first) that were not sent before a preemption."""
-        fresh = scores[max(self.seq.scored - self.first, 0) :]
-        self.seq.scored += len(fresh)
-        return fresh

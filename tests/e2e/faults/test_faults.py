@@ -35,7 +35,7 @@ import os
 from octavo.runtime.stub import StubWorker
 whole = StubWorker.step
 def broken(self, plan):
-    if plan.step >= 200 and os.path.exists({told!r}):
+    if self.steps >= 200 and os.path.exists({told!r}):
         os.unlink({told!r})
         raise {error}
     whole(self, plan)

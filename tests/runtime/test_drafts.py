@@ -1,0 +1,78 @@
+"""Engines with drafts answer as those without: a real worker in float32, of a model that repeats itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from octavo.core.engine import EngineCore
+from octavo.types import TokenOutput
+from tests.core.stub_engine import NGRAM, make_request, run
+from tests.runtime.test_worker import engine, prompts
+from tools import tiny
+
+DRAWN = {"temperature": 0.7, "top_k": 3, "seed": 5}
+REPEATED = [17, 44, 99, 23, 200] * 6
+WISHES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "logprobs": {"logprobs": 2},
+    "drawn": {**DRAWN, "logprobs": 0},
+    "top_p": {"temperature": 0.5, "top_p": 0.3, "seed": 9},
+    "biased": {"logit_bias": {17: 2.0, 44: 1.5}},
+    "restricted": {**DRAWN, "allowed_token_ids": (17, 44, 99)},
+    "patient": {"allowed_token_ids": (17, 44), "min_tokens": 6, "masked_until_min": (44,), "end_ids": (44,)},
+    "ended": {"allowed_token_ids": tuple(range(20, 28)), "end_ids": (20, 21, 22)},
+    "penalised": {"repetition_penalty": 1.2},
+    "avoiding": {"bad_words": ((17, 44),)},
+    "scored": {"prompt_logprobs": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("tiny") / "llama", "llama")
+
+
+def answers(core: EngineCore) -> dict[str, Any]:
+    """By request: tokens, reason for the end, log-probabilities."""
+    requests = {f"{name}-{i}": (REPEATED[i:], wish) for i, (name, wish) in enumerate(WISHES.items())}
+    requests |= {id: (tokens, {}) for id, tokens in prompts(4).items()}
+    for number, (id, (tokens, wish)) in enumerate(requests.items()):
+        wish = {"temperature": 0.0, "max_tokens": 20 + number, **wish}
+        assert core.add(make_request(core, id, tokens, **wish)) is None
+    found: dict[str, list[TokenOutput]] = {}
+    for output in run(core):
+        found.setdefault(output.id, []).append(output)
+    return {id: _answer(outputs) for id, outputs in found.items()}
+
+
+def _answer(outputs: list[TokenOutput]) -> dict[str, Any]:
+    entries = [entry for output in outputs for entry in (*output.prompt_logprobs, *output.logprobs)]
+    return {
+        "tokens": [token for output in outputs for token in output.token_ids],
+        "end": outputs[-1].finish_reason,
+        "scored": [(entry.token, entry.top_ids) for entry in entries],
+        "scores": [score for entry in entries for score in (entry.logprob, *entry.top_logprobs)],
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="batched"),
+        pytest.param({"max_num_seqs": 1}, id="alone"),
+        pytest.param({"max_num_batched_tokens": 13}, id="chunked"),
+        pytest.param({"max_model_len": 112, "kv_cache_memory_bytes": 1 << 17}, id="preempted"),
+    ],
+)
+def test_drafts_change_no_answer(folder: Path, options: dict[str, Any]) -> None:
+    core = engine(folder, speculative_config=NGRAM, **options)
+    found, wanted = answers(core), answers(engine(folder, **options))
+    for id, answer in wanted.items():
+        assert found[id].pop("scores") == pytest.approx(answer.pop("scores"), abs=1e-4)
+        assert found[id] == answer, id
+    stats = core.stats()
+    assert 0 < stats.accepted_tokens < stats.draft_tokens
+    assert ("kv_cache_memory_bytes" in options) == (stats.preemptions > 0)
