@@ -239,6 +239,11 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     slots_filled: int = 0  # … and how many of those hold a token; their ratio is 1 - waste
     busy_seconds: float = 0.0  # in steps
 
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the pages that requests hold, 0 to 1."""
+        return self.pages_used / self.pages_total if self.pages_total else 0.0
+
     @classmethod
     def sum(cls, several: Sequence[Stats]) -> Stats:
         """Those of several engines as one's."""
