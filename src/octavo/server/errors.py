@@ -10,6 +10,7 @@ import msgspec
 from starlette.responses import Response
 
 from octavo.errors import ContextExceeded, OctavoError, Overloaded, RequestError
+from octavo.log import get_logger
 
 ANTHROPIC_PATHS = "/v1/messages"
 
@@ -114,7 +115,8 @@ def shutting_down() -> Overloaded:
 
 
 def unexpected(request_id: str) -> OctavoError:
-    """500 for a bug of ours; the log has the rest under the same id."""
+    """500 for a bug of ours. To be called where the exception is caught: the log gets it, under the same id."""
+    get_logger().exception("request %s failed", request_id)
     return OctavoError(f"the server failed on this request ({request_id}).", "The server's log says why.", id="SRV001")
 
 

@@ -68,7 +68,6 @@ class Guard:
         except asyncio.CancelledError:  # uvicorn's, when the time for last answers is over
             await exchange.fail(errors.shutting_down())
         except Exception:
-            get_logger().exception("request %s failed", exchange.id)
             await exchange.fail(errors.unexpected(exchange.id))
         if self._log and scope["path"] not in QUIET:
             exchange.log()

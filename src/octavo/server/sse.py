@@ -11,7 +11,6 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from octavo.errors import OctavoError
-from octavo.log import get_logger
 from octavo.server import errors
 
 T = TypeVar("T")
@@ -89,6 +88,5 @@ class EventStream:
         except Exception:
             if not started:
                 raise
-            get_logger().exception("stream %s failed", request_id)
             last = b"".join(self._broken(errors.unexpected(request_id)))
         await send({"type": "http.response.body", "body": last, "more_body": False})

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from octavo.errors import OctavoError, Overloaded, RequestError
-from octavo.log import get_logger
 from octavo.server import errors
 from octavo.server.endpoint import Endpoint, Origin
 from octavo.server.service import Service
@@ -92,7 +91,6 @@ async def answer_line(service: Service, line: Line, owner: bytes = b"", delay: i
     except OctavoError as error:
         body, status = errors.body_of(error), error.status
     except Exception:
-        get_logger().exception("line %s failed", origin.id)
         body, status = errors.body_of(errors.unexpected(origin.id)), 500
     response = LineResponse(status_code=status, request_id=origin.id, body=body)
     return LineAnswer(id=f"batch_req_{origin.id}", custom_id=line.custom_id, response=response)

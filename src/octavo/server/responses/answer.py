@@ -14,7 +14,6 @@ from octavo.server.endpoint import Conversation, Endpoint, Job, Origin
 from octavo.server.responses import events, items
 from octavo.server.responses.body import (
     CallItem,
-    Failure,
     Incomplete,
     InputDetails,
     MessageItem,
@@ -106,8 +105,7 @@ class ResponseWriter:
         yield self._event(kind(response=self._response))
 
     def broken(self, error: OctavoError) -> Iterable[bytes]:
-        self._response.status = "failed"
-        self._response.error = Failure("server_error", str(error))
+        self._response.fail(error)
         return [self._event(events.Failed(response=self._response))]
 
     # --- the end ------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from octavo.errors import RequestError
+from octavo.errors import OctavoError, RequestError
 from octavo.server.answers import TokenLogprob
 from octavo.server.protocol import (
     JsonSchema,
@@ -335,6 +335,10 @@ class Response(msgspec.Struct, kw_only=True):
     truncation: Literal["disabled"] = "disabled"
     usage: Usage | None = None
     user: str | None = None
+
+    def fail(self, error: OctavoError) -> None:
+        """It ends with ``error``."""
+        self.status, self.error = "failed", Failure("server_error", str(error))
 
 
 class Deleted(msgspec.Struct):

@@ -10,12 +10,11 @@ from starlette.responses import Response as HttpResponse
 from starlette.types import ASGIApp
 
 from octavo.errors import OctavoError, RequestError
-from octavo.log import get_logger
 from octavo.server import errors
 from octavo.server.answers import Page, json_response
 from octavo.server.endpoint import Job, Origin
 from octavo.server.responses.answer import ENDPOINT, blank, given_items
-from octavo.server.responses.body import Deleted, Failure, Response, ResponsesRequest
+from octavo.server.responses.body import Deleted, Response, ResponsesRequest
 from octavo.server.service import Service
 
 
@@ -73,17 +72,14 @@ async def _run(job: Job[ResponsesRequest]) -> None:
     _put(job, response)
     try:
         await ENDPOINT.whole(job)
+        return
     except asyncio.CancelledError:
         response.status = "cancelled"
-        _put(job, response)
     except OctavoError as error:
-        response.status, response.error = "failed", Failure("server_error", str(error))
-        _put(job, response)
+        response.fail(error)
     except Exception:
-        get_logger().exception("response %s failed", job.id)
-        response.status = "failed"
-        response.error = Failure("server_error", str(errors.unexpected(job.origin.id)))
-        _put(job, response)
+        response.fail(errors.unexpected(job.origin.id))
+    _put(job, response)
 
 
 async def _stop(service: Service, id: str) -> None:
