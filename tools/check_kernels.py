@@ -17,8 +17,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wextra")
-SOURCES = {"pool": (), "order": (), "blocks": (), "isa_baseline": (), "isa_amx_emulated": ()}
-ARM_SOURCES = {"isa_neon_dotprod": ("-march=armv8.2-a+dotprod",)}
+# Objects by name: the file of csrc, and flags of its own.
+OBJECTS = {
+    **{name: (name,) for name in ("pool", "order", "blocks")},
+    "baseline": ("isa", "-DOCTAVO_ISA=baseline"),
+    "amx": ("isa", "-DOCTAVO_ISA=amx_emulated", "-DOCTAVO_EMULATED_AMX"),
+}
+ARM_OBJECTS = {"dotprod": ("isa", "-DOCTAVO_ISA=neon_dotprod", "-march=armv8.2-a+dotprod")}
 THREADS = ("-g", "-fsanitize=thread")
 
 
@@ -27,10 +32,10 @@ def build(compiler: str, folder: Path, *more: str) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     arm = "aarch64" in compiler or platform.machine() == "aarch64"
     objects = []
-    for name, flags in {**SOURCES, **(ARM_SOURCES if arm else {})}.items():
+    for name, (source, *flags) in {**OBJECTS, **(ARM_OBJECTS if arm else {})}.items():
         objects.append(str(folder / f"{name}.o"))
-        source = str(ROOT / "csrc" / f"{name}.cpp")
-        subprocess.run((compiler, *FLAGS, *more, *flags, "-c", source, "-o", objects[-1]), check=True)
+        file = str(ROOT / "csrc" / f"{source}.cpp")
+        subprocess.run((compiler, *FLAGS, *more, *flags, "-c", file, "-o", objects[-1]), check=True)
     program = str(folder / "check")
     check = str(ROOT / "tools" / "check_kernels.cpp")
     subprocess.run((compiler, *FLAGS, *more, check, *objects, "-pthread", "-o", program), check=True)
