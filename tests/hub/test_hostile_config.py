@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +68,25 @@ def test_any_value_at_the_top_level(hf: dict[str, Any], changes: dict[str, Any])
 @given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(ROPE_KEYS), JSON, min_size=1, max_size=3))
 def test_any_value_in_the_rope_dict(hf: dict[str, Any], changes: dict[str, Any]) -> None:
     survives({**hf, "rope_parameters": {**hf["rope_parameters"], **changes}}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e306}}, "factor 1e.306 makes a length outside"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 1e-9}}, "factor 1e-09 makes a length outside"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": ["a"] * 8, "long_factor": [1] * 8}}, "short_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": [1] * 8, "long_factor": [0] * 8}}, "long_factor"),
+        ({"attn_logit_softcapping": "x", "auto_map": {}}, "attn_logit_softcapping is 'x'"),
+        ({"attn_logit_softcapping": -1, "auto_map": {}}, "attn_logit_softcapping is -1"),
+        ({"model_type": "roberta", "pad_token_id": "x"}, "pad_token_id is 'x'"),
+        ({"rms_norm_eps": -1}, "norm_eps is -1"),
+    ],
+)
+def test_numbers_that_nothing_can_compute_with_are_named(odd: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=said) as caught:
+        configs.model_config(configs.override({**tiny.config("llama"), "rope_parameters": None, **odd}, {}))
+    check(caught.value)
 
 
 @FUZZ

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final, get_args, get_type_hints
 
 from octavo.config import LayerSpec, RopeSpec
-from octavo.hub.patches import Hf, bad_value, rope_error
+from octavo.hub.patches import Hf, bad_value, is_positive, rope_error
 from octavo.log import get_logger
 
 # What different families call the same number; the first one present counts.
@@ -64,7 +64,9 @@ def layer_specs(text: Hf) -> tuple[LayerSpec, ...]:
     head_dim = _head_dim(text, heads)
     kinds = _layer_kinds(text, count)
     rotated = _rotated(text, count)
-    window = _window(text)
+    window, softcap = _window(text), text.get("attn_logit_softcapping") or None
+    if softcap is not None and not is_positive(softcap):
+        raise bad_value("attn_logit_softcapping", softcap, "a number above 0")
     ropes = {kind: _rope(text, kind, head_dim) for kind in set(kinds)}
     return tuple(
         LayerSpec(
@@ -72,7 +74,7 @@ def layer_specs(text: Hf) -> tuple[LayerSpec, ...]:
             kv_heads=kv_heads,
             head_dim=head_dim,
             window=window if kinds[i] == "sliding_attention" else None,
-            softcap=text.get("attn_logit_softcapping"),
+            softcap=softcap,
             rope=ropes[kinds[i]] if rotated[i] else None,
         )
         for i in range(count)
@@ -142,8 +144,9 @@ def _rope(text: Hf, kind: str, head_dim: int) -> RopeSpec | None:
         raise rope_error(f"{kind} layers", what, "Correct partial_rotary_factor or head_dim.")
     for key in ("short_factor", "long_factor"):
         factors = rope.get(key)
-        if rope["rope_type"] == "longrope" and (not isinstance(factors, list) or len(factors) != dim // 2):
-            what = f"{key} is not a list of {dim // 2} numbers, one for each pair of dimensions"
+        known = isinstance(factors, list) and len(factors) == dim // 2 and all(map(is_positive, factors))
+        if rope["rope_type"] == "longrope" and not known:
+            what = f"{key} is not a list of {dim // 2} numbers above 0, one for each pair of dimensions"
             raise rope_error(f"{kind} layers", what)
     return RopeSpec(
         kind=rope["rope_type"],
@@ -183,12 +186,16 @@ def own_length(text: Hf, layers: tuple[LayerSpec, ...]) -> tuple[int, str]:
     if "gemma3" in str(text.get("model_type")):
         return base, f"{key} {base}"
     if text.get("model_type") in _AFTER_PADDING:
-        first = (text.get("pad_token_id") or 0 if "pad_token_id" in text else 1) + 1
+        missing = 0 if "pad_token_id" in text else 1  # null counts as 0
+        first = size(text, "pad_token_id", missing, least=0) + 1
         return max(base - first, 1), f"{key} {base} - {first}, as positions begin after the padding id"
     for rope in (layer.rope for layer in layers if layer.rope is not None):
         factor = rope.params.get("factor")
         unstretched = rope.kind == "yarn" and rope.params["original_max_position_embeddings"] == base
         if factor and (rope.kind in ("linear", "dynamic") or unstretched):
+            if not 1 <= base * factor <= MAX_SIZE:
+                what = f"factor {factor:g} makes a length outside [1, {MAX_SIZE}] of {key} {base}"
+                raise rope_error("all layers", what)
             return int(base * factor), f"{key} {base} x {rope.kind} factor {factor:g}"
     return base, f"{key} {base}"
 
@@ -211,10 +218,10 @@ def size(text: Hf, name: str, default: int | None = None, *, limit: int = MAX_SI
 
 
 def number(text: Hf, name: str, default: float) -> float:
-    """A number out of the config; raises `ModelError` HF002 if it is of another kind."""
+    """A number from 0 on out of the config; raises `ModelError` HF002 if it is of another kind."""
     found = lookup(text, name)
     if found is None:
         return default
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not abs(found) <= sys.float_info.max:
-        raise bad_value(name, found, "a number that a float can hold")
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 <= found <= sys.float_info.max:
+        raise bad_value(name, found, "a number from 0 on that a float can hold")
     return float(found)

@@ -138,7 +138,7 @@ def check_kinds(hf: Hf, notes: list[str]) -> Hf:
     if not isinstance(hf.get("model_type", ""), str | None):
         raise bad_value("model_type", hf["model_type"], "a name")
     for key in ("max_position_embeddings", "original_max_position_embeddings"):
-        if hf.get(key) is not None and not _is_positive(hf[key]):
+        if hf.get(key) is not None and not is_positive(hf[key]):
             raise bad_value(key, hf[key], "a number above 0")
     inner = hf.get("text_config")
     if isinstance(inner, Mapping) and {"text_config", "llm_config"} & set(inner):
@@ -327,16 +327,16 @@ def _check(rope: Hf, kind: str, layers: str) -> None:
     if missing:
         raise rope_error(layers, f"rope_type {kind!r} has no {', '.join(missing)}")
     for key in _NUMBERS:
-        if rope.get(key) is not None and not _is_positive(rope[key]):
+        if rope.get(key) is not None and not is_positive(rope[key]):
             raise rope_error(layers, f"{key} is {rope[key]!r}, not a number above 0")
     partial = rope.get("partial_rotary_factor", 1.0)
-    if not _is_positive(partial) or partial > 1:
+    if not is_positive(partial) or partial > 1:
         raise rope_error(layers, f"partial_rotary_factor is {partial!r}, outside (0, 1]")
 
 
 def _telechat_attention(rope: Hf, layers: str) -> float:
     factor = rope.get("factor")
-    if not _is_positive(factor):
+    if not is_positive(factor):
         raise rope_error(layers, f"factor is {factor!r}, not a number above 0")
     return 0.07 * math.log(factor) + 1.0
 
@@ -345,7 +345,7 @@ def _class_theta(hf: Hf) -> float:
     return float(CLASS_DEFAULTS.get(str(hf.get("model_type")), {}).get("rope_theta", DEFAULT_THETA))
 
 
-def _is_positive(value: Any) -> TypeGuard[int | float]:
+def is_positive(value: Any) -> TypeGuard[int | float]:
     """Whether ``value`` is a number above 0 that a float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
