@@ -11,7 +11,9 @@ import httpx
 
 from octavo.async_llm import AsyncLLM
 from octavo.errors import EngineDead
+from octavo.frontend.inputs import pack
 from octavo.frontend.loading import TextModel
+from octavo.hub.pooling import Pooler
 from octavo.server.app import build_app
 from octavo.server.keys import Keys
 from octavo.server.service import Service
@@ -71,6 +73,17 @@ def speak(tokens: Sequence[int], *, ends: bool = True, finish: str = "length") -
     return script
 
 
+POOLER = Pooler("last", normalize=True, size=4, nested=True, dimensions=None, reason="")
+
+
+def embed(request: Request) -> list[TokenOutput]:
+    """A script for the `FakeClient` of a server with `POOLER`: numbers that depend on the prompt."""
+    ids, pooling = prompt_of(request), request.sampling.pooling
+    assert pooling is not None
+    numbers = [float(len(ids)), float(sum(ids)), 0.1, 2.0 if pooling.normalize else 3.0][: pooling.dimensions]
+    return [TokenOutput(id=request.id, embedding=pack(numbers, "f"), finish_reason="stop", queued=0.25)]
+
+
 def prompt_scores(request: Request, top: int) -> list[TokenLogprobs]:
     """One for each token of the prompt but the first."""
     return [scores(token, top) for token in prompt_of(request)[1:]]
@@ -93,13 +106,14 @@ class Server:
         template: str = TEMPLATE,
         max_model_len: int = 128,
         special: tuple[str, ...] = (),
+        pooler: Pooler | None = None,
         **options: Any,
     ) -> None:
         self.tokenizer = byte_level(chat_template=template)
         self.tokenizer.lib.add_special_tokens(list(special))
         self.tokenizer.special_ids |= {self.tokenizer.lib.token_to_id(token) for token in special}
         self.fake = FakeClient(script or speak(self.tokenizer.encode(SPOKEN)), info(max_model_len=max_model_len))
-        self.llm = AsyncLLM(self.fake, TextModel(self.tokenizer))
+        self.llm = AsyncLLM(self.fake, TextModel(self.tokenizer, pooler=pooler))
         self.service = Service(self.llm, names)
         keys = Keys.of(options.pop("api_key", None), options.pop("admin_api_key", None))
         self.app = build_app(self.service, keys=keys, **options)

@@ -18,13 +18,14 @@ from octavo.server.openapi import document, page
 from octavo.server.route import Route
 from octavo.types import Stats
 from tests.frontend.fakes import prompt_of
-from tests.server.fake import Server, run, until
+from tests.server.fake import POOLER, Server, embed, run, until
 
 LINE = b'{"custom_id": "a", "url": "/v1/completions", "body": {}}'
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 BODIES: dict[str, Any] = {
     "/v1/completions": {"prompt": "hello", "max_tokens": 5, "logprobs": 2},
     "/v1/chat/completions": CHAT | {"max_tokens": 5, "logprobs": True, "top_logprobs": 2},
+    "/v1/embeddings": {"input": ["hello", "world"]},
     "/v1/responses": {"input": "hi", "max_output_tokens": 5},
     "/v1/messages": CHAT | {"max_tokens": 5},
     "/v1/messages/count_tokens": CHAT,
@@ -58,7 +59,8 @@ async def request_of(server: Server, route: Route, folder: Path) -> dict[str, An
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 def test_every_answer_is_of_the_type_that_its_route_names(route: Route, tmp_path: Path) -> None:
     async def work() -> None:
-        server = Server(max_model_len=4096)
+        embeds = route.path == "/v1/embeddings"
+        server = Server(embed if embeds else None, max_model_len=4096, pooler=POOLER if embeds else None)
         response = await server.http.request(route.method, **await request_of(server, route, tmp_path))
         await asyncio.gather(*server.service.batches.values())
         assert response.status_code == 200, response.text

@@ -80,9 +80,14 @@ class InputProcessor:
             raise RequestError("this engine generates text and does not embed it.", "Start one with --runner pooling.")
         return self._pooler
 
+    @property
+    def embeds(self) -> bool:
+        """Whether the engine embeds and generates nothing."""
+        return self._pooler is not None
+
     def check_generates(self) -> None:
         """Raises `RequestError` if the engine embeds."""
-        if self._pooler is not None:
+        if self.embeds:
             raise RequestError("this engine embeds texts and generates none.", "Start one with --runner generate.")
 
     def default_params(self) -> SamplingParams:

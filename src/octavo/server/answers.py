@@ -49,6 +49,30 @@ class Usage(msgspec.Struct):
         return cls(prompt, output, prompt + output, PromptDetails(sum(r.num_cached_tokens for r in results)))
 
 
+class EmbeddingUsage(msgspec.Struct):
+    """As `Usage`, of embeddings."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embedding(msgspec.Struct, kw_only=True):
+    """Of one text: numbers, or as float32 (little endian) in base64."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Embeddings(msgspec.Struct, kw_only=True):
+    """An answer to ``/v1/embeddings``."""
+
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Timings(msgspec.Struct, kw_only=True):
     """How long a request took, in milliseconds, under llama.cpp's names where the meaning is equal.
 

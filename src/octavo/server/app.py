@@ -11,7 +11,7 @@ from starlette.routing import Route as HttpRoute
 from starlette.routing import Router
 from starlette.types import ASGIApp
 
-from octavo.server import admin, answers, chat, completions, dashboard, openapi, render
+from octavo.server import admin, answers, chat, completions, dashboard, embeddings, openapi, render
 from octavo.server import protocol as bodies
 from octavo.server.anthropic import body as anthropic
 from octavo.server.anthropic import messages
@@ -41,6 +41,10 @@ ROUTES = (
     Route(
         "POST", "/v1/chat/completions", chat.ENDPOINT.handle, "Answer a conversation.",
         body=bodies.ChatRequest, answer=answers.ChatCompletion, event=answers.ChatChunk, endpoint=chat.ENDPOINT,
+    ),
+    Route(
+        "POST", "/v1/embeddings", embeddings.ENDPOINT.handle, "Embed texts.",
+        body=bodies.EmbeddingRequest, answer=answers.Embeddings, endpoint=embeddings.ENDPOINT,
     ),
     Route(
         "POST", "/v1/responses", responses.create, "Answer items of input with items of output.",

@@ -1,4 +1,4 @@
-"""From a body to an answer, the same for every endpoint that generates text.
+"""From a body to an answer, the same for every endpoint that asks the model.
 
 An `Endpoint` says how its body is read into `Prompts` or a `Conversation` and how its answer is written; everything
 between is here.
@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 from starlette.requests import Request
@@ -24,14 +24,14 @@ from octavo.frontend.outputs import Delta
 from octavo.sampling_params import SamplingParams
 from octavo.server.answers import json_response, now
 from octavo.server.blocks import Blocks
-from octavo.server.protocol import Sampled, decode
+from octavo.server.protocol import EmbeddingRequest, Sampled, decode
 from octavo.server.runs import Runs
 from octavo.server.service import Service
 from octavo.server.sse import EventStream, while_connected
 from octavo.server.tools import ToolUse
 from octavo.types import RequestOutput
 
-Body = TypeVar("Body", bound=Sampled)
+Body = TypeVar("Body", bound=Sampled | EmbeddingRequest)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Texts or token ids, to be continued.
+    """Texts or token ids, to be continued or embedded.
 
     With ``clamp_max_tokens`` an answer that would outgrow the context is cut at its end instead of refused.
     """
@@ -80,10 +80,10 @@ class Conversation:
 
 
 async def prepare(
-    service: Service, body: Sampled, asked: Prompts | Conversation, id: str, origin: Origin
+    service: Service, body: Sampled | EmbeddingRequest, asked: Prompts | Conversation, id: str, origin: Origin
 ) -> list[Prepared]:
     """Renders, encodes and checks every prompt that ``body`` asks for; raises `RequestError`. Nothing is sent yet."""
-    params = _params(service, body)
+    params = body.pooling_params() if isinstance(body, EmbeddingRequest) else _params(service, body)
     priority, salt = (body.priority or 0) + origin.delay, _salt(origin.owner, body.cache_salt or "")
     if isinstance(asked, Prompts):
         return await service.llm.prepare_all(
@@ -94,6 +94,7 @@ async def prepare(
             salt=salt,
             clamp_max_tokens=asked.clamp_max_tokens,
         )
+    assert isinstance(params, SamplingParams)
     use = asked.use
     prepared = await service.llm.prepare_chat(
         asked.messages,
@@ -116,6 +117,7 @@ async def prepare(
 
 def _params(service: Service, body: Sampled) -> SamplingParams:
     """A beam search takes nothing from the model's own defaults, since most have no effect on it."""
+    service.llm.inputs.check_generates()
     params = body.sampling_params(service.llm.default_params())
     if (beams := body.beams(params)) is None:
         return params
@@ -136,11 +138,16 @@ def _salt(owner: bytes, given: str) -> bytes:
 
 
 class Answer(Protocol):
-    """Writes one answer: `whole`, or in events, which come from `piece` for each delta and then from `end`."""
+    """Writes one answer."""
 
     def whole(self, results: list[RequestOutput]) -> msgspec.Struct:
         """The answer from all that came, a result for each prompt."""
         ...
+
+
+@runtime_checkable
+class StreamedAnswer(Answer, Protocol):
+    """Writes one whole or in events, which come from `piece` for each delta and then from `end`."""
 
     def piece(self, number: int, delta: Delta) -> Iterable[bytes]:
         """What a delta of prompt ``number`` adds to the stream."""
@@ -217,7 +224,7 @@ class Endpoint(Generic[Body]):
     async def respond(self, job: Job[Body], request: Request) -> ASGIApp:
         """Runs ``job`` and answers in the way that it asks for."""
         answer = self.answer(job)
-        if job.body.stream:
+        if job.body.stream and isinstance(answer, StreamedAnswer):
             return EventStream(_events(job, answer), answer.broken)
         whole = await while_connected(request.receive, _whole(job, answer))
         return json_response(whole)
@@ -231,7 +238,7 @@ async def _whole(job: Job[Any], answer: Answer) -> msgspec.Struct:
     return answer.whole(await job.runs().finish())
 
 
-async def _events(job: Job[Any], answer: Answer) -> AsyncGenerator[bytes, None]:
+async def _events(job: Job[Any], answer: StreamedAnswer) -> AsyncGenerator[bytes, None]:
     runs = job.runs()
     async with contextlib.aclosing(runs.batches()) as batches:
         async for number, deltas in batches:

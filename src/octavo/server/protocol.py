@@ -16,11 +16,12 @@ from starlette.requests import Request
 
 from octavo.errors import RequestError
 from octavo.frontend.beams import BeamSearchParams
-from octavo.sampling_params import MAX_LOGPROBS, SamplingParams
+from octavo.sampling_params import MAX_LOGPROBS, PoolingParams, SamplingParams
 from octavo.server.errors import ApiError
 from octavo.structured import StructuredOutputsParams
 
 MAX_PROMPTS = 1024  # prompts in one completion request, and answers to them
+MAX_INPUTS = 2048  # texts in one request for embeddings, as in OpenAI's API
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 PRIORITY_LIMIT = 2**31
 UNLIMITED = 2**31 - 1  # tokens: as many as fit
@@ -50,11 +51,32 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: Any = None  # padding against eavesdroppers: OpenAI's, without effect
 
 
-class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
-    """What every request for text may set. Names are those of `SamplingParams` where the meaning is."""
+class Asked(_Ignored, kw_only=True, forbid_unknown_fields=True):
+    """What every request to the model may set."""
 
     model: str | None = None
     stream: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    priority: int | None = None  # lower runs first
+    cache_salt: str | None = None  # cached prefixes are shared only with requests that have the same one
+
+    def check(self) -> None:
+        """Checks what `SamplingParams.validate` does not know."""
+        if abs(self.priority or 0) >= PRIORITY_LIMIT:
+            most = PRIORITY_LIMIT - 1
+            cause = f"priority is {self.priority}, outside [{-most}, {most}]."
+            raise RequestError(cause, "Give a value in that range.", param="priority")
+        if len(self.cache_salt or "") > MAX_SALT:
+            raise RequestError(f"cache_salt is longer than {MAX_SALT}.", "Shorten it.", param="cache_salt")
+
+    def beams(self, params: SamplingParams) -> BeamSearchParams | None:
+        """The beam search that is asked for, with ``params`` for the rest; None: there is no search."""
+        return None
+
+
+class Sampled(Asked, kw_only=True, forbid_unknown_fields=True):
+    """What every request for text may set. Names are those of `SamplingParams` where the meaning is."""
+
     seed: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -72,9 +94,6 @@ class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
     spaces_between_special_tokens: bool | None = None
     bad_words: list[str] | None = None
     allowed_token_ids: list[int] | None = None
-    truncate_prompt_tokens: int | None = None
-    priority: int | None = None  # lower runs first
-    cache_salt: str | None = None  # cached prefixes are shared only with requests that have the same one
     structured_outputs: StructuredOutputsParams | None = None
 
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
@@ -94,19 +113,6 @@ class Sampled(_Ignored, kw_only=True, forbid_unknown_fields=True):
     def constraint(self) -> StructuredOutputsParams | None:
         """What the output must match; raises `RequestError` if several fields say so."""
         return self.structured_outputs
-
-    def beams(self, params: SamplingParams) -> BeamSearchParams | None:
-        """The beam search that is asked for, with ``params`` for the rest; None: text is sampled."""
-        return None
-
-    def check(self) -> None:
-        """Checks what `SamplingParams.validate` does not know."""
-        if abs(self.priority or 0) >= PRIORITY_LIMIT:
-            most = PRIORITY_LIMIT - 1
-            cause = f"priority is {self.priority}, outside [{-most}, {most}]."
-            raise RequestError(cause, "Give a value in that range.", param="priority")
-        if len(self.cache_salt or "") > MAX_SALT:
-            raise RequestError(f"cache_salt is longer than {MAX_SALT}.", "Shorten it.", param="cache_salt")
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:
@@ -247,6 +253,24 @@ def check_stops(name: str, stops: list[str]) -> None:
         raise RequestError(f"a stop string is longer than {MAX_STOP_LENGTH} characters.", "Shorten it.", param=name)
 
 
+def several(name: str, given: str | list[str | int | list[int]], most: int) -> list[str | list[int]]:
+    """The prompts of the field ``name``, one entry each: a text or token ids; raises `RequestError`."""
+    if isinstance(given, str):
+        found: list[str | list[int]] = [given]
+    else:
+        tokens = [part for part in given if isinstance(part, int)]
+        found = [part for part in given if not isinstance(part, int)]
+        if tokens and found:
+            raise RequestError(f"{name} mixes tokens and prompts.", "Send a list of one kind.", param=name)
+        found = [tokens] if tokens else found
+    if not 0 < len(found) <= most:
+        cause = f"{name} holds {len(found)} prompts, outside [1, {most}]."
+        raise RequestError(cause, "Send at least one, or split the request.", param=name)
+    if not all(found):
+        raise RequestError("a prompt is empty.", "Send at least one token.", param=name)
+    return found
+
+
 _SAMPLING = set(Generation.__struct_fields__) & set(SamplingParams.__struct_fields__) - {"structured_outputs"}
 
 
@@ -275,31 +299,47 @@ class CompletionRequest(Generation, kw_only=True, forbid_unknown_fields=True):
 
     def prompts(self) -> list[str | list[int]]:
         """One entry a prompt: a text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        tokens = [part for part in self.prompt if isinstance(part, int)]
-        prompts = [part for part in self.prompt if not isinstance(part, int)]
-        if tokens and prompts:
-            raise RequestError("prompt mixes tokens and prompts.", "Send a list of one kind.", param="prompt")
-        return [tokens] if tokens else prompts
+        return several("prompt", self.prompt, MAX_PROMPTS)
 
     def check(self) -> None:
         super().check()
         prompts = self.prompts()
-        if not 0 < len(prompts) <= MAX_PROMPTS:
-            cause = f"prompt holds {len(prompts)} prompts, outside [1, {MAX_PROMPTS}]."
-            raise RequestError(cause, "Send at least one, or split the request.", param="prompt")
         if len(prompts) * (self.n or 1) > MAX_PROMPTS:
             cause = f"{len(prompts)} prompts with n {self.n} are more than {MAX_PROMPTS} answers."
             raise RequestError(cause, "Split the request.", param="n")
-        if not all(prompts):
-            raise RequestError("a prompt is empty.", "Send at least one token.", param="prompt")
         if self.suffix:
             raise RequestError("suffix is not supported.", "Put all text into prompt.", param="suffix")
         if self.best_of not in (None, self.n or 1):
             raise RequestError(f"best_of is {self.best_of}, not n.", "Leave it out and use n.", param="best_of")
         if self.stream and self.echo and self.logprobs is not None:
             raise RequestError("echo with logprobs cannot be streamed.", "Unset stream.", param="echo")
+
+
+class EmbeddingRequest(Asked, kw_only=True, forbid_unknown_fields=True):
+    """``POST /v1/embeddings``."""
+
+    input: str | list[str | int | list[int]]  # an int is a token: all or none
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    use_activation: bool | None = None
+    add_special_tokens: bool | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One entry a text: itself or its token ids."""
+        return several("input", self.input, MAX_INPUTS)
+
+    def check(self) -> None:
+        super().check()
+        self.prompts()
+        if self.stream:
+            raise RequestError("stream is set, and an embedding comes whole.", "Leave it out.", param="stream")
+
+    def pooling_params(self) -> PoolingParams:
+        return PoolingParams(
+            dimensions=self.dimensions,
+            use_activation=self.use_activation,
+            truncate_prompt_tokens=self.truncate_prompt_tokens,
+        )
 
 
 class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):

@@ -10,7 +10,7 @@ from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
 from octavo.server.answers import json_response
 from octavo.server.endpoint import Origin
-from octavo.server.protocol import decode
+from octavo.server.protocol import Sampled, decode
 from octavo.server.service import Service
 
 
@@ -43,9 +43,10 @@ class Rendered(msgspec.Struct, kw_only=True):
 async def render(service: Service, request: Request) -> Response:
     """The exact prompts, as text and as token ids, and how they would be sampled."""
     body = decode(await request.body(), RenderRequest)
-    endpoint = service.endpoints.get(body.endpoint)
+    generating = {path: one for path, one in service.endpoints.items() if issubclass(one.body, Sampled)}
+    endpoint = generating.get(body.endpoint)
     if endpoint is None:
-        known = ", ".join(service.endpoints)
+        known = ", ".join(generating)
         raise RequestError(f"endpoint is {body.endpoint[:100]!r}.", f"Give one of {known}.", param="endpoint")
     job = await endpoint.open(service, bytes(body.body), Origin.of(request))
     made = Rendered(

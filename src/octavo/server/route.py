@@ -23,7 +23,7 @@ class Route:
     ``query`` is a struct of the parameters of the query.
 
     ``answer`` is a media type where it is no JSON, and None where there is no body. ``form`` names the fields of a
-    multipart body. ``endpoint`` is set where the handler generates text.
+    multipart body. ``endpoint`` is set where the handler asks the model.
     """
 
     method: str

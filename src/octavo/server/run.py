@@ -273,7 +273,9 @@ def _banner(service: Service, server: ServerConfig, listener: socket.socket, *, 
     body: dict[str, Any]
     url = address.url_of(server, listener)
     key = ' -H "authorization: Bearer $OCTAVO_API_KEY"' if guarded else ""
-    if service.llm.renderer.template is None:
+    if service.llm.inputs.embeds:
+        path, body = "/v1/embeddings", {"model": name, "input": "Hello"}
+    elif service.llm.renderer.template is None:
         path, body = "/v1/completions", {"model": name, "prompt": "Hello"}
     else:
         path, body = "/v1/chat/completions", {"model": name, "messages": [{"role": "user", "content": "Hi"}]}

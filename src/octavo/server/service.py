@@ -71,7 +71,7 @@ class Service:
 
     @cached_property
     def endpoints(self) -> dict[str, Endpoint[Any]]:
-        """Those that generate text, by path."""
+        """Those that ask the model, by path."""
         return {route.path: route.endpoint for route in self.routes if route.endpoint is not None}
 
     def model(self, wanted: str | None) -> str:
