@@ -124,7 +124,6 @@ def test_prefixes_are_shared_within_one_salt_and_one_key() -> None:
         {"cache_salt": "x" * 2000},
         {"web_search_options": {}},
         {"audio": {}},
-        {"use_beam_search": True},
     ],
 )
 def test_what_would_change_the_answer_and_cannot_be_done_is_refused(extra: Any) -> None:

@@ -27,7 +27,7 @@ PRIORITY_LIMIT = 2**31
 UNLIMITED = 2**31 - 1  # tokens: as many as fit
 MAX_SALT = 1024  # characters of cache_salt
 JsonSchema = str | dict[str, Any] | bool
-GUIDED = ("json", "regex", "choice", "grammar")
+GUIDED = ("json", "regex", "choice", "grammar")  # the fields guided_json, …, which vLLM had before
 
 
 class _Ignored(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -99,9 +99,12 @@ class Sampled(Asked, kw_only=True, forbid_unknown_fields=True):
     def sampling_params(self, defaults: SamplingParams) -> SamplingParams:
         """``defaults`` overridden by the fields of the request that are set; validated."""
         given = {name: value for name in _SAMPLING if (value := getattr(self, name, None)) is not None}
-        outputs = self.constraint()
-        if outputs is not None:
-            given["structured_outputs"] = outputs
+        wanted = {**self.own_constraints(), "structured_outputs": self.structured_outputs}
+        constraints = {name: one for name, one in wanted.items() if one is not None}
+        if len(constraints) > 1:
+            cause = f"{' and '.join(constraints)} are both set."
+            raise RequestError(cause, "Set one.", param=next(iter(constraints)))
+        given["structured_outputs"] = next(iter(constraints.values()), None)
         params = msgspec.structs.replace(defaults, **(given | self.own_sampling()))
         params.validate()
         return params
@@ -110,9 +113,9 @@ class Sampled(Asked, kw_only=True, forbid_unknown_fields=True):
         """Fields of `SamplingParams` that the API has in words of its own."""
         return {}
 
-    def constraint(self) -> StructuredOutputsParams | None:
-        """What the output must match; raises `RequestError` if several fields say so."""
-        return self.structured_outputs
+    def own_constraints(self) -> dict[str, StructuredOutputsParams | None]:
+        """What the output must match, by the API's own fields that can say so."""
+        return {}
 
 
 def check_metadata(metadata: Mapping[str, str] | None) -> None:
@@ -123,7 +126,7 @@ def check_metadata(metadata: Mapping[str, str] | None) -> None:
         raise RequestError(cause, "Send less.", param="metadata")
 
 
-# --- structured output, as OpenAI asks for it, vLLM, and vLLM before --------------------------------------------------
+# --- completions ------------------------------------------------------------------------------------------------------
 
 
 class JsonSchemaFormat(msgspec.Struct, forbid_unknown_fields=True):
@@ -153,34 +156,6 @@ class ResponseFormat(msgspec.Struct, forbid_unknown_fields=True):
         if self.json_schema is None or self.json_schema.schema is None:
             raise RequestError(f"{field} has no schema (json_schema.schema).", "Send the schema.", param=field)
         return StructuredOutputsParams(json=self.json_schema.schema)
-
-
-def structured(
-    response_format: ResponseFormat | None,
-    structured_outputs: StructuredOutputsParams | None,
-    guided: Mapping[str, Any],
-) -> StructuredOutputsParams | None:
-    """What the output must match, if anything; raises `RequestError` if several fields say so.
-
-    ``guided`` are the values of vLLM's older fields ``guided_json``, …, without that prefix.
-    """
-    options = {"whitespace_pattern": guided.get("whitespace_pattern")}
-    asked = {
-        "response_format": response_format.params() if response_format else None,
-        "structured_outputs": structured_outputs,
-        **{
-            f"guided_{name}": msgspec.structs.replace(StructuredOutputsParams(), **{name: guided[name]}, **options)
-            for name in GUIDED
-            if guided.get(name) is not None
-        },
-    }
-    given = {name: params for name, params in asked.items() if params is not None}
-    if len(given) > 1:
-        raise RequestError(f"{' and '.join(given)} are both set.", "Set one.", param=next(iter(given)))
-    return next(iter(given.values()), None)
-
-
-# --- completions ------------------------------------------------------------------------------------------------------
 
 
 class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
@@ -223,9 +198,13 @@ class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
             include_stop_str_in_output=params.include_stop_str_in_output,
         )
 
-    def constraint(self) -> StructuredOutputsParams | None:
-        guided = {name: getattr(self, f"guided_{name}") for name in (*GUIDED, "whitespace_pattern")}
-        return structured(self.response_format, self.structured_outputs, guided)
+    def own_constraints(self) -> dict[str, StructuredOutputsParams | None]:
+        found = {"response_format": self.response_format.params() if self.response_format else None}
+        plain = StructuredOutputsParams(whitespace_pattern=self.guided_whitespace_pattern)
+        for name in GUIDED:
+            value = getattr(self, f"guided_{name}")
+            found[f"guided_{name}"] = None if value is None else msgspec.structs.replace(plain, **{name: value})
+        return found
 
     def check(self) -> None:
         """Checks what concerns more than one field."""

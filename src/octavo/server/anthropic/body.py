@@ -128,13 +128,9 @@ class CountTokensRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
     def own_sampling(self) -> dict[str, Any]:
         return {"max_tokens": 1}
 
-    def constraint(self) -> StructuredOutputsParams | None:
+    def own_constraints(self) -> dict[str, StructuredOutputsParams | None]:
         form = self.output_config.format if self.output_config else None
-        if form is None:
-            return self.structured_outputs
-        if self.structured_outputs is not None:
-            raise RequestError("output_config and structured_outputs are both set.", "Set one.", param="output_config")
-        return StructuredOutputsParams(json=form.schema)
+        return {"output_config.format": None if form is None else StructuredOutputsParams(json=form.schema)}
 
     def template_kwargs(self) -> dict[str, Any]:
         """Variables for the chat template."""

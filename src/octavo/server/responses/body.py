@@ -185,11 +185,8 @@ class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
         own: dict[str, Any] = {"max_tokens": self.max_output_tokens}
         return own | {"logprobs": self.top_logprobs or 0} if self.wants_logprobs else own
 
-    def constraint(self) -> StructuredOutputsParams | None:
-        form = self.text.format.params() if self.text else None
-        if form is not None and self.structured_outputs is not None:
-            raise RequestError("text.format and structured_outputs are both set.", "Set one.", param="text")
-        return form or self.structured_outputs
+    def own_constraints(self) -> dict[str, StructuredOutputsParams | None]:
+        return {"text.format": self.text.format.params() if self.text else None}
 
     def check(self) -> None:
         super().check()
