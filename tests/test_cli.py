@@ -29,10 +29,7 @@ def parse(*argv: str) -> Any:
 
 
 def octavo_command(*argv: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    return subprocess.run(
-        [sys.executable, "-m", "octavo", *argv], capture_output=True, text=True, env=env, timeout=60, **kwargs
-    )
+    return subprocess.run([sys.executable, "-m", "octavo", *argv], capture_output=True, text=True, timeout=60, **kwargs)
 
 
 def test_every_option_of_the_config_classes_is_an_option_of_serve() -> None:
@@ -384,8 +381,7 @@ def test_debug_shows_where_an_error_was_raised(monkeypatch: pytest.MonkeyPatch) 
 
 def test_help_needs_no_torch() -> None:
     code = "import sys; from octavo import cli; cli.build_parser().format_help(); print('torch' in sys.modules)"
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "False\n", done.stderr
 
 
@@ -419,10 +415,7 @@ def test_a_closed_pipe_ends_quietly() -> None:
         "cli._serve = endless\n"
         "sys.exit(cli.main(['serve', 'm']))"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
-    ) as child:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         child.stdout.read(10)
@@ -441,7 +434,6 @@ def test_a_closed_standard_stream_is_as_good_as_an_empty_one(stream: str) -> Non
         [sys.executable, "-c", code, "-c", script],
         capture_output=True,
         stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
         timeout=60,
     )
     assert (done.returncode, done.stderr) == (0, b"")
@@ -451,9 +443,8 @@ def test_a_closed_standard_stream_is_as_good_as_an_empty_one(stream: str) -> Non
 def test_output_that_cannot_be_written_is_one_line_and_an_exit_status() -> None:
     script = "from octavo import cli; import sys; args = cli.build_parser().parse_args(['generate', 'm']);"
     script += "args.log_level = 'warning'; sys.exit(cli._guarded(lambda _: print('x', flush=True), args))"
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, env=env, timeout=60)
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith(b"octavo: ")
     assert done.stderr.count(b"\n") == 1

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import time
@@ -55,7 +54,6 @@ def test_json_is_one_object_a_line_with_the_traceback_inside(
 
 
 def test_processes_count_from_the_start_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
     monkeypatch.setenv(log.START, repr(log._START))
     code = "from octavo import log; log.configure(); log.get_logger().info('here')"
     time.sleep(max(0.0, 1.0 + log._START - time.monotonic()))

@@ -6,9 +6,7 @@ import asyncio
 import functools
 import itertools
 import json
-import os
 import statistics
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -96,7 +94,6 @@ def test_latency_counts_every_step_and_request(tmp_path: Path) -> None:
 def test_startup_names_the_phases_of_both_processes(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
     monkeypatch.setattr(startup, "measure", functools.partial(startup.measure, worker="stub"))
     out, folder = tmp_path / "rows.json", tiny.make(tmp_path / "model")
     assert cli.main(["bench", "startup", str(folder), "--json", str(out)]) == 0

@@ -36,13 +36,7 @@ from tests.core.memory_channel import MemoryChannel
 from tests.core.stub_engine import expected, make_engine, make_request
 from tests.waiting import PATIENCE, ended, until
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 CONFIG = EngineConfig.of(model="stub", max_num_seqs=4, max_num_batched_tokens=32)
-
-
-@pytest.fixture(autouse=True)
-def _children_find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
 
 
 @pytest.fixture
@@ -278,7 +272,7 @@ def test_the_last_message_of_a_core_that_was_not_killed_is_waited_for_longer(cor
 
 def test_a_core_that_is_killed_during_its_start_reports_how(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(600)")  # it is not ready before it is killed
-    core = spawn(CONFIG, "stub", env={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(SOURCE)))})
+    core = spawn(CONFIG, "stub", env={"PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ["PYTHONPATH"]))})
     core.process.kill()
     with pytest.raises(EngineDead, match="killed by signal 9"):
         core.wait_ready()
@@ -303,9 +297,7 @@ def test_the_sockets_lie_in_a_private_folder_that_goes_away(core: CoreProcess) -
 
 
 def test_a_core_whose_parent_is_killed_ends_at_once_and_removes_the_sockets() -> None:
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(SOURCE)}
-    )
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid, folder = parent.stdout.readline().split()
     child = psutil.Process(int(pid))

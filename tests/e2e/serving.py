@@ -50,13 +50,13 @@ class Server:
 
     def __init__(self, command: list[str], log: Path, *, engines: str = "") -> None:
         self._log = log
-        path = [entry for entry in sys.path if entry]
+        path = os.environ["PYTHONPATH"]
         if engines:
             (folder := log.with_suffix(".engines")).mkdir()
             first = f"import sys\nif 'octavo.core.process' in sys.orig_argv:\n{textwrap.indent(engines, '    ')}"
             (folder / "sitecustomize.py").write_text(first)
-            path.insert(0, str(folder))
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+            path = os.pathsep.join((str(folder), path))
+        env = {**os.environ, "PYTHONPATH": path}
         with log.open("wb") as sink:
             self.process = subprocess.Popen([sys.executable, *command], stdout=sink, stderr=sink, env=env)
         self.url = self._wait()

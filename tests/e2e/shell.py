@@ -50,8 +50,7 @@ class Shell:
     def env(self, **more: str) -> dict[str, str]:
         hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE"}
         base = {key: value for key, value in os.environ.items() if key not in hidden}
-        path = os.pathsep.join(entry for entry in sys.path if entry)
-        return {**base, **self.hub.env(self.home), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+        return {**base, **self.hub.env(self.home), "OMP_NUM_THREADS": "1", **more}
 
     def start(self, *argv: str, **env: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "octavo", *argv]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -102,9 +101,8 @@ def requests(count: int) -> bytes:
 
 
 def run_batch(*options: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     command = [sys.executable, "-m", "octavo", "run-batch", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, env=env, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
 
 
 def test_a_batch_runs_while_others_are_served(client: openai.OpenAI) -> None:

@@ -35,11 +35,10 @@ SERVE = (
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes of one CPU each; processes on them find the package where this one found it."""
+    """Two nodes of one CPU each."""
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
         made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
         made.add_node(num_cpus=1)
         patch.setenv("RAY_ADDRESS", made.address)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -22,7 +21,6 @@ from tests.e2e.serving import PACED, STUB, Server, running, total
 from tests.waiting import PATIENCE, children, ended, until
 
 LONG = {"prompt": [5, 6, 7], "max_tokens": 500, "ignore_eos": True, "stream": True}
-ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
 # Code for engines: none starts while the file is there.
@@ -175,7 +173,7 @@ def test_an_address_is_not_shared_with_another_server(server: Server, model: Pat
     port = server.url.rpartition(":")[2]
     for apis in ("1", "2"):
         command = [sys.executable, "-m", "octavo", "serve", str(model), "--port", port, "--api-server-count", apis]
-        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 2
         assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
 
@@ -183,7 +181,7 @@ def test_an_address_is_not_shared_with_another_server(server: Server, model: Pat
 @pytest.mark.parametrize("apis", ["1", "2"])
 def test_an_engine_that_hangs_at_its_start_does_not_keep_the_server_from_ending(model: Path, apis: str) -> None:
     command = [sys.executable, "-c", STUB, str(model), "0", "2", apis]
-    process = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     parent = psutil.Process(process.pid)
     until(lambda: len(children(parent, "octavo.core.process")) == 2)
     children(parent, "octavo.core.process")[0].suspend()
@@ -200,7 +198,7 @@ def test_a_start_that_fails_ends_with_its_own_exit_code_and_leaves_nothing(tmp_p
     before = set(children())
     command = [sys.executable, "-m", "octavo", "serve", str(tmp_path), "--port", "0"]
     for more in (["--data-parallel-size", "2"], ["--api-server-count", "2"]):
-        done = subprocess.run([*command, *more], env=ENV, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 3, done.stderr
         assert "Traceback" not in done.stderr
     assert set(children()) <= before
@@ -209,6 +207,6 @@ def test_a_start_that_fails_ends_with_its_own_exit_code_and_leaves_nothing(tmp_p
 @pytest.mark.parametrize("count", ["0", "1000"])
 def test_a_count_of_api_processes_out_of_range_is_refused(model: Path, count: str) -> None:
     command = [sys.executable, "-m", "octavo", "serve", str(model), "--port", "0", "--api-server-count", count]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2
     assert "outside [1, 256]" in done.stderr

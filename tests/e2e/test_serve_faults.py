@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -127,8 +126,7 @@ def test_an_idle_server_uses_almost_no_cpu(server: Server) -> None:
 
 
 def test_a_signal_during_the_start_ends_it(tmp_path: Path, model: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    process = subprocess.Popen([sys.executable, "-c", STUB, str(model), "0"], env=env, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", STUB, str(model), "0"], stderr=subprocess.DEVNULL)
     parent = psutil.Process(process.pid)
     until(lambda: children(parent) != [])
     (core,) = children(parent)
@@ -139,8 +137,7 @@ def test_a_signal_during_the_start_ends_it(tmp_path: Path, model: Path) -> None:
 
 def test_a_model_that_is_not_there_ends_the_start_with_its_own_exit_code(tmp_path: Path) -> None:
     command = [sys.executable, "-c", STUB, str(tmp_path / "nothing"), "0"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1  # `serve` raises; the command line turns it into exit code 3
     assert "ModelError" in done.stderr
 
@@ -148,8 +145,7 @@ def test_a_model_that_is_not_there_ends_the_start_with_its_own_exit_code(tmp_pat
 def test_a_port_in_use_is_refused_before_anything_starts(server: Server, model: Path) -> None:
     port = server.url.rpartition(":")[2]
     command = [sys.executable, "-m", "octavo", "serve", str(model), "--port", port]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in done.stderr
 

@@ -6,7 +6,6 @@ import asyncio
 import time
 from array import array
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import psutil
 import pytest
@@ -23,15 +22,9 @@ from octavo.types import Request, Sampling, TokenOutput
 from tests.core.stub_engine import expected
 from tests.waiting import PATIENCE, children
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 CONFIG = EngineConfig.of(
     model="stub", max_num_seqs=8, max_num_batched_tokens=64, data_parallel_size=2, device="cpu", max_waiting=1000
 )
-
-
-@pytest.fixture(autouse=True)
-def _children_find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
 
 
 class Stubs(Processes):

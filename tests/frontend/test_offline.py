@@ -18,14 +18,12 @@ from octavo.types import Request, Sampling
 from tests.core.stub_engine import collect, expected
 from tests.waiting import children
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
 CONFIG = EngineConfig.of(model="stub", max_num_seqs=4, max_num_batched_tokens=64, data_parallel_size=2, device="cpu")
 KEY = b"k" * 32
 
 
 @pytest.fixture
-def cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[SeveralCores]:
-    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+def cores() -> Iterator[SeveralCores]:
     before = set(children())
     made = SeveralCores(CONFIG, KEY, "stub")
     yield made
@@ -81,8 +79,7 @@ def test_llm_takes_them_as_one_engine(cores: SeveralCores) -> None:
     assert [r.outputs[0].token_ids for r in results] == [expected([7, i], 5) for i in range(1, 20)]
 
 
-def test_a_start_that_fails_leaves_no_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
+def test_a_start_that_fails_leaves_no_process(tmp_path: Path) -> None:
     before = set(children())
     with pytest.raises(ModelError):
         SeveralCores(EngineConfig.of(model=str(tmp_path), data_parallel_size=2, device="cpu"), KEY, "real")

@@ -57,10 +57,9 @@ class Clients:
     def _start(self, env: dict[str, str]) -> subprocess.Popen[str]:
         hidden = {"HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN"}
         base = {key: value for key, value in os.environ.items() if key not in hidden}
-        path = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
         return subprocess.Popen(
             [sys.executable, "-c", CLIENT],
-            env={**base, **self.hub.env(self.home), **path, **env},
+            env={**base, **self.hub.env(self.home), **env},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

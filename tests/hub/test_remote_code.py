@@ -138,7 +138,6 @@ def test_no_loader_runs_code_of_the_repo_without_the_flag(tmp_path: Path) -> Non
     folders = [booby_trapped(tmp_path / n, known=n == "known", nameless=n == "nameless") for n in names]
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import signal
 import subprocess
@@ -34,13 +33,6 @@ WISHES = {
     "penalised": SamplingParams(max_tokens=10, temperature=0, repetition_penalty=1.3, min_tokens=4),
     "scored": SamplingParams(max_tokens=3, temperature=0, prompt_logprobs=2, logprobs=1),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _paths() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(entry for entry in sys.path if entry))
-        yield
 
 
 @pytest.fixture(scope="module")

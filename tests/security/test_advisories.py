@@ -167,8 +167,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoreProcess]:
     folder = tmp_path_factory.mktemp("stub")
     tiny.tokenizer(folder)
     tiny._write_json(folder / "config.json", tiny.config())
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    made = spawn(EngineConfig.of(model=str(folder)), "stub", log_level="error", env={"PYTHONPATH": path})
+    made = spawn(EngineConfig.of(model=str(folder)), "stub", log_level="error")
     made.wait_ready()
     yield made
     made.stop()
@@ -517,7 +516,7 @@ def test_14_a_client_that_stops_reading_holds_up_nobody(guarded: Any) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(OPTIMISED in os.environ, reason="this is that run")
 def test_7_everything_holds_under_python_o() -> None:
-    env = {**os.environ, OPTIMISED: "1", "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    env = {**os.environ, OPTIMISED: "1"}
     command = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     quiet = ["-W", "ignore::pytest.PytestConfigWarning"]  # pytest rewrites the asserts of tests, which so hold
     done = subprocess.run([*command, *quiet], cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
