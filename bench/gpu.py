@@ -17,18 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from pathlib import Path
 from typing import Any
 
 import gpu_work
-from gpu_work import CONFIGS, VLLM, YARDSTICK, Card, Work
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+from gpu_work import CONFIGS, ROWS, VLLM, YARDSTICK, Card, Work
 
 WORKLOADS = "single,decode64,prefill,mixed"
 EXTRA = "shared,long,small"
-ROWS = 256  # sequences in a step at most
 DRAWN = {"temperature": 0.8}
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
@@ -68,7 +64,6 @@ class Engine:
     def __init__(self, model: str, impl: str, cache: str) -> None:
         import numpy as np
 
-        from octavo.config import EngineConfig
         from octavo.core.engine import EngineCore
         from octavo.runtime.base import TokenMask
         from octavo.runtime.worker import Worker
@@ -92,52 +87,18 @@ class Engine:
                     mask = TokenMask.of(self.items, self.bits[self.turn % 4, : len(self.items)])
                 return super().sample(mask)
 
-        folder = Path(tempfile.mkdtemp()) / model
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
-        config = EngineConfig.of(
-            model=str(folder),
-            model_impl=impl,
-            load_format="dummy",
-            max_model_len=20000,
-            max_num_seqs=ROWS,
-            max_num_batched_tokens=8192,
-            gpu_memory_utilization=0.5,
-            kv_cache_dtype=cache,
+        config = gpu_work.engine_config(
+            CONFIGS[model], model_impl=impl, max_model_len=20000, gpu_memory_utilization=0.5, kv_cache_dtype=cache
         )
         self.worker = MaskingWorker()
         self.core = EngineCore(config, self.worker)
         self._runs = 0
 
     def run(self, work: Work, mask: bool = False, **wishes: Any) -> tuple[float, list[list[int]]]:
-        """(seconds, tokens of each request), nothing of an earlier run being reused."""
-        from octavo.cache.prefix import page_hashes
-        from octavo.types import Request, Sampling
-
-        self.core.reset_prefix_cache()
+        """See `gpu_work.run`."""
         self._runs += 1
         self.worker.masking = mask
-        wishes = {"temperature": 0.0, **wishes}
-        requests = [
-            Request(
-                id=f"{self._runs}-{i}",
-                token_ids=array("i", prompt).tobytes(),
-                page_hashes=page_hashes(self.core.info.hash_key, b"", array("i", prompt).tobytes(), 16),
-                sampling=Sampling(max_tokens=count, seed=i, **wishes),
-            )
-            for i, (prompt, count) in enumerate(work)
-        ]
-        answers: dict[str, list[int]] = {request.id: [] for request in requests}
-        start = time.perf_counter()
-        for request in requests:
-            self.core.add(request)
-        while self.core.has_work():
-            for output in self.core.step():
-                answers[output.id] += output.token_ids
-        seconds = time.perf_counter() - start
-        for request, (_, count) in zip(requests, work, strict=True):
-            assert len(answers[request.id]) == count, f"{request.id}: {len(answers[request.id])} tokens, not {count}"
-        return seconds, [answers[request.id] for request in requests]
+        return gpu_work.run(self.core, work, str(self._runs), **wishes)
 
 
 class Compiled:

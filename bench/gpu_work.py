@@ -1,11 +1,24 @@
-"""What `gpu.py` runs: shapes of models, workloads with fixed seeds, the least time a card needs, and a yardstick."""
+"""What the benchmarks of GPUs share: shapes of models, workloads with fixed seeds, a run of one, the least time that a
+card needs for it, and a yardstick.
+"""
 
 from __future__ import annotations
 
+import json
 import random
+import sys
+import tempfile
+import time
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+
+from octavo.config import EngineConfig
+
+ROWS = 256  # sequences in a step at most
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -107,6 +120,38 @@ def workload(name: str, vocab: int) -> Work:
             return [(ids(16000), 128) for _ in range(4)]
         case _:
             return [(ids(rng.randint(8, 64)), rng.randint(8, 64)) for _ in range(1024)]
+
+
+def engine_config(model: dict[str, Any], **options: Any) -> EngineConfig:
+    """Of an engine with dummy weights for the model whose ``config.json`` is ``model``."""
+    folder = Path(tempfile.mkdtemp())
+    (folder / "config.json").write_text(json.dumps(model))
+    sizes = {"max_num_seqs": ROWS, "max_num_batched_tokens": 8192}
+    return EngineConfig.of(model=str(folder), load_format="dummy", **sizes, **options)
+
+
+def run(core: Any, work: Work, tag: str, **wishes: Any) -> tuple[float, list[list[int]]]:
+    """(seconds, tokens of each request), greedy but for ``wishes``, nothing of an earlier run being reused."""
+    from octavo.frontend.inputs import request_of
+    from octavo.types import Sampling
+
+    core.reset_prefix_cache()
+    wishes = {"temperature": 0.0, **wishes}
+    requests = [
+        request_of(core.info, f"{tag}-{i}", prompt, Sampling(max_tokens=count, seed=i, **wishes))
+        for i, (prompt, count) in enumerate(work)
+    ]
+    answers: dict[str, list[int]] = {request.id: [] for request in requests}
+    start = time.perf_counter()
+    for request in requests:
+        core.add(request)
+    while core.has_work():
+        for output in core.step():
+            answers[output.id] += output.token_ids
+    seconds = time.perf_counter() - start
+    for answer, (_, count) in zip(answers.values(), work, strict=True):
+        assert len(answer) == count, f"{len(answer)} tokens, not {count}"
+    return seconds, list(answers.values())
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import gpu_work
-from gpu_work import Card, Work
+from gpu_work import Card, Work, run
 
 _8B = gpu_work.CONFIGS["llama-3.1-8b"]
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -50,24 +48,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "dtype": "float32",
     },
 }
-ROWS = [1, 8, 64, 256, 2048, 8192]  # of 4096 values in bfloat16, in the sums measured alone
+SUMMED = [1, 8, 64, 256, 2048, 8192]  # of 4096 values in bfloat16, in the sums measured alone
 
 
 def engine(model: str, ranks: int, device: str) -> Any:
     """An engine core with dummy weights."""
-    from octavo.config import EngineConfig
     from octavo.core.engine import EngineCore
     from octavo.runtime.worker import worker_for
 
-    folder = Path(tempfile.mkdtemp()) / model
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIGS[model]))
-    config = EngineConfig.of(
-        model=str(folder),
-        load_format="dummy",
+    config = gpu_work.engine_config(
+        CONFIGS[model],
         max_model_len=8192,
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
         gpu_memory_utilization=0.85,
         tensor_parallel_size=ranks,
         dtype=CONFIGS[model]["dtype"],
@@ -75,33 +66,6 @@ def engine(model: str, ranks: int, device: str) -> Any:
         distributed_timeout_seconds=60,
     )
     return EngineCore(config, worker_for(config))
-
-
-def run(core: Any, work: Work, tag: str) -> tuple[float, list[list[int]]]:
-    """(seconds, tokens of each request), nothing of an earlier run being reused."""
-    from octavo.types import Request, Sampling
-
-    core.reset_prefix_cache()
-    requests = [
-        Request(
-            id=f"{tag}-{i}",
-            token_ids=array("i", prompt).tobytes(),
-            page_hashes=b"",
-            sampling=Sampling(max_tokens=count, temperature=0.0),
-        )
-        for i, (prompt, count) in enumerate(work)
-    ]
-    answers: dict[str, list[int]] = {request.id: [] for request in requests}
-    start = time.perf_counter()
-    for request in requests:
-        core.add(request)
-    while core.has_work():
-        for output in core.step():
-            answers[output.id] += output.token_ids
-    seconds = time.perf_counter() - start
-    for request, (_, count) in zip(requests, work, strict=True):
-        assert len(answers[request.id]) == count, f"{request.id}: {len(answers[request.id])} tokens, not {count}"
-    return seconds, list(answers.values())
 
 
 def traced(core: Any, work: Work) -> dict[str, float]:
@@ -141,7 +105,7 @@ def measure(model: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
         runs = [run(core, work, f"{name}{i}") for i in range(1 if name == "mixed" else args.repeats)]
         seconds, tokens = min(runs, key=lambda one: one[0])
         count = sum(len(answer) for answer in tokens)
-        least = gpu_work.floor(CONFIGS[model], work, card, 256)
+        least = gpu_work.floor(CONFIGS[model], work, card, gpu_work.ROWS)
         row = {"seconds": seconds, "all": [r[0] for r in runs], "tokens_per_s": count / seconds, "floor_s": least}
         result["workloads"][name] = {**row, "share": least / seconds, "tokens": tokens}
         print(model, ranks, name, row, flush=True)
@@ -169,7 +133,7 @@ def sums(rank: int, ranks: int, folder: str) -> None:
     if rank == 0:
         print("joined by", group.name, flush=True)
     ops = select.ops(device, torch.bfloat16)
-    for rows in ROWS:
+    for rows in SUMMED:
         x, residual = torch.randn(
             2, rows, 4096, device=device, generator=torch.Generator(device).manual_seed(rank)
         ).bfloat16()
