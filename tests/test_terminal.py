@@ -212,14 +212,14 @@ def test_a_message_whose_second_answer_fails_keeps_its_first(
     fake: Fake, tokenizer: FakeTokenizer, type_lines: Callable[..., None]
 ) -> None:
     client = fake("ok")
-    answer = client._script
+    answer = client.script
 
     def script(request: Request) -> list[TokenOutput]:
         if len(client.requests) == 2:
             return [TokenOutput(id=request.id, finish_reason="error", error="No room.", status=400)]
         return answer(request)
 
-    client._script = script
+    client.script = script
     type_lines("one", "/retry", "two")
     assert terminal.chat(CONFIG, {}, None, None) == 0
     assert prompts(client, tokenizer)[-1] == "[user]one[assistant]ok[user]two"
@@ -238,15 +238,15 @@ def test_an_answer_that_is_stopped_is_remembered_as_far_as_it_came(
     fake: Fake, tokenizer: FakeTokenizer, type_lines: Callable[..., None]
 ) -> None:
     client = fake("hello world")
-    script = client._script
+    script = client.script
 
     def interrupted(request: Request) -> Any:
         yield from script(request)[:3]
-        client._script = script
+        client.script = script
         os.kill(os.getpid(), signal.SIGINT)
         yield TokenOutput(id=request.id)
 
-    client._script = interrupted  # type: ignore[assignment]
+    client.script = interrupted  # type: ignore[assignment]
     type_lines("one", "two")
     assert terminal.chat(CONFIG, {}, None, None) == 0
     said = tokenizer.decode(tokenizer.encode("hello world")[:3])

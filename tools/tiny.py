@@ -125,7 +125,7 @@ def make(
     _write_weights(model, folder, shards)
     hf = json.loads((folder / "config.json").read_text())
     ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {**ids, "eos_token_id": [EOS, BOS], **(generation or {})})
+    write_json(folder / "generation_config.json", {**ids, "eos_token_id": [EOS, BOS], **(generation or {})})
     tokenizer(folder)
     return folder
 
@@ -189,7 +189,7 @@ def tokenizer(folder: str | Path, vocab_size: int = VOCAB_SIZE) -> Tokenizer:
         }
         for i, token in enumerate(SPECIAL)
     }
-    _write_json(
+    write_json(
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -227,7 +227,7 @@ def _train(vocab_size: int) -> Tokenizer:
     return made
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 

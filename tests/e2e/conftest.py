@@ -14,5 +14,5 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For the stub worker; files whose engines compute have a `model` of their own."""
     folder = tmp_path_factory.mktemp("model") / "stub"
     tiny.tokenizer(folder)
-    tiny._write_json(folder / "config.json", tiny.config())
+    tiny.write_json(folder / "config.json", tiny.config())
     return folder

@@ -51,6 +51,9 @@ class FakeTokenizer:
     def token_to_id(self, token: str) -> int | None:
         return self.lib.token_to_id(token)
 
+    def for_transformers(self) -> FakeTokenizer:
+        return self
+
 
 def byte_level(**options: Any) -> FakeTokenizer:
     """Byte-level BPE: 256 bytes, some merges that join parts of characters, special and added tokens."""
@@ -148,7 +151,7 @@ class FakeClient:
         self.aborted: list[str] = []
         self.closed = False
         self.dead: EngineDead | None = None
-        self._script = script
+        self.script = script
         self._ends: dict[str, asyncio.Event] = {}
 
     def engines(self) -> list[EngineState]:
@@ -163,7 +166,7 @@ class FakeClient:
 
     async def _answer(self, request: Request) -> AsyncGenerator[list[TokenOutput], None]:
         end = self._ends[request.id]
-        for output in self._script(request):
+        for output in self.script(request):
             await asyncio.sleep(0)
             if self.dead is not None:
                 raise self.dead

@@ -166,7 +166,7 @@ def test_1_nothing_is_deserialised_that_could_be_code() -> None:
 def core(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CoreProcess]:
     folder = tmp_path_factory.mktemp("stub")
     tiny.tokenizer(folder)
-    tiny._write_json(folder / "config.json", tiny.config())
+    tiny.write_json(folder / "config.json", tiny.config())
     made = spawn(EngineConfig.of(model=str(folder)), "stub", log_level="error")
     made.wait_ready()
     yield made
@@ -473,7 +473,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A server with a stub for its engine and the keys a and b."""
     folder = tmp_path_factory.mktemp("guarded")
     tiny.tokenizer(folder)
-    tiny._write_json(folder / "config.json", tiny.config())
+    tiny.write_json(folder / "config.json", tiny.config())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OCTAVO_API_KEY", "a,b")
         with running(["-c", STUB, str(folder)], folder / "log") as made:

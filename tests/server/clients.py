@@ -28,7 +28,7 @@ class Said:
         tokens = self.server.tokenizer.encode(text)
         if finish == "stop":
             tokens = [*tokens, self.server.tokenizer.eos_id or 0]
-        self.server.fake._script = speak(tokens, finish=finish)
+        self.server.fake.script = speak(tokens, finish=finish)
         http = httpx.AsyncClient(transport=httpx.ASGITransport(self.server.app), base_url="http://test")
         self.openai = openai.AsyncOpenAI(api_key=key, base_url="http://test/v1", http_client=http, max_retries=0)
         own = _ANTHROPIC_HTTP.AsyncClient(transport=_ANTHROPIC_HTTP.ASGITransport(self.server.app))
@@ -36,7 +36,7 @@ class Said:
 
     def breaks(self) -> None:
         """From now on the engine dies after the first token of an answer."""
-        script = self.server.fake._script
+        script = self.server.fake.script
 
         def broken(request: Request) -> Iterator[TokenOutput]:
             outputs = iter(script(request))
@@ -44,7 +44,7 @@ class Said:
             self.server.die()
             yield next(outputs)
 
-        self.server.fake._script = broken
+        self.server.fake.script = broken
 
     def prompt(self) -> str:
         """What the model saw last."""

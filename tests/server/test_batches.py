@@ -134,8 +134,8 @@ def test_a_file_with_a_wrong_line_fails_the_batch_before_any_work(
 def test_a_batch_is_cancelled_and_keeps_what_was_done(tmp_path: Path) -> None:
     async def work() -> None:
         setup = Batches(tmp_path)
-        script = setup.said.server.fake._script
-        setup.said.server.fake._script = lambda request: script(request) if len(request.token_ids) < 150 else []
+        script = setup.said.server.fake.script
+        setup.said.server.fake.script = lambda request: script(request) if len(request.token_ids) < 150 else []
         batch = await setup.start(line("short") + line("long" + "x" * 60))
         while not setup.said.server.fake.requests or batch.status != "in_progress":
             await asyncio.sleep(0.01)
@@ -154,7 +154,7 @@ def test_a_batch_is_cancelled_and_keeps_what_was_done(tmp_path: Path) -> None:
 def test_a_batch_ends_when_the_server_does(tmp_path: Path) -> None:
     async def work() -> None:
         setup = Batches(tmp_path)
-        setup.said.server.fake._script = lambda request: []
+        setup.said.server.fake.script = lambda request: []
         batch = await setup.start(line("a"))
         await until(lambda: setup.said.server.fake.requests != [])
         assert await setup.service.drained(PATIENCE)
@@ -168,7 +168,7 @@ def test_a_batch_ends_when_the_server_does(tmp_path: Path) -> None:
 def test_a_batch_whose_server_was_killed_is_told_as_failed(tmp_path: Path) -> None:
     async def work() -> None:
         setup = Batches(tmp_path)
-        setup.said.server.fake._script = lambda request: []
+        setup.said.server.fake.script = lambda request: []
         batch = await setup.start(line("a"))
         await until(lambda: setup.said.server.fake.requests != [])
         (task,) = setup.service.batches.values()
@@ -197,14 +197,14 @@ def test_a_line_is_tried_again_while_the_engine_is_full(tmp_path: Path, monkeypa
 
     async def work() -> None:
         setup = Batches(tmp_path)
-        script, refusals = setup.said.server.fake._script, iter(range(5))
+        script, refusals = setup.said.server.fake.script, iter(range(5))
 
         def full_at_first(request: Request) -> list[TokenOutput]:
             if next(refusals, None) is not None:
                 return [TokenOutput(id=request.id, finish_reason="error", error="full.", status=503)]
             return list(script(request))
 
-        setup.said.server.fake._script = full_at_first
+        setup.said.server.fake.script = full_at_first
         batch = await setup.end(await setup.start(line("a") + line("b")))
         assert (batch.status, batch.request_counts.completed, batch.request_counts.failed) == ("completed", 2, 0)
         assert len(setup.said.server.fake.requests) == 5 + 2
@@ -217,7 +217,7 @@ def test_a_batch_that_takes_too_long_expires(tmp_path: Path, monkeypatch: pytest
 
     async def work() -> None:
         setup = Batches(tmp_path)
-        setup.said.server.fake._script = lambda request: []
+        setup.said.server.fake.script = lambda request: []
         batch = await setup.end(await setup.start(line("a")))
         assert batch.status == "expired"
         assert batch.expired_at is not None

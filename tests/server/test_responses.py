@@ -166,7 +166,7 @@ def test_a_response_is_made_in_the_background_or_cancelled() -> None:
         found = await setup.openai.responses.retrieve(made.id)
         assert (found.status, found.output_text) == ("completed", "hello")
         assert (await setup.openai.responses.cancel(made.id)).status == "completed"
-        setup.server.fake._script = lambda request: []  # hangs
+        setup.server.fake.script = lambda request: []  # hangs
         made = await ask(setup, background=True)
         assert (await setup.openai.responses.cancel(made.id)).status == "cancelled"
         assert len(setup.server.fake.aborted) == 1

@@ -29,7 +29,7 @@ print([name for name in ("torch", "transformers") if name in sys.modules])
 
 def test_the_api_process_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
     tiny.tokenizer(tmp_path)
-    tiny._write_json(tmp_path / "config.json", tiny.config())
+    tiny.write_json(tmp_path / "config.json", tiny.config())
     command = [sys.executable, "-c", CHECK, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"

@@ -43,7 +43,7 @@ class Setup:
         tokens = self.server.tokenizer.encode(text)
         if finish == "stop":
             tokens = [*tokens, self.server.tokenizer.eos_id or 0]
-        self.server.fake._script = speak(tokens, finish=finish)
+        self.server.fake.script = speak(tokens, finish=finish)
         http = httpx.AsyncClient(transport=httpx.ASGITransport(self.server.app), base_url="http://test/v1")
         self.client = openai.AsyncOpenAI(api_key="x", base_url="http://test/v1", http_client=http, max_retries=0)
 

@@ -85,7 +85,7 @@ def test_a_slow_body_that_comes_is_answered_and_so_is_the_next_request(monkeypat
 def test_a_client_that_stops_reading_is_cut_off_and_its_request_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "STALL_SECONDS", SHORT)
     server = Server(max_model_len=100_000)
-    server.fake._script = speak(server.tokenizer.encode("hello " * 20_000), ends=False)
+    server.fake.script = speak(server.tokenizer.encode("hello " * 20_000), ends=False)
 
     async def work(address: tuple[str, int]) -> None:
         with socket.socket() as slow:
