@@ -107,6 +107,9 @@ class Sampled(Asked, kw_only=True, forbid_unknown_fields=True):
         given["structured_outputs"] = next(iter(constraints.values()), None)
         params = msgspec.structs.replace(defaults, **(given | self.own_sampling()))
         params.validate()
+        if any(len(stop) > MAX_STOP_LENGTH for stop in params.stops()):
+            cause = f"a stop string is longer than {MAX_STOP_LENGTH} characters."
+            raise RequestError(cause, "Shorten it.", param="stop")
         return params
 
     def own_sampling(self) -> dict[str, Any]:
@@ -216,7 +219,6 @@ class Generation(Sampled, kw_only=True, forbid_unknown_fields=True):
             raise RequestError(cause, "Set use_beam_search.", param="length_penalty")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed.", "Unset stream.", param="prompt_logprobs")
-        check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
 
 
 def check_top_logprobs(count: int | None) -> None:
@@ -224,12 +226,6 @@ def check_top_logprobs(count: int | None) -> None:
     if not 0 <= (count or 0) <= MAX_LOGPROBS:
         cause = f"top_logprobs is {count}, outside [0, {MAX_LOGPROBS}]."
         raise RequestError(cause, "Give a value in that range.", param="top_logprobs")
-
-
-def check_stops(name: str, stops: list[str]) -> None:
-    """Raises `RequestError` for a stop string that is too long."""
-    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
-        raise RequestError(f"a stop string is longer than {MAX_STOP_LENGTH} characters.", "Shorten it.", param=name)
 
 
 def several(name: str, given: str | list[str | int | list[int]], most: int) -> list[str | list[int]]:
@@ -345,8 +341,6 @@ class ChatRequest(Generation, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         super().check()
-        if not self.messages:
-            raise RequestError("messages is empty.", "Send at least one message.", param="messages")
         if self.functions:
             raise RequestError("functions are the former form of tools.", "Send tools.", param="functions")
         if self.function_call not in (None, "none", "auto"):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from octavo.errors import RequestError
-from octavo.server.protocol import JsonSchema, Sampled, check_stops
+from octavo.server.protocol import JsonSchema, Sampled
 from octavo.structured import StructuredOutputsParams
 
 # --- requests ---------------------------------------------------------------------------------------------------------
@@ -149,10 +149,6 @@ class MessagesRequest(CountTokensRequest, kw_only=True, forbid_unknown_fields=Tr
 
     max_tokens: int
     stop_sequences: list[str] | None = None
-
-    def check(self) -> None:
-        super().check()
-        check_stops("stop_sequences", self.stop_sequences or [])
 
     def own_sampling(self) -> dict[str, Any]:
         return {"stop": self.stop_sequences} if self.stop_sequences else {}

@@ -14,7 +14,6 @@ from octavo.server.protocol import (
     ResponseFormat,
     Sampled,
     check_metadata,
-    check_stops,
     check_top_logprobs,
 )
 from octavo.structured import StructuredOutputsParams
@@ -192,7 +191,6 @@ class ResponsesRequest(Sampled, kw_only=True, forbid_unknown_fields=True):
         super().check()
         if self.input == []:
             raise RequestError("input is empty.", "Send a text or at least one item.", param="input")
-        check_stops("stop", [self.stop] if isinstance(self.stop, str) else self.stop or [])
         unknown = [name for name in self.include or () if name not in (LOGPROBS, ENCRYPTED)]
         if unknown:
             cause = f"include names {unknown[0][:100]!r}, which does not exist here."
