@@ -35,16 +35,19 @@ def started(row: int, **wishes: Any) -> RowStart:
     return RowStart(row, PROMPT, len(PROMPT), [row], Sampling(max_tokens=20, **{"temperature": 0.0, **wishes}))
 
 
-# (rows that start, rows that end, tokens computed so far by row, whether rank 0 must look at the logits)
-STEPS: list[tuple[list[RowStart], list[int], dict[int, int], bool]] = [
-    ([started(0)], [], {0: 0}, True),  # prompts are never replayed
-    ([], [], {0: 5}, False),
-    ([started(1, logprobs=2)], [], {0: 6, 1: 0}, True),
-    ([], [], {0: 7, 1: 5}, True),
-    ([], [1], {0: 8}, False),
-    ([started(2, temperature=0.8, seed=3)], [], {0: 9, 2: 0}, True),
-    ([], [], {0: 10, 2: 5}, True),
-    ([], [2], {0: 11}, False),
+# (rows that start, rows that end, tokens computed so far by row, whether rank 0 must look at the logits, its drafts)
+STEPS: list[tuple[list[RowStart], list[int], dict[int, int], bool, dict[int, list[int]]]] = [
+    ([started(0)], [], {0: 0}, True, {}),  # prompts are never replayed
+    ([], [], {0: 5}, False, {}),
+    ([started(1, logprobs=2)], [], {0: 6, 1: 0}, True, {}),
+    ([], [], {0: 7, 1: 5}, True, {}),
+    ([], [1], {0: 8}, False, {}),
+    ([started(2, temperature=0.8, seed=3)], [], {0: 9, 2: 0}, True, {}),
+    ([], [], {0: 10, 2: 5}, True, {}),
+    ([], [2], {0: 11}, False, {}),
+    ([], [], {0: 12}, True, {0: [7, 30, 8]}),
+    ([], [], {0: 13}, False, {0: [30]}),  # the first of two drafts holds
+    ([], [], {0: 14}, False, {}),
 ]
 
 
@@ -63,17 +66,18 @@ def run(group: Group, folder: Path) -> list[tuple[list[int], list[float]]]:
         announce=(lambda: announced.append(number)) if group.size > 1 else None,
     )
     found = []
-    for number, (starts, ended, computed, looks) in enumerate(STEPS):  # noqa: B007 (announce has it)
+    for number, (starts, ended, computed, looks, inputs) in enumerate(STEPS):  # noqa: B007 (announce has it)
         new = {start.row for start in starts}
         runner.step(
             StepPlan(
                 starts=starts,
                 pages=[],
                 rows=list(computed),
-                counts=[len(PROMPT) if row in new else 1 for row in computed],
+                counts=[len(PROMPT) if row in new else len(inputs.get(row, [0])) for row in computed],
                 computed=list(computed.values()),
-                samples=[1] * len(computed),
+                samples=[len(inputs.get(row, [0])) for row in computed],
                 ended=ended,
+                inputs={list(computed).index(row): tokens for row, tokens in inputs.items()},
             )
         )
         if group.rank == 0:
@@ -82,7 +86,7 @@ def run(group: Group, folder: Path) -> list[tuple[list[int], list[float]]]:
         elif looks:
             runner.take_tokens()
     if group.size > 1 and group.rank == 0:
-        assert announced == [number for number, step in enumerate(STEPS) if step[-1]]
+        assert announced == [number for number, step in enumerate(STEPS) if step[3]]
     return found
 
 
@@ -97,4 +101,4 @@ def test_logits_are_gathered_only_where_somebody_looks_at_them(
     assert len({token for tokens, _ in found for token in tokens}) > 3
     for (_, ours), (_, theirs) in zip(found, wanted, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
-    assert [len(logprobs) for _, logprobs in found] == [0, 0, 1, 1, 0, 0, 0, 0]
+    assert [len(logprobs) for _, logprobs in found] == [0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0]

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from octavo import LLM, SamplingParams
 from octavo.core.engine import EngineCore
-from octavo.types import TokenOutput
+from octavo.types import CompletionOutput, TokenOutput
 from tests.core.stub_engine import NGRAM, make_request, run
 from tests.runtime.test_worker import engine, prompts
 from tools import tiny
@@ -76,3 +77,20 @@ def test_drafts_change_no_answer(folder: Path, options: dict[str, Any]) -> None:
     stats = core.stats()
     assert 0 < stats.accepted_tokens < stats.draft_tokens
     assert ("kv_cache_memory_bytes" in options) == (stats.preemptions > 0)
+
+
+def test_a_stop_string_inside_a_draft_ends_the_text_there(folder: Path) -> None:
+    options = {"device": "cpu", "dtype": "float32", "max_num_seqs": 2}
+    with LLM(folder, **options) as plain, LLM(folder, speculative_config=NGRAM, **options) as drafting:
+
+        def ask(llm: LLM, stop: str | None) -> CompletionOutput:
+            few = plain.get_tokenizer().encode("abc")  # of which a model repeats itself soon
+            params = SamplingParams(max_tokens=50, temperature=0, stop=stop, logprobs=1, allowed_token_ids=few)
+            return llm.generate("abcabc", params, use_tqdm=False)[0].outputs[0]
+
+        text = ask(plain, None).text
+        for stop in (text[place : place + 6] for place in range(4, 40, 9)):
+            wanted, found = ask(plain, stop), ask(drafting, stop)
+            assert (found.text, found.token_ids, found.stop_reason) == (wanted.text, wanted.token_ids, stop)
+            assert found.logprobs is not None and len(found.logprobs) == len(found.token_ids)
+        assert drafting._engine().stats().accepted_tokens > 0

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from octavo.core.engine import EngineCore
+from octavo.runtime.stub import StubWorker
 from octavo.sched import scheduler
 from octavo.sched.drafts import Lookup, may_draft
 from octavo.speculation import Speculation
@@ -218,6 +219,15 @@ def test_logits_that_are_not_finite_end_an_answer_behind_what_held(
     assert collect(outputs)["a"] == expected(PROMPT, 1 + place)[1:]
     core.scheduler.check()
     assert core.stats().pages_used == 0
+
+
+def test_a_model_that_keeps_more_than_pages_has_no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StubWorker, "shares_prefixes", False)  # what it keeps has taken a draft in for good
+    core = speculating(overlap=True)
+    core.add(make_request(core, "a", PROMPT, max_tokens=40))
+    assert core.step() == []  # its steps overlap
+    assert collect(run(core))["a"] == expected(PROMPT, 40)
+    assert core.stats().draft_tokens == 0
 
 
 def test_steps_are_read_at_once_whatever_the_worker_could_overlap() -> None:

@@ -62,6 +62,8 @@ def test_metrics_use_the_names_that_dashboards_know() -> None:
             "prompt_tokens_total",
             "generation_tokens_total",
             "prefix_cache_hits_total",
+            "spec_decode_num_draft_tokens_total",
+            "spec_decode_num_accepted_tokens_total",
         ):
             assert f"vllm:{name}{of_engine}" in samples
         for name in (

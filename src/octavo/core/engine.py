@@ -19,7 +19,6 @@ from octavo.errors import OutOfMemory
 from octavo.log import get_logger
 from octavo.runtime.base import Pending, Progress, TokenMask, WorkerBase
 from octavo.sched.scheduler import Scheduler, SchedulerLimits
-from octavo.speculation import Speculation
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 T = TypeVar("T")
@@ -58,11 +57,11 @@ class EngineCore:
         self._pending: deque[Pending] = deque()
         self._phases = dict(phases or {})  # see `EngineInfo`
         model = self._timed("config", lambda: worker.init(config))
-        # Launched steps that may stay unread: none where a step depends on how many tokens of the last one hold.
-        speculates = config.speculation.chosen() is not None
-        self._depth = 0 if speculates else int(worker.overlaps if overlap is None else overlap)
         self._timed("weights", lambda: worker.load(progress))
         limits = _limits(config, worker, *self._timed("warm-up", worker.plan_memory))
+        # Launched steps that may stay unread: none where a step depends on how many tokens of the last one hold.
+        overlaps = worker.overlaps if overlap is None else overlap
+        self._depth = int(overlaps and limits.speculation is None)
         self.info = EngineInfo(
             max_model_len=limits.max_len,
             num_pages=limits.num_pages,
@@ -284,8 +283,11 @@ def _limits(config: EngineConfig, worker: WorkerBase, num_pages: int, max_len: i
             f"less than one sequence of max_model_len, which is {max_len}.",
             "Lower --max-model-len or raise --kv-cache-memory-bytes.",
         )
+    speculation = config.speculation.chosen()
     if config.memory.enable_prefix_caching and not worker.shares_prefixes:
         get_logger().info("prefix cache: off, since this model keeps more of a sequence than pages")
+    if speculation is not None and not worker.shares_prefixes:
+        get_logger().info("speculation: off, since this model keeps more of a sequence than pages, which stays")
     return SchedulerLimits(
         max_rows=worker.max_rows,
         max_tokens=config.limits.max_num_batched_tokens,
@@ -294,17 +296,9 @@ def _limits(config: EngineConfig, worker: WorkerBase, num_pages: int, max_len: i
         num_pages=num_pages,
         prefix_caching=config.memory.enable_prefix_caching and worker.shares_prefixes,
         enough_tokens=worker.enough_tokens,
-        speculation=_speculation(config, worker),
+        speculation=speculation if worker.shares_prefixes else None,
         draft_tokens=min(worker.draft_tokens, config.limits.max_num_batched_tokens),
     )
-
-
-def _speculation(config: EngineConfig, worker: WorkerBase) -> Speculation | None:
-    chosen = config.speculation.chosen()
-    if chosen is not None and not worker.shares_prefixes:
-        get_logger().info("speculation: off, since this model keeps more of a sequence than pages, which stays")
-        return None
-    return chosen
 
 
 def _refusal(request: Request, error: str, status: int) -> TokenOutput:

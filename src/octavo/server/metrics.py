@@ -44,6 +44,8 @@ class _Engine(Collector):
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait for room.", lambda s: s.waiting)
         yield self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages held, 0 to 1.", lambda s: s.kv_cache_usage)
         yield self._counter("vllm:num_preemptions", "Preemptions.", lambda s: s.preemptions)
+        yield self._counter("vllm:spec_decode_num_draft_tokens", "Tokens drafted.", lambda s: s.draft_tokens)
+        yield self._counter("vllm:spec_decode_num_accepted_tokens", "Drafts that held.", lambda s: s.accepted_tokens)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens.", lambda s: s.prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Generated tokens.", lambda s: s.generation_tokens)
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prompt_tokens)
