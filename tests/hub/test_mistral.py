@@ -92,6 +92,8 @@ def test_a_length_that_is_not_named_is_a_guess_that_is_said(tmp_path: Path, capl
     assert "32768" in caplog.text
     yarn = {"factor": 2.0, "original_max_position_embeddings": 100}
     assert config_from_params({**params, "yarn": yarn}, tmp_path)["max_position_embeddings"] == 200
+    with pytest.raises(ModelError, match="max_position_embeddings is inf"):
+        model_config(config_from_params({**params, "yarn": {**yarn, "factor": 1e308}}, tmp_path))
 
 
 @pytest.mark.parametrize(

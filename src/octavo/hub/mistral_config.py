@@ -6,11 +6,13 @@ Such a repo has ``params.json``, ``consolidated*.safetensors`` (`hub.mistral_wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from octavo.errors import ModelError, UnsupportedModel
+from octavo.hub.patches import is_positive
 from octavo.log import get_logger
 
 Params = Mapping[str, Any]
@@ -135,8 +137,10 @@ def _max_len(params: Params, rope: Mapping[str, Any], path: Path) -> Any:
     named = [params[key] for key in _LENGTHS if params.get(key) is not None]
     if named:
         return named[0]
-    if rope["rope_type"] == "yarn" and all(rope.get(k) for k in ("factor", "original_max_position_embeddings")):
-        return int(rope["original_max_position_embeddings"] * rope["factor"])
+    trained, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if rope["rope_type"] == "yarn" and is_positive(trained) and is_positive(factor):
+        scaled = trained * factor
+        return int(scaled) if math.isfinite(scaled) else scaled  # which is refused as a length
     get_logger().warning(
         "%s names no longest sequence, so %d is taken; --hf-overrides '{\"max_position_embeddings\": N}' says another",
         path.name,
