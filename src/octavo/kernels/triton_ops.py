@@ -236,8 +236,8 @@ def _embed_kernel(
     wait(CHAINED)
     token, i = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     row = tl.load(ids_ptr + token) - first
-    own = (row >= 0) & (row < rows)
-    value = tl.load(weight_ptr + row.to(tl.int64) * SIZE + i, own & (i < SIZE), 0.0)
+    held = tl.where((row >= 0) & (row < rows), SIZE, 0)  # of the weight's row
+    value = tl.load(weight_ptr + row.to(tl.int64) * SIZE + i, i < held, 0.0)
     tl.store(out_ptr + token * SIZE + i, value, i < SIZE)
 
 

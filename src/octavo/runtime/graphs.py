@@ -27,6 +27,7 @@ from octavo.types import StepPlan
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 TOKENS = (64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 MOST_WORK = 10**13  # operations of a step with prompts: with more, the card takes longer than the host to launch it
+FEW_ROWS = 64  # products of no more rows have kernels for 16, 32 and 64 of them
 TABLE_CHANGES = 1024  # entries of the block table that such a step may change
 
 Fields = dict[str, int]
@@ -209,8 +210,10 @@ class PromptGraphs:
 
 
 def warm_up(model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int) -> None:
-    """Launches a step of each size, so that every kernel that a step may need is compiled: what capturing does too."""
-    for size in _sizes(max_rows):
+    """Launches a step of each size, so that every kernel that a step may need is compiled: what capturing does too.
+
+    A piece of a prompt may have more tokens than there are rows, hence larger steps, too."""
+    for size in sorted({*_sizes(max_rows), *(size for size in SIZES if size <= FEW_ROWS)}):
         DecodeStep(model, cache, tables, platform, size).forward()
 
 
