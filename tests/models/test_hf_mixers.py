@@ -174,24 +174,24 @@ def test_a_table_keeps_rows_apart_and_clears_them() -> None:
     rows = torch.tensor([3, 1])
     states = table.gather(KEYS, rows)
     assert all(not state.any() for state in states.values())
-    for state in states.values():
-        state.copy_(torch.arange(state.numel()).view(state.shape))
+    states = {key: torch.arange(float(state.numel())).view(state.shape) for key, state in states.items()}
     table.scatter(states, rows)
+    table.put_row({KEYS[1]: torch.full((1, 5), 7.0)}, 0)
     table.reserve(6, torch.device("cpu"))  # what there is stays
     again = table.gather(KEYS, rows)
-    assert all(torch.equal(again[key], states[key]) for key in KEYS)
+    assert {key: state.tolist() for key, state in again.items()} == {key: s.tolist() for key, s in states.items()}
     table.clear(3)
     assert all(not state.any() for state in table.of_row(KEYS, 3).values())
-    assert all(torch.equal(table.of_row(KEYS, 1)[key][0], states[key][1]) for key in KEYS)
+    assert all(table.of_row(KEYS, 1)[key][0].equal(again[key][1]) for key in KEYS)
+    assert [table.of_row(KEYS, 0)[key].unique().tolist() for key in KEYS] == [[0.0], [7.0]]
 
 
 def test_inputs_of_a_convolution_are_those_of_transformers_own_cache() -> None:
     from transformers.cache_utils import LinearAttentionLayer
 
-    theirs, kept, generator = LinearAttentionLayer(), {}, torch.Generator().manual_seed(0)
-    for number, count in enumerate((2, 1, 5, 3)):
+    theirs, ours, generator = LinearAttentionLayer(), States({}), torch.Generator().manual_seed(0)
+    for count in (2, 1, 5, 3):
         inputs = torch.randn(1, 2, count, generator=generator)
-        ours = States(kept, begin=number == 0)
         found = ours.update_conv_state(inputs, 0, conv_kernel_size=3)
         assert torch.equal(found, theirs.update_conv_state(inputs, conv_kernel_size=3))
         assert torch.equal(ours.get_conv_state(0), theirs.conv_states[0])

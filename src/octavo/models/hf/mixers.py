@@ -112,22 +112,24 @@ class Mixer(nn.Module):
         if count:
             states = mixers.table.gather(keys, mixers.decoding)
             batch = _each((args, kwargs), (1, total), lambda x: x[:, :count].transpose(0, 1))
-            output = self._run(batch, States(states, begin=False))
+            output = self._run(batch, states)
             mixers.table.scatter(states, mixers.decoding)
             outputs.append(_each(output, (count, 1), lambda x: x.transpose(0, 1), others=False))
         for piece in mixers.pieces:
-            states = mixers.table.of_row(keys, piece.row)
+            states = {} if piece.begin else mixers.table.of_row(keys, piece.row)
             chunk = _each((args, kwargs), (1, total), lambda x, p=piece: x[:, p.start : p.stop])  # type: ignore[misc]
-            output = self._run(chunk, States(states, begin=piece.begin))
+            output = self._run(chunk, states)
+            mixers.table.put_row(states, piece.row)
             outputs.append(_each(output, (1, piece.stop - piece.start), lambda x: x, others=False))
         return _joined(outputs)
 
-    def _run(self, arguments: tuple[tuple[Any, ...], dict[str, Any]], states: States) -> Any:
+    def _run(self, arguments: tuple[tuple[Any, ...], dict[str, Any]], states: dict[Key, torch.Tensor]) -> Any:
+        """The mixer's output; ``states`` become those after the tokens."""
         args, kwargs = list(arguments[0]), arguments[1]
         if isinstance(self._traced.cache, int):
-            args[self._traced.cache] = states
+            args[self._traced.cache] = States(states)
         else:
-            kwargs[self._traced.cache] = states
+            kwargs[self._traced.cache] = States(states)
         return self.inner(*args, **kwargs)
 
 

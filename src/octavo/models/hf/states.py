@@ -23,13 +23,12 @@ Key = tuple[str, int, int]
 class States:
     """The cache that a recurrent layer sees: the states of the sequences ``[B, …]`` that it computes tokens of.
 
-    ``kept`` takes what the layer writes, in place where there is something. Unless they ``begin``, the sequences have
-    what is in it.
+    They are in ``kept``, where new ones take their places; a layer may change them in place, too. Nothing is there for
+    sequences that begin.
     """
 
-    def __init__(self, kept: dict[Key, torch.Tensor], *, begin: bool) -> None:
+    def __init__(self, kept: dict[Key, torch.Tensor]) -> None:
         self.kept = kept
-        self._known = set() if begin else set(kept)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
         """The last inputs ``[B, C, K]`` of a convolution."""
@@ -74,15 +73,11 @@ class States:
         return False
 
     def _get(self, key: Key) -> torch.Tensor | None:
-        return self.kept[key] if key in self._known else None
+        return self.kept.get(key)
 
     def _put(self, key: Key, state: torch.Tensor) -> torch.Tensor:
-        if key in self.kept:
-            self.kept[key].copy_(state)
-        else:
-            self.kept[key] = state.clone()
-        self._known.add(key)
-        return self.kept[key]
+        self.kept[key] = state
+        return state
 
 
 @dataclass(frozen=True)
@@ -135,11 +130,17 @@ class StateTable:
         """The states ``[1, …]`` of a row, in place."""
         return {key: self._states[key][row : row + 1] for key in keys}
 
+    def put_row(self, states: Mapping[Key, torch.Tensor], row: int) -> None:
+        """Keeps ``states``, ``[1, …]``, for a row."""
+        for key, state in states.items():
+            self._states[key][row : row + 1].copy_(state)
+
     def gather(self, keys: tuple[Key, ...], rows: torch.Tensor) -> dict[Key, torch.Tensor]:
         """Copies ``[B, …]`` of the states of ``rows``, int64 ``[B]``."""
         return {key: self._states[key].index_select(0, rows) for key in keys}
 
     def scatter(self, states: Mapping[Key, torch.Tensor], rows: torch.Tensor) -> None:
-        """Puts back what `gather` gave."""
+        """Keeps ``states``, ``[B, …]``, for ``rows``."""
         for key, state in states.items():
-            self._states[key].index_copy_(0, rows, state)
+            table = self._states[key]
+            table.index_copy_(0, rows, state.to(table.dtype))

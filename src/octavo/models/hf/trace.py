@@ -46,7 +46,7 @@ class StateRecorder(States):
     """The cache of one run, which takes down the modules that ask it for states."""
 
     def __init__(self) -> None:
-        super().__init__({}, begin=True)
+        super().__init__({})
         self.ran: set[nn.Module] = set()
         self._running: list[tuple[nn.Module, int | str | None]] = []  # and the argument that is the cache
         self._asked: dict[nn.Module, tuple[int | str, dict[Key, None]]] = {}
