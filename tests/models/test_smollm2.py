@@ -28,8 +28,14 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
+@pytest.fixture(scope="module")
+def exact() -> Paged:
+    """The model with the values of its blocks in float32."""
+    return Paged(native(gguf(), 256, dtype="float32"), page_size=16)
+
+
 @pytest.mark.slow
-def test_greedy_tokens_equal_transformers_on_the_same_dequantised_weights() -> None:
+def test_greedy_tokens_equal_transformers_on_the_same_dequantised_weights(exact: Paged) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = resolve(str(gguf()))
@@ -43,22 +49,18 @@ def test_greedy_tokens_equal_transformers_on_the_same_dequantised_weights() -> N
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}  # which is tied
 
-    model = native(Path(source.path), 256, dtype="float32")
-    pages = Paged(model, page_size=16)
     with torch.inference_mode():
         expected = theirs(torch.tensor([PROMPT]), use_cache=False).logits[0]
         generated = theirs.generate(torch.tensor([PROMPT]), max_new_tokens=16, do_sample=False, eos_token_id=None)
-    torch.testing.assert_close(pages.step({(row := pages.start()): PROMPT})[row], expected, atol=5e-4, rtol=5e-4)
-    assert pages.greedy(pages.start(), PROMPT, 16) == generated[0, len(PROMPT) :].tolist()
+    torch.testing.assert_close(exact.step({(row := exact.start()): PROMPT})[row], expected, atol=5e-4, rtol=5e-4)
+    assert exact.greedy(exact.start(), PROMPT, 16) == generated[0, len(PROMPT) :].tolist()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_blocks_as_they_are_stored_give_nearly_the_logits_of_their_values(dtype: str) -> None:
+def test_blocks_as_they_are_stored_give_nearly_the_logits_of_their_values(dtype: str, exact: Paged) -> None:
     pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
-    path = gguf()
-    exact = Paged(native(path, 256, dtype="float32"), page_size=16)
-    kept = Paged(native(path, 256, dtype=dtype, keep_blocks=True), page_size=16)
+    kept = Paged(native(gguf(), 256, dtype=dtype, keep_blocks=True), page_size=16)
     wanted = exact.step({(row := exact.start()): PROMPT})[row]
     got = kept.step({(row := kept.start()): PROMPT})[row]
     assert float((got - wanted).norm() / wanted.norm()) < 0.06
