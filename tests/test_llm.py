@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,10 +15,12 @@ import pytest
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
+from octavo.frontend.inputs import TextPrompt, TokensPrompt
 from octavo.frontend.loading import TextModel
 from octavo.llm import LLM, engine_config
 from octavo.runtime.stub import StubWorker
 from octavo.sampling_params import SamplingParams
+from octavo.vllm_options import METHODS
 from tests.frontend.fakes import byte_level
 from tools import tiny
 
@@ -52,11 +55,41 @@ def test_results_are_in_the_order_of_prompts_and_do_not_depend_on_the_batch(llm:
 
 def test_every_form_of_prompt_is_taken(llm: LLM) -> None:
     encoded = llm.get_tokenizer().encode("ax")
-    forms = ["ax", {"prompt": "ax"}, {"prompt_token_ids": encoded}, encoded]
+    forms: list[Any] = ["ax", TextPrompt(prompt="ax"), TokensPrompt(prompt_token_ids=encoded), encoded]
     answers = ids(llm, forms)
     assert answers == [answers[0]] * 4
     assert [ids(llm, form) for form in forms] == [[answers[0]]] * 4
     assert llm.generate([], use_tqdm=False) == []
+
+
+def test_prompts_of_lower_priority_numbers_run_first() -> None:
+    with make(max_num_seqs=1) as llm:
+        added: list[int] = []
+        core = llm._engine()
+        add = core.add
+        core.add = lambda request: (added.append(request.priority), add(request))[1]  # type: ignore[method-assign]
+        results = llm.generate(["a", "b"], SamplingParams(max_tokens=2), priority=[5, -1], lora_request=None)
+        assert added == [5, -1]
+        assert [result.prompt for result in results] == ["a", "b"]
+        with pytest.raises(RequestError, match="2 prompts and 1 priorities"):
+            llm.generate(["a", "b"], priority=[1])
+
+
+def test_an_adapter_is_refused(llm: LLM) -> None:
+    for call in (llm.generate, llm.chat):
+        with pytest.raises(RequestError, match="adapter"):
+            call([{"role": "user", "content": "a"}], lora_request=1)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["llm_engine", "sleep", "wake_up", "collective_rpc", "no_such_thing"])
+def test_what_is_missing_says_what_to_do_instead(llm: LLM, name: str) -> None:
+    assert not hasattr(llm, name)
+    with pytest.raises(AttributeError, match=re.escape(METHODS.get(name, f"LLM has no {name}"))):
+        getattr(llm, name)
+
+
+def test_the_engine_tells_its_limits(llm: LLM) -> None:
+    assert (llm.info.max_model_len, llm.info.max_num_seqs) == (200, 4)
 
 
 def test_each_prompt_can_have_its_own_parameters(llm: LLM) -> None:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from octavo.async_llm import AsyncLLM
     from octavo.config import EngineConfig
     from octavo.frontend.beams import BeamSearchParams
+    from octavo.frontend.inputs import TextPrompt, TokensPrompt
     from octavo.llm import LLM
     from octavo.sampling_params import PoolingParams, SamplingParams
     from octavo.structured import StructuredOutputsParams
@@ -23,6 +24,8 @@ _HOMES = {
     "LLM": "octavo.llm",
     "AsyncLLM": "octavo.async_llm",
     "BeamSearchParams": "octavo.frontend.beams",
+    "TextPrompt": "octavo.frontend.inputs",
+    "TokensPrompt": "octavo.frontend.inputs",
     "EngineConfig": "octavo.config",
     "SamplingParams": "octavo.sampling_params",
     "PoolingParams": "octavo.sampling_params",
@@ -42,6 +45,8 @@ __all__ = [
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
 ]
 
 

@@ -6,28 +6,26 @@ import itertools
 import os
 import random
 import secrets
-import signal
-import threading
-import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from octavo import vllm_options
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, EngineDead, OctavoError, RequestError
 from octavo.frontend.beams import BeamSearchOutput, BeamSearchParams, Search
-from octavo.frontend.chat import ChatRenderer, Message, load_template
+from octavo.frontend.chat import ChatRenderer, Message, WantedFormat, load_template
 from octavo.frontend.detokenize import TextDecoder
+from octavo.frontend.foreground import Interrupts, Progress, UseTqdm
 from octavo.frontend.inputs import InputProcessor, Params, Prepared, Prompt
 from octavo.frontend.loading import TextModel, load_text_model
-from octavo.frontend.outputs import OutputProcessor, RequestState, error_of
+from octavo.frontend.outputs import OutputProcessor, error_of
 from octavo.hub.configs import overrides_by
 from octavo.hub.files import find_files
 from octavo.hub.live import LiveModel, device_of, is_loaded
 from octavo.sampling_params import PoolingParams, SamplingParams
-from octavo.types import EmbeddingRequestOutput, Request, RequestOutput
+from octavo.types import EmbeddingRequestOutput, EngineInfo, Request, RequestOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 SeveralParams = SamplingParams | Sequence[SamplingParams] | None
 P = TypeVar("P", SamplingParams, PoolingParams)
-UseTqdm = bool | Callable[..., Any]  # a callable makes the bar, as tqdm's own class does
 
 
 class LLM:
@@ -71,6 +68,7 @@ class LLM:
         return llm
 
     _is_live = False  # whether weights may change between two calls
+    _for_user: Any = None  # the tokenizer that `get_tokenizer` makes
 
     def _setup(self, config: EngineConfig, text: TextModel, core: Engine) -> None:
         self.config = config
@@ -94,16 +92,24 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SeveralParams = None,
         use_tqdm: UseTqdm = True,
+        *,
+        lora_request: None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """One result for each prompt, in order. Without ``sampling_params`` the model's defaults apply.
 
-        All prompts are checked before any is run; a bad one raises `RequestError` and nothing is generated.
+        All prompts are checked before any is run; a bad one raises `RequestError` and nothing is generated. Those of
+        lower ``priority`` run first. There are no adapters: ``lora_request`` is for vLLM's callers.
         """
+        _check_no_adapter(lora_request)
         several = _prompts(prompts)
+        if priority is not None and len(priority) != len(several):
+            cause = f"there are {len(several)} prompts and {len(priority)} priorities."
+            raise RequestError(cause, "Give one for each.", param="priority")
         self._inputs.check_generates()
         params = _params_for(sampling_params, len(several), SamplingParams, "sampling_params")
         encoded = self._inputs.encode_prompts(several)
-        return self._run(self._prepared(encoded, params), use_tqdm)
+        return self._run(self._prepared(encoded, params, priority), use_tqdm)
 
     def embed(
         self,
@@ -126,8 +132,10 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SeveralParams = None,
         use_tqdm: UseTqdm = True,
+        lora_request: None = None,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: WantedFormat = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -136,7 +144,10 @@ class LLM:
         """One result for each conversation: a list of messages, or a list of such lists.
 
         ``chat_template`` is a file, a template itself or the name of one of the model's, instead of its usual one.
+        ``chat_template_content_format`` is that of `ChatRenderer`.
         """
+        _check_no_adapter(lora_request)
+        self._chat.content_format = chat_template_content_format
         chats = _conversations(messages)
         self._inputs.check_generates()
         template = chat_template
@@ -164,13 +175,13 @@ class LLM:
 
         The end token is part of ``tokens``, and of ``text`` with ``include_stop_str_in_output``.
         """
-        tokenizer, info = self.get_tokenizer(), self._engine().info
+        tokenizer, info = self._own_tokenizer(), self.info
         params.validate(info.max_logprobs)
         encoded = self._inputs.encode_prompts(_prompts(prompts))
         searches = [
             Search(ids, params, self._inputs.eos_ids, max(1, info.max_model_len - len(ids))) for _, ids in encoded
         ]
-        bar = _Progress(use_tqdm, params.max_tokens, "step")
+        bar = Progress(use_tqdm, params.max_tokens, "step")
         while asked := [ids for search in searches for ids in search.prompts()]:
             given = self._run(self._prepared([(None, ids) for ids in asked], [params.step] * len(asked)), False)
             found = iter([(result.outputs[0].logprobs or [{}])[0] for result in given])
@@ -185,11 +196,25 @@ class LLM:
             beam.text = tokenizer.decode(shown, skip_special_tokens=False)
         return [BeamSearchOutput(sequences) for sequences in best]
 
-    def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer; raises `ConfigError` if the engine has none."""
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine says of itself: the longest context, the pages of the KV cache, …"""
+        return self._engine().info
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer as one of Transformers', with all its methods; raises `ConfigError` if the engine has none."""
+        if self._for_user is None:
+            self._for_user = self._own_tokenizer().for_transformers()
+        return self._for_user
+
+    def _own_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
             raise ConfigError("this engine has no tokenizer.", "Leave skip_tokenizer_init out.")
         return self._tokenizer
+
+    def __getattr__(self, name: str) -> NoReturn:
+        remedy = vllm_options.METHODS.get(name)
+        raise AttributeError(f"LLM has no {name}" + (f": {remedy}" if remedy else ""), name=name, obj=self)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when none are given: the model's own generation config over the usual defaults."""
@@ -218,11 +243,14 @@ class LLM:
         return self._core
 
     def _prepared(
-        self, encoded: Iterable[tuple[str | None, Sequence[int]]], params: Sequence[Params | None]
+        self,
+        encoded: Iterable[tuple[str | None, Sequence[int]]],
+        params: Sequence[Params | None],
+        priorities: Sequence[int] | None = None,
     ) -> list[Prepared]:
         return [
-            self._inputs.process_ids(str(next(self._ids)), ids, one, text=text)
-            for (text, ids), one in zip(encoded, params, strict=True)
+            self._inputs.process_ids(str(next(self._ids)), ids, one, text=text, priority=priority)
+            for (text, ids), one, priority in zip(encoded, params, priorities or [0] * len(params), strict=True)
         ]
 
     def _run(self, prepared: list[Prepared], use_tqdm: UseTqdm) -> list[RequestOutput]:
@@ -232,9 +260,9 @@ class LLM:
         outputs = OutputProcessor(self._decoder, self._inputs.eos_ids)
         states = [outputs.add(one) for one in prepared]
         waiting = deque(request for one in prepared for request in one.requests)
-        bar = _Progress(use_tqdm, len(states))
+        bar = Progress(use_tqdm, len(states))
         try:
-            with _Interrupts() as interrupts:
+            with Interrupts() as interrupts:
                 while outputs.pending:
                     self._feed(core, waiting)
                     if not core.has_work():
@@ -328,6 +356,11 @@ def _start_cores(config: EngineConfig, live: LiveModel | None) -> Engine:
     return SeveralCores(config, secrets.token_bytes(32))
 
 
+def _check_no_adapter(lora_request: object) -> None:
+    if lora_request is not None:
+        raise RequestError("there are no adapters.", "Merge the adapter into the model.", param="lora_request")
+
+
 def _prompts(prompts: object) -> list[Prompt]:
     """A list of prompts, from one or several: a list of ints is one."""
     if isinstance(prompts, str | Mapping):
@@ -361,65 +394,3 @@ def _params_for(params: object, count: int, kind: type[P], name: str) -> Sequenc
 
 def _wrong_type(param: str, value: object, remedy: str) -> RequestError:
     return RequestError(f"{param} is of type {type(value).__name__}.", remedy, param=param)
-
-
-class _Progress:
-    """A bar over prompts, or what else ``unit`` says, with the rate of tokens; or nothing."""
-
-    def __init__(self, use_tqdm: UseTqdm, total: int, unit: str = "prompt") -> None:
-        self._bar: Any = None
-        if use_tqdm is not False and total:
-            from tqdm.auto import tqdm
-
-            make = tqdm if use_tqdm is True else use_tqdm
-            self._bar = make(total=total, desc=f"Processed {unit}s", unit=unit, dynamic_ncols=True)
-        self._tokens = 0
-        self._began = time.monotonic()
-
-    def add(self, state: RequestState, tokens: int) -> None:
-        self._tokens += tokens
-        if state.finished:
-            self.advance(0)
-
-    def advance(self, tokens: int) -> None:
-        """One more is done."""
-        self._tokens += tokens
-        if self._bar is not None:
-            rate = self._tokens / max(time.monotonic() - self._began, 1e-6)
-            self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
-            self._bar.update(1)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class _Interrupts:
-    """Delays Ctrl-C until `check` is called: a step that is cut in two would leave the engine broken.
-
-    Pressing it a second time interrupts at once. A program that has a handler of its own is left alone.
-    """
-
-    def __init__(self) -> None:
-        self._seen = False
-        self._ours = False
-
-    def __enter__(self) -> Self:
-        main = threading.current_thread() is threading.main_thread()  # the only one that may set a handler
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
-            self._ours = True
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def check(self) -> None:
-        """Raises `KeyboardInterrupt` if Ctrl-C was pressed."""
-        if self._seen:
-            raise KeyboardInterrupt
-
-    def _note(self, number: int, frame: object) -> None:
-        self._seen = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)

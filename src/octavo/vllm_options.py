@@ -93,6 +93,21 @@ INSTEAD = {
     "--trust-request-chat-template": "leave it out: templates are the server's, by --chat-template",
 }
 
+# What scripts look for on vLLM's `LLM` and do not find here.
+METHODS = {
+    "apply_model": "give LLM a loaded model of Transformers, which it shares, and change that",
+    "classify": "there are no classifiers",
+    "collective_rpc": "give LLM a loaded model of Transformers, which it shares, and change that",
+    "llm_engine": "info has the limits, config the options, get_tokenizer() the tokenizer",
+    "reward": "there are no reward models",
+    "score": "there are no cross-encoders",
+    "set_tokenizer": "name the tokenizer when the LLM is made",
+    "sleep": "close() gives all memory back; make a new LLM to wake up",
+    "start_profile": "run the script under py-spy or torch.profiler",
+    "stop_profile": "run the script under py-spy or torch.profiler",
+    "wake_up": "make a new LLM",
+}
+
 # Tasks that vLLM had before --runner and --convert took their place, and what they became.
 LEGACY_TASKS = {
     "auto": {},

@@ -201,6 +201,26 @@ def test_results_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert named.items() <= ours.special_tokens.items()
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_scripts_get_the_tokenizer_that_transformers_would_load(name: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = BUILDERS[name](tmp_path)
+    own, theirs = load_tokenizer(source(folder)), AutoTokenizer.from_pretrained(folder)
+    before = [own.encode(text) for text in TEXTS]
+    made = own.for_transformers()
+    for text, ids in zip(TEXTS, before, strict=True):
+        assert made.encode(text) == theirs.encode(text) == ids
+        for skip in (True, False):
+            assert made.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+    assert (made.eos_token, made.bos_token_id, len(made)) == (theirs.eos_token, theirs.bos_token_id, len(theirs))
+    chat = [{"role": "user", "content": "hi"}]
+    if theirs.chat_template:
+        assert made.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+    made(["a", "a b c"], truncation=True, max_length=1)
+    assert [own.encode(text) for text in TEXTS] == before  # theirs keeps its settings to itself
+
+
 @pytest.mark.parametrize("name", ["byte level", "bos", "sentencepiece"])
 def test_adapter_of_transformers_gives_the_same_answers(name: str, tmp_path: Path) -> None:
     folder = BUILDERS[name](tmp_path)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeGuard
 
 import msgspec
 
@@ -28,7 +28,21 @@ if TYPE_CHECKING:
     from octavo.hub.pooling import Pooler
     from octavo.hub.tokenizer import Tokenizer
 
-# A text, its token ids, or either as vLLM's dicts: {"prompt": str} and {"prompt_token_ids": list[int]}.
+
+class TextPrompt(TypedDict):
+    """A text to continue."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """The same as token ids; ``prompt`` is the text they came from, if that is known."""
+
+    prompt_token_ids: list[int]
+    prompt: NotRequired[str]
+
+
+# A text, its token ids, or either as a dict: `TextPrompt` or `TokensPrompt`.
 Prompt: TypeAlias = str | list[int] | Mapping[str, Any]
 Params: TypeAlias = SamplingParams | PoolingParams
 

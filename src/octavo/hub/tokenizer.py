@@ -72,6 +72,9 @@ class Tokenizer(Protocol):
 
     def token_to_id(self, token: str) -> int | None: ...
 
+    def for_transformers(self) -> Any:
+        """The same as a tokenizer of Transformers, for those who know its methods."""
+
 
 def load_tokenizer(source: Source, *, mode: str = "auto", code: RepoCode | None = None) -> Tokenizer:
     """The tokenizer of ``source`` for ``--tokenizer-mode`` ``auto``, ``hf``, ``slow`` or ``mistral``.
@@ -182,6 +185,19 @@ class HfTokenizer:
     def token_to_id(self, token: str) -> int | None:
         id: int | None = self.backend.token_to_id(token)
         return id
+
+    def for_transformers(self) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        further = {name: text for name, text in self.special_tokens.items() if name not in SPECIAL_NAMES}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=self.backend,  # which is copied
+            chat_template=dict(self.chat_templates) if len(self.chat_templates) > 1 else self.chat_template,
+            clean_up_tokenization_spaces=self._clean_up,
+            split_special_tokens=self.backend.encode_special_tokens,
+            extra_special_tokens=further,
+            **{name: text for name, text in self.special_tokens.items() if name in SPECIAL_NAMES},
+        )
 
 
 def _from_json(source: Source, path: Path, config: Mapping[str, Any]) -> HfTokenizer:
@@ -351,6 +367,9 @@ class AutoTokenizerAdapter:
 
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
+
+    def for_transformers(self) -> Any:
+        return self._inner
 
 
 def _from_transformers(source: Source, factory: Any, options: Mapping[str, Any]) -> AutoTokenizerAdapter:
