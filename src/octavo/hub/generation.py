@@ -18,17 +18,8 @@ def generation_config(source: Source) -> dict[str, Any]:
     return read_json(path) if path is not None else {}
 
 
-_GENERATION_KEYS: Final = {
-    "repetition_penalty": "repetition_penalty",
-    "presence_penalty": "presence_penalty",
-    "frequency_penalty": "frequency_penalty",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "max_new_tokens": "max_tokens",
-}
-
+_KEPT: Final = ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_k", "top_p", "min_p")
+_GENERATION_KEYS: Final = {**{key: key for key in _KEPT}, "max_new_tokens": "max_tokens"}  # to those of `SamplingParams`
 
 # What Transformers' generation would do with such a file, and this engine does not; a value of these changes nothing.
 _NOT_APPLIED: Final = {

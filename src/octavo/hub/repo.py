@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from octavo.errors import ModelError
 from octavo.hub import hub_errors, resume
-from octavo.hub import listing as listings
 from octavo.hub.gguf_pick import GgufPick, models
 from octavo.hub.source import (
     CONFIGS,
@@ -29,8 +30,10 @@ from octavo.log import get_logger
 
 if TYPE_CHECKING:
     from huggingface_hub import HfFileMetadata, ModelInfo
+    from huggingface_hub.hf_api import RepoSibling
 
 RETRY_DELAYS: Final = (0.5, 1.0, 2.0, 4.0)  # seconds before the second attempt and further ones, about
+TREE_FORMAT: Final = 1  # of listings in the cache: huggingface_hub 2.4, _tree_cache.py
 JITTER: Final = 0.25  # share by which they vary, so that processes that failed together do not ask together again
 
 
@@ -192,8 +195,19 @@ class Repo:
         commit, names = info.sha or "", list(self._needed(info))
         self._pin(commit)
         if self._cached_listing(commit) is None:
-            listings.store(self.folder(), commit, info.siblings or ())
+            self._store_listing(commit, info.siblings or ())
         return commit, names
+
+    def _store_listing(self, commit: str, files: Sequence[RepoSibling]) -> None:
+        """Notes in the cache that ``commit`` has ``files``, if their hashes are known.
+
+        Before it fetches anything, the Hub's client asks for the files of a commit, unless its cache has them: since
+        2.0 as ``trees/<commit>.json`` in the repo's folder. One that does not know this format asks again, which costs
+        a request and changes nothing.
+        """
+        if re.fullmatch(r"[0-9a-f]{40}", commit) and all(f.size is not None and f.blob_id is not None for f in files):
+            listing = {"format_version": TREE_FORMAT, "files": {file.rfilename: _tree_entry(file) for file in files}}
+            _write(self.folder() / "trees" / f"{commit}.json", json.dumps(listing, indent=1))
 
     def _fetch(self, commit: str, names: list[str]) -> Path:
         """Fetches what the cache lacks of ``names``, in parallel; an index first, if it may name fewer or more."""
@@ -239,11 +253,7 @@ class Repo:
         path = self.folder() / "refs" / revision
         if revision == commit or ".." in path.parts:
             return
-        with contextlib.suppress(OSError):  # a cache that cannot be written to is reported by the download
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new = path.with_name(f"{path.name}.{os.getpid()}.new")
-            new.write_text(commit)
-            new.replace(path)
+        _write(path, commit)
 
     def metadata(self, name: str, commit: str) -> HfFileMetadata:
         """ETag and size of file ``name``."""
@@ -332,6 +342,20 @@ def _part(chunks: Iterable[bytes], skip: int, count: int) -> Iterator[bytes]:
             yield part
         if not count:
             return
+
+
+def _tree_entry(file: RepoSibling) -> dict[str, Any]:
+    entry: dict[str, Any] = {"size": file.size, "blob_id": file.blob_id}
+    return entry if file.lfs is None else {**entry, "lfs_sha256": file.lfs.sha256, "lfs_size": file.lfs.size}
+
+
+def _write(path: Path, text: str) -> None:
+    """Puts a file into the cache, whole or not at all."""
+    with contextlib.suppress(OSError):  # a cache that cannot be written to is reported by the download
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(f"{path.name}.{os.getpid()}.new")
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
 
 
 def _names_in(snapshot: Path) -> list[str]:
