@@ -28,7 +28,7 @@ def native(
     model_class, _ = registry.choose(config, impl)
     model = model_class(config, max_len)
     checkpoint = unquantised(open_checkpoint(source), config.hf)
-    loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None, keep_blocks=keep_blocks)
+    loader.load(model, checkpoint, torch.device("cpu"), keep_blocks=keep_blocks)
     return model
 
 

@@ -78,6 +78,6 @@ def test_the_transformers_model_is_replaced_as_a_whole_in_bfloat16() -> None:
     config = model_config(read_hf_dict(source, {}), dtype="bfloat16", generation={})
     make, _ = registry.choose(config, "transformers")
     model = make(config, 256)
-    loader.load(model, open_checkpoint(source), torch.device("cpu"), lambda phase, share: None)
+    loader.load(model, open_checkpoint(source), torch.device("cpu"))
     assert isinstance(model, TransformersModel)
     assert "30 decoder layers, 1 decoder" in model.swapped

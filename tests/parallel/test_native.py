@@ -69,7 +69,6 @@ def loaded(
         model,
         checkpoint,
         torch.device("cpu"),
-        lambda phase, share: None,
         keep_blocks=keep_blocks,
         quantization=quantization,
     )
@@ -131,7 +130,7 @@ def test_dummy_weights_do_not_depend_on_the_number_of_ranks(family: str, ranks: 
 
 def bytes_read(group: Group, folder: Path) -> Counter[str]:
     checkpoint = Counting((folder / "model.safetensors",))
-    loader.load(built(folder), checkpoint, torch.device("cpu"), lambda phase, share: None)
+    loader.load(built(folder), checkpoint, torch.device("cpu"))
     return checkpoint.read_bytes
 
 
@@ -192,7 +191,7 @@ def blocks_kept(group: Group, path: Path) -> tuple[int, int]:
     """(products of blocks, bytes that are read)."""
     model = built(path)
     checkpoint = open_checkpoint(resolve(str(path)))
-    report = loader.load(model, checkpoint, torch.device("cpu"), lambda phase, share: None, keep_blocks=True)
+    report = loader.load(model, checkpoint, torch.device("cpu"), keep_blocks=True)
     return sum(isinstance(module, Linear) and bool(module.kinds) for module in model.modules()), report.nbytes
 
 

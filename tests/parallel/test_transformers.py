@@ -75,7 +75,7 @@ def bytes_read(group: Group, folder: Path) -> Counter[str]:
     config = model_config(read_hf_dict(resolve(str(folder)), {}), dtype="float32", generation={}, traced=True)
     model_class, _ = registry.choose(config, "transformers")
     checkpoint = Counting((folder / "model.safetensors",))
-    loader.load(model_class(config, 128), checkpoint, torch.device("cpu"), lambda phase, share: None)
+    loader.load(model_class(config, 128), checkpoint, torch.device("cpu"))
     return checkpoint.read_bytes
 
 

@@ -69,7 +69,7 @@ def checkpoint(family: str = "llama", dtype: str = "float32", **overrides: objec
 
 
 def run(target: LlamaForCausalLM, source: Checkpoint) -> LoadReport:
-    return load(target, source, CPU, lambda phase, share: None)
+    return load(target, source, CPU)
 
 
 def failure(target: LlamaForCausalLM, source: Memory) -> ModelError:
@@ -139,7 +139,7 @@ def test_an_error_of_a_reader_reaches_the_caller() -> None:
 
 def test_progress_rises_to_one() -> None:
     seen: list[float] = []
-    load(model(), checkpoint(), CPU, lambda phase, share: seen.append(share))
+    load(model(), checkpoint(), CPU, progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 1.0
 
@@ -292,7 +292,7 @@ def gguf_models(
     """The model with its blocks as they are, and with their values in ``dtype``."""
     made = model_config(read_hf_dict(resolve(str(folder / "m.gguf")), {}), dtype=dtype)
     kept, plain = LlamaForCausalLM(made, 64), LlamaForCausalLM(made, 64)
-    report = load(kept, source, CPU, lambda phase, share: None, keep_blocks=True)
+    report = load(kept, source, CPU, keep_blocks=True)
     run(plain, source)
     return kept, plain, report
 
@@ -336,7 +336,7 @@ def test_int8_rounds_weights_of_layers_and_head(tmp_path: Path) -> None:
     pytest.importorskip("octavo._cpu", reason="the C++ extension is not built")
     source, plain, rounded = checkpoint(dtype="float32"), model(), model()
     run(plain, source)
-    load(rounded, source, CPU, lambda phase, share: None, quantization="int8")
+    load(rounded, source, CPU, quantization="int8")
     x = torch.randn(3, plain.config.hidden_size, generator=torch.Generator().manual_seed(2))
     for name in ("model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj"):
         layer, expected = rounded.get_submodule(name), plain.get_submodule(name)

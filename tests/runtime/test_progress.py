@@ -15,25 +15,24 @@ class Terminal(io.StringIO):
 
 def test_a_long_load_tells_its_rate_every_five_seconds(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "octavo")
-    now, told = [100.0], []
-    with LoadProgress(10**10, lambda *done: told.append(done), clock=lambda: now[0], stream=io.StringIO()) as progress:
+    now = [100.0]
+    with LoadProgress(10**10, clock=lambda: now[0], stream=io.StringIO()) as progress:
         for i in range(1, 13):
             now[0] += 1
-            progress("load", i / 20)
+            progress(i / 20)
     assert caplog.messages == [
         "weights: 25 %, 2.50 of 10.00 GB, 0.50 GB/s",
         "weights: 50 %, 5.00 of 10.00 GB, 0.50 GB/s",
     ]
-    assert told == [("load", i / 20) for i in range(1, 13)]
 
 
 def test_a_terminal_gets_a_bar_instead(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "octavo")
     terminal, now = Terminal(), [0.0]
-    with LoadProgress(10**9, lambda *done: None, clock=lambda: now[0], stream=terminal) as progress:
+    with LoadProgress(10**9, clock=lambda: now[0], stream=terminal) as progress:
         now[0] = 10.0
-        progress("load", 0.5)
-        progress("load", 1.0)
+        progress(0.5)
+        progress(1.0)
     assert caplog.messages == []
     assert "weights" in terminal.getvalue()
     assert "/1.00G" in terminal.getvalue()
@@ -45,6 +44,6 @@ def test_a_quiet_log_and_all_ranks_but_one_are_kept_quiet(
 ) -> None:
     caplog.set_level(level, "octavo")
     terminal = Terminal()
-    with LoadProgress(1, lambda *done: None, shown=shown, stream=terminal) as progress:
-        progress("load", 1.0)
+    with LoadProgress(1, shown=shown, stream=terminal) as progress:
+        progress(1.0)
     assert (caplog.messages, terminal.getvalue()) == ([], "")

@@ -105,7 +105,7 @@ def test_a_model_is_loaded_with_the_same_weights(load_format: str, tmp_path: Pat
     for name in ("auto", load_format):
         worker = Worker()
         worker.init(EngineConfig.of(model=str(folder), device="cpu", dtype="float32", load_format=name))
-        worker.load(lambda phase, share: None)
+        worker.load()
         states.append(worker.model.state_dict())
     assert states[0].keys() == states[1].keys()
     assert states[0]

@@ -17,16 +17,12 @@ from octavo.core.grammar import Grammars
 from octavo.core.vocabulary import Vocabulary, load_vocabulary
 from octavo.errors import OutOfMemory
 from octavo.log import get_logger
-from octavo.runtime.base import Pending, Progress, TokenMask, WorkerBase
+from octavo.runtime.base import Pending, TokenMask, WorkerBase
 from octavo.sched.scheduler import Scheduler, SchedulerLimits
 from octavo.types import EngineInfo, Request, Stats, TokenOutput
 
 T = TypeVar("T")
 _IDLE_SECONDS = 0.005  # how long a step without work waits for a grammar
-
-
-def _silent(phase: str, share: float) -> None:
-    pass
 
 
 class EngineCore:
@@ -47,7 +43,6 @@ class EngineCore:
         worker: WorkerBase,
         *,
         overlap: bool | None = None,
-        progress: Progress = _silent,
         vocabulary: Callable[[], Vocabulary] | None = None,
         hash_key: bytes | None = None,
         phases: Mapping[str, float] | None = None,
@@ -57,7 +52,7 @@ class EngineCore:
         self._pending: deque[Pending] = deque()
         self._phases = dict(phases or {})  # see `EngineInfo`
         model = self._timed("config", lambda: worker.init(config))
-        self._timed("weights", lambda: worker.load(progress))
+        self._timed("weights", worker.load)
         limits = _limits(config, worker, *self._timed("warm-up", worker.plan_memory))
         # Launched steps that may stay unread: none where a step depends on how many tokens of the last one hold.
         overlaps = worker.overlaps if overlap is None else overlap

@@ -12,8 +12,6 @@ import numpy.typing as npt
 from octavo.config import EngineConfig, ModelConfig
 from octavo.types import StepPlan, StepResult
 
-Progress = Callable[[str, float], None]  # (phase, share done 0..1)
-
 
 @dataclass(frozen=True)
 class TokenMask:
@@ -78,7 +76,7 @@ class WorkerBase(Protocol):
         """Resolves and reads the model's config, picks device and dtype; nothing large is allocated."""
         ...
 
-    def load(self, progress: Progress) -> None:
+    def load(self) -> None:
         """Builds the model and reads its weights."""
         ...
 

@@ -44,7 +44,7 @@ class Start(msgspec.Struct, frozen=True):
 
     config: EngineConfig
     rank: int
-    folder: str  # where ranks meet, and where `Progress` lies
+    folder: str  # where ranks meet, and where their progress lies
     socket: int  # file descriptor
     log_level: str
 

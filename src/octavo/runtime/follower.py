@@ -50,7 +50,7 @@ class Follower:
             case Load():
                 with MemoryErrors():
                     self._worker.join(self._start.rank, self._folder)
-                    self._worker.load(lambda phase, share: None)
+                    self._worker.load()
             case PlanMemory():
                 with MemoryErrors():
                     self._worker.plan_memory()

@@ -29,8 +29,7 @@ from octavo.kernels import select
 from octavo.kernels.select import Ops
 from octavo.layers.base import Blocks, Layer, LoadRule
 from octavo.log import get_logger
-from octavo.models.base import Model, SelfLoading, as_tensor
-from octavo.runtime.base import Progress
+from octavo.models.base import Model, SelfLoading, Share, as_tensor
 
 LISTED = 10  # names that an error message lists
 PIECE = 64 << 20  # bytes that one read returns at most, unless a single row is more
@@ -60,8 +59,8 @@ def load(
     model: Model,
     checkpoint: Checkpoint,
     device: torch.device,
-    progress: Progress,
     *,
+    progress: Share = lambda share: None,
     keep_blocks: bool = False,
     quantization: str | None = None,
 ) -> LoadReport:
@@ -76,7 +75,7 @@ def load(
     start = time.perf_counter()
     ops = choose_ops(model, device, quantization)
     if isinstance(model, SelfLoading):
-        loaded = model.load_weights(checkpoint, device, lambda share: progress("load", share))
+        loaded = model.load_weights(checkpoint, device, progress)
         return LoadReport(loaded.tensors, loaded.nbytes, time.perf_counter() - start, loaded.unused)
     tensors = checkpoint.tensors()
     _untie_if_distinct(model, checkpoint, tensors)
@@ -99,7 +98,7 @@ def load(
             for piece in _pieces(rule, tensors):
                 target[piece.target].copy_(as_tensor(next(arrays)))
             done += _nbytes(rule, tensors)
-            progress("load", done / total)
+            progress(done / total)
         layer.finish(ops)
         checkpoint.forget()
     count = sum(len(rules) for _, rules in plan)

@@ -12,7 +12,7 @@ from octavo.config import EngineConfig, ModelConfig
 from octavo.errors import EngineDead, OctavoError, OutOfMemory
 from octavo.log import get_logger
 from octavo.parallel.group import LostPeer
-from octavo.runtime.base import Pending, Progress, TokenMask
+from octavo.runtime.base import Pending, TokenMask
 from octavo.runtime.executor import CLOSE_SECONDS, Executor, Init, Load, PlanMemory, Step, TakeTokens
 from octavo.runtime.worker import MemoryErrors, Worker
 from octavo.types import StepPlan, StepResult
@@ -68,7 +68,7 @@ class ParallelWorker:
         self.device = f"{self._worker.device}, {ranks} ranks"
         return model
 
-    def load(self, progress: Progress) -> None:
+    def load(self) -> None:
         """Each rank reads its own part."""
         executor = self._followers()
         with self._failing_together(), MemoryErrors():
@@ -76,7 +76,7 @@ class ParallelWorker:
             executor.ask(Load())
             self._worker.join(0, executor.folder)
             executor.on_failure = self._worker.group.abort
-            self._worker.load(progress)
+            self._worker.load()
             executor.wait()
 
     def plan_memory(self) -> tuple[int, int]:

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import Any, Final, Self, TextIO
 
 from octavo.log import get_logger
-from octavo.runtime.base import Progress
 
 EVERY: Final = 5.0  # seconds between two lines; a load that is shorter than that has none
 
 
 class LoadProgress:
-    """A `Progress` of ``nbytes`` that tells ``then``, too. Use it as a context.
+    """Called with the share of ``nbytes`` that is there, 0 to 1. Use it as a context.
 
     Nothing is shown if the log is quieter than info, or without ``shown``. ``clock`` gives seconds; ``stream`` is where
     a terminal would be.
@@ -24,13 +23,12 @@ class LoadProgress:
     def __init__(
         self,
         nbytes: int,
-        then: Progress,
         *,
         shown: bool = True,
         clock: Callable[[], float] = time.monotonic,
         stream: TextIO | None = None,
     ) -> None:
-        self._nbytes, self._then, self._clock = nbytes, then, clock
+        self._nbytes, self._clock = nbytes, clock
         self._shown = shown and get_logger().isEnabledFor(logging.INFO)
         self._stream = sys.stderr if stream is None else stream
         self._bar: Any = None
@@ -49,8 +47,7 @@ class LoadProgress:
         if self._bar is not None:
             self._bar.close()
 
-    def __call__(self, phase: str, share: float) -> None:
-        self._then(phase, share)
+    def __call__(self, share: float) -> None:
         done, now = share * self._nbytes, self._clock()
         if self._bar is not None:
             self._bar.update(done - self._bar.n)

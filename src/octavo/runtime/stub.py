@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from octavo.config import EngineConfig, LayerSpec, ModelConfig
-from octavo.runtime.base import Progress, TokenMask
+from octavo.runtime.base import TokenMask
 from octavo.types import StepPlan, StepResult
 
 VOCAB = 256
@@ -87,9 +87,8 @@ class StubWorker:
             has_head=not self.pools,
         )
 
-    def load(self, progress: Progress) -> None:
+    def load(self) -> None:
         """Nothing to load."""
-        progress("load", 1.0)
 
     def plan_memory(self) -> tuple[int, int]:
         """(pages, longest sequence)."""

@@ -26,7 +26,7 @@ from octavo.models import registry
 from octavo.models.base import Model
 from octavo.parallel import group
 from octavo.parallel.shards import MOST_RANKS
-from octavo.runtime.base import Pending, Progress, TokenMask, WorkerBase
+from octavo.runtime.base import Pending, TokenMask, WorkerBase
 from octavo.runtime.embed import PoolingRunner
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import plan_cache, step_bytes
@@ -115,7 +115,7 @@ class Worker:
         """The loaded model."""
         return self._model
 
-    def load(self, progress: Progress) -> None:
+    def load(self) -> None:
         """See `runtime.base.WorkerBase.load`."""
         ranks = self._config.parallel.tensor_parallel_size
         if ranks != self.group.size:
@@ -123,7 +123,7 @@ class Worker:
         if self._live is None:
             with group.use(self.group):
                 self._model = self._make(self._model_config, self._max_len)
-                get_logger().info("weights: %s", self._fill(progress))
+                get_logger().info("weights: %s", self._fill())
         else:
             from octavo.models.hf.live import share
 
@@ -132,7 +132,7 @@ class Worker:
         for line in select.report():
             get_logger().info("kernels: %s", line)
 
-    def _fill(self, progress: Progress) -> LoadReport:
+    def _fill(self) -> LoadReport:
         options = self._config.model
         if options.load_format == "dummy":
             return fill_dummy(self._model, options.seed, self.platform.device, options.rounding)
@@ -140,12 +140,12 @@ class Worker:
         stored = open_checkpoint(self._source, options.load_format, pytorch=PyTorchCheckpoint, safetensors=safetensors)
         checkpoint = unquantised(WithoutPrefix.over(stored), self._model_config.hf)
         nbytes = sum(info.nbytes for info in checkpoint.tensors().values())
-        with LoadProgress(nbytes, progress, shown=self.group.rank == 0) as told:
+        with LoadProgress(nbytes, shown=self.group.rank == 0) as told:
             return load(
                 self._model,
                 checkpoint,
                 self.platform.device,
-                told,
+                progress=told,
                 keep_blocks=options.dtype == "auto",  # who names a type wants the values in it
                 quantization=options.rounding,
             )
