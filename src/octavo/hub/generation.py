@@ -19,7 +19,7 @@ def generation_config(source: Source) -> dict[str, Any]:
 
 
 _KEPT: Final = ("repetition_penalty", "presence_penalty", "frequency_penalty", "temperature", "top_k", "top_p", "min_p")
-_GENERATION_KEYS: Final = {**{key: key for key in _KEPT}, "max_new_tokens": "max_tokens"}  # to those of `SamplingParams`
+_GENERATION_KEYS: Final = {**{key: key for key in _KEPT}, "max_new_tokens": "max_tokens"}  # to those of requests
 
 # What Transformers' generation would do with such a file, and this engine does not; a value of these changes nothing.
 _NOT_APPLIED: Final = {
