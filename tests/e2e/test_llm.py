@@ -32,8 +32,11 @@ def llm(model: Path) -> LLM:
 
 def test_text_is_the_decoded_tokens(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=24, logprobs=2)
-    for result in llm.generate(["There was a time", "é 中"], params, use_tqdm=False):
+    results = llm.generate(["There was a time", "é 中"], params, use_tqdm=False)
+    assert [len(result.outputs) for result in results] == [1, 1]
+    for result in results:
         one = result.outputs[0]
+        assert one.token_ids
         tokenizer = llm.get_tokenizer()
         whole = tokenizer.decode(result.prompt_token_ids + one.token_ids)
         assert whole == tokenizer.decode(result.prompt_token_ids) + one.text

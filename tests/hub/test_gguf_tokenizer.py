@@ -152,6 +152,7 @@ def test_llama3_and_qwen2_cut_text_as_their_own_files_say(
     for text in samples():
         assert ours.encode(text) == theirs.encode(text).ids, text
     number = [ours.decode([i]) for i in ours.encode("2024")]
+    assert "".join(number) == "2024"
     assert all(len(part) <= (3 if pre == "llama-bpe" else 1) for part in number)
 
 

@@ -20,13 +20,19 @@ def test_the_catalogue_of_errors_lists_exactly_the_ids_in_use() -> None:
     assert used == listed
 
 
+def said(pattern: str) -> list[tuple[Path, str]]:
+    """What ``pattern`` finds in the documents, each with its page."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    return [(page, found) for page in pages for found in re.findall(pattern, page.read_text(encoding="utf-8"))]
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    links = said(r"\]\(([^)#:]+)\)")
+    assert links
+    assert [f"{page.name} links to {target}" for page, target in links if not (page.parent / target).exists()] == []
 
 
 def test_paths_of_source_files_named_in_the_documents_exist() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
-        for name in re.findall(r"`((?:src|tools|tests|bench|csrc)/[\w./]+\.\w+)`", page.read_text(encoding="utf-8")):
-            assert (ROOT / name).exists(), f"{page.name} names {name}"
+    paths = said(r"`((?:src|tools|tests|bench|csrc)/[\w./]+\.\w+)`")
+    assert paths
+    assert [f"{page.name} names {path}" for page, path in paths if not (ROOT / path).exists()] == []
