@@ -79,9 +79,7 @@ class AsyncLLM:
             seeds=seeds,
             pooler=text.pooler,
         )
-        self.renderer = ChatRenderer.of(text.tokenizer, chat_template)
-        self.renderer.content_format = content_format
-        self.renderer.variables = dict(template_variables or {})
+        self.renderer = ChatRenderer.of(text.tokenizer, chat_template, content_format, template_variables)
         self._decoder = TextDecoder(text.tokenizer) if text.tokenizer is not None else None
         self._running: dict[str, RequestState] = {}
 
@@ -149,17 +147,9 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
-        salt: bytes = b"",
-        clamp_max_tokens: bool = False,
     ) -> Prepared:
-        """Checks and encodes a request without sending it; raises `RequestError`.
-
-        With ``clamp_max_tokens`` an answer that would outgrow the context is cut at its end instead of refused.
-        """
-        prompts = {request_id or new_id(): prompt}
-        (prepared,) = await self.prepare_all(
-            prompts, params, priority=priority, salt=salt, clamp_max_tokens=clamp_max_tokens
-        )
+        """Checks and encodes a request without sending it; raises `RequestError`."""
+        (prepared,) = await self.prepare_all({request_id or new_id(): prompt}, params, priority=priority)
         return prepared
 
     async def prepare_all(

@@ -51,13 +51,20 @@ class ChatRenderer:
         self._special_tokens = dict(special_tokens or {})
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer | None, template: str | None = None) -> ChatRenderer:
+    def of(
+        cls,
+        tokenizer: Tokenizer | None,
+        template: str | None = None,
+        content_format: WantedFormat = "auto",
+        variables: Mapping[str, Any] | None = None,
+    ) -> ChatRenderer:
         """With the templates of ``tokenizer``, or with ``template`` instead of all of them."""
         if tokenizer is None:
-            return cls(template)
-        if template is not None:
-            return cls(template, tokenizer.special_tokens)
-        return cls(tokenizer.chat_template, tokenizer.special_tokens, tokenizer.chat_templates)
+            return cls(template, content_format=content_format, variables=variables)
+        named = None
+        if template is None:
+            template, named = tokenizer.chat_template, tokenizer.chat_templates
+        return cls(template, tokenizer.special_tokens, named, content_format, variables)
 
     @property
     def sources(self) -> str:
