@@ -135,6 +135,13 @@ def test_another_model_is_404_and_every_served_name_works() -> None:
         (TEXT | {"temperature": -0.5}, "temperature", "temperature is -0.5, outside [0, 100]."),
         (TEXT | {"priority": 2**31}, "priority", "outside [-2147483647, 2147483647]."),
         ({"prompt": []}, "prompt", "prompt holds 0 prompts, outside [1, 1024]. Send at least one"),
+        (TEXT | {"max_new_tokens": 3}, "max_new_tokens", "Leave it out, or send max_tokens."),
+        (TEXT | {"repetition_penalti": 2}, "repetition_penalti", "or send repetition_penalty."),
+        (
+            TEXT | {"stream_options": {"x": None}},
+            "stream_options.x",
+            "'stream_options.x' is not a field of this request.",
+        ),
     ],
 )
 def test_an_error_names_the_field_and_its_bounds_as_they_are(body: dict[str, Any], param: str, text: str) -> None:
@@ -143,5 +150,18 @@ def test_an_error_names_the_field_and_its_bounds_as_they_are(body: dict[str, Any
         assert answer.status_code == 400
         assert answer.json()["error"]["param"] == param
         assert text in answer.json()["error"]["message"]
+
+    run(work)
+
+
+def test_a_field_that_is_null_says_nothing_whatever_its_name() -> None:
+    async def work() -> None:
+        server = Server()
+        body = TEXT | {"prompt_embeds": None, "kv_transfer_params": None, "logit_bias": {"5": 1.0}, "seed": 4}
+        assert (await server.post("/v1/completions", body)).status_code == 200
+        sampling = server.fake.requests[-1].sampling
+        assert (sampling.logit_bias, sampling.seed) == ({5: 1.0}, 4)
+        refused = await server.post("/v1/completions", body | {"kv_transfer_params": {}})
+        assert refused.json()["error"]["param"] == "kv_transfer_params"
 
     run(work)
