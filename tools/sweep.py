@@ -258,7 +258,7 @@ def adopted(folder: Path, max_len: int = MAX_LEN, dtype: str = "float32") -> Any
     config = model_config(read_hf_dict(source, {}), dtype=dtype, generation={}, traced=True)
     model_class, _ = registry.choose(config, "transformers")
     model = model_class(config, max_len)
-    loader.load(model, open_checkpoint(source), torch.device("cpu"), lambda phase, share: None)
+    loader.load(model, open_checkpoint(source), torch.device("cpu"))
     return model
 
 
