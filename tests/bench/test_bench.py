@@ -140,9 +140,9 @@ def test_a_table_leaves_out_columns_that_no_row_has() -> None:
 
 
 class _Canned(BaseHTTPRequestHandler):
-    """Streams three pieces of text and the usage; refuses a prompt whose first id is odd when told to."""
+    """Streams three pieces of text and the usage; a prompt whose first id is odd gets ``odd``: a status and a body."""
 
-    refuse_odd = False
+    odd: tuple[int, bytes] | None = None
 
     def do_GET(self) -> None:
         self._send(200, "application/json", b'{"data": [{"id": "canned"}]}')
@@ -150,8 +150,8 @@ class _Canned(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert body["model"] == "canned"
-        if self.refuse_odd and body["prompt"][0] % 2:
-            self._send(400, "application/json", b'{"error": {"message": "odd"}}')
+        if self.odd is not None and body["prompt"][0] % 2:
+            self._send(self.odd[0], "application/json", self.odd[1])
             return
         events = [{"choices": [{"text": "x"}]}] * 3
         events.append({"choices": [], "usage": {"completion_tokens": body["max_tokens"]}})
@@ -243,8 +243,19 @@ def test_an_axis_holds_every_value_in_few_steps(most: float) -> None:
     assert end / step <= 6.000001
 
 
-def test_serve_fails_when_a_request_does(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Canned, "refuse_odd", True)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (400, b'{"error": {"message": "odd"}}'),
+        (200, b'data: {"error": {"message": "odd"}}\n\n'),
+        (200, b"data: {no JSON\n\n"),
+        (200, b"data: 5\n\n"),
+    ],
+)
+def test_serve_fails_when_a_request_does(
+    odd: tuple[int, bytes], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Canned, "odd", odd)
     out = tmp_path / "rows.json"
     assert bench_serve(url, out) == 1
     assert 0 < json.loads(out.read_text(encoding="utf-8"))["rows"][0]["failed"] < 8

@@ -258,7 +258,7 @@ async def _ask(
                     return answer
                 async for line in response.aiter_lines():
                     _read(line, answer, time.perf_counter() - start)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, msgspec.DecodeError) as error:
             answer.error = repr(error)
         answer.seconds = time.perf_counter() - start
     if not answer.error and not answer.output_tokens:
@@ -266,14 +266,28 @@ async def _ask(
     return answer
 
 
+class _Choice(msgspec.Struct):
+    text: str | None = None
+
+
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
+class _Event(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
 def _read(line: str, answer: Answer, now: float) -> None:
-    """Takes one line of an event stream into ``answer``."""
+    """Takes one line of an event stream into ``answer``; raises ``msgspec.DecodeError`` for an event that is none."""
     if not line.startswith("data:") or line.endswith("[DONE]"):
         return
-    event: dict[str, Any] = msgspec.json.decode(line[5:])
-    if event.get("error"):
-        answer.error = str(event["error"])
-    if event.get("usage"):
-        answer.output_tokens = event["usage"]["completion_tokens"]
-    if any(choice.get("text") for choice in event.get("choices") or ()):
+    event = msgspec.json.decode(line[5:], type=_Event)
+    if event.error:
+        answer.error = str(event.error)
+    if event.usage is not None:
+        answer.output_tokens = event.usage.completion_tokens
+    if any(choice.text for choice in event.choices or ()):
         answer.times.append(now)
