@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,3 +36,8 @@ class Route:
     form: tuple[str, ...] = ()
     query: type[msgspec.Struct] | None = None
     endpoint: Endpoint[Any] | None = None
+
+
+def endpoints_of(routes: Iterable[Route]) -> dict[str, Endpoint[Any]]:
+    """Those that generate text, by path."""
+    return {route.path: route.endpoint for route in routes if route.endpoint is not None}

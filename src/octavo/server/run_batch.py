@@ -15,6 +15,7 @@ from octavo.config import EngineConfig
 from octavo.errors import ConfigError
 from octavo.server.app import ROUTES
 from octavo.server.batches.lines import BadLine, Line, LineAnswer, read_lines, work
+from octavo.server.route import endpoints_of
 from octavo.server.service import Service, served_names
 
 
@@ -35,7 +36,7 @@ def run_batch(config: EngineConfig, source: Path, target: Path, *, name: str | N
 
 class _Batch:
     def __init__(self, source: Path) -> None:
-        self._endpoints = {route.path: route.endpoint for route in ROUTES if route.endpoint is not None}
+        self._endpoints = endpoints_of(ROUTES)
         self._source = source
         self._failed = 0
         self._total = sum(1 for _ in self._lines())

@@ -17,7 +17,7 @@ from octavo.server.files.store import FileStore
 from octavo.server.history import History
 from octavo.server.metrics import Metrics
 from octavo.server.responses.store import ResponseStore
-from octavo.server.route import Route
+from octavo.server.route import Route, endpoints_of
 from octavo.server.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Service:
     @cached_property
     def endpoints(self) -> dict[str, Endpoint[Any]]:
         """Those that ask the model, by path."""
-        return {route.path: route.endpoint for route in self.routes if route.endpoint is not None}
+        return endpoints_of(self.routes)
 
     def model(self, wanted: str | None) -> str:
         """The name to answer with; raises `ApiError` (404) for a model that is not served."""

@@ -133,9 +133,17 @@ class Formats:
     @classmethod
     def of(cls, template: str | None, architecture: str = "", *, tool: str = AUTO, reasoning: str = AUTO) -> Formats:
         """Those named, else those of the model; raises `ConfigError` for a name that is none."""
-        found = detect(template, architecture)
-        named = check_names(tool, reasoning)
-        return cls(*(found[i] if named[i] == AUTO else named[i] for i in range(2)))
+        own_tool, own_reasoning = detect(template, architecture)
+        named_tool, named_reasoning = check_names(tool, reasoning)
+        return cls(
+            own_tool if named_tool == AUTO else named_tool,
+            own_reasoning if named_reasoning == AUTO else named_reasoning,
+        )
+
+    @property
+    def _harmony(self) -> bool:
+        """Whether answers are messages of harmony: one parser reads reasoning and calls then."""
+        return HARMONY in (self.tool, self.reasoning)
 
     def parser(
         self,
@@ -150,7 +158,7 @@ class Formats:
         ``forced_calls``: what follows the reasoning is what `forced` reads.
         """
         parsers: list[Parse] = []
-        if HARMONY in (self.reasoning, self.tool):
+        if self._harmony:
             parsers.append(gpt_oss.parse)
         elif self.reasoning is not None:
             start, end = REASONING[self.reasoning]
@@ -192,7 +200,7 @@ class Formats:
 
     def _reasoning(self, prompt: str, breaks: tuple[str, ...]) -> tuple[str, str]:
         """(what begins it, empty if it has begun; regex of what ends it, empty if there is none)."""
-        if HARMONY in (self.reasoning, self.tool):
+        if self._harmony:
             return "", "" if re.search(rf"{gpt_oss.FINAL}$", prompt) else gpt_oss.FINAL
         if self.reasoning is None:
             return "", ""
@@ -203,7 +211,7 @@ class Formats:
     def markers(self, *, tools: bool) -> frozenset[str]:
         """The texts that a parser must see even where they are special tokens, which have no text otherwise."""
         found: set[str] = set(REASONING.get(self.reasoning or "", ()))
-        if HARMONY in (self.reasoning, self.tool):
+        if self._harmony:
             found.update(gpt_oss.MARKERS)
         elif tools and self.tool is not None:
             found.update(TOOLS[self.tool].MARKERS)
