@@ -28,6 +28,9 @@ using namespace octavo;
 
 namespace {
 
+// Raised with every change of what Python calls here, and with it `INTERFACE` in octavo/kernels/cpu_choice.py.
+constexpr int INTERFACE = 1;
+
 #if defined(OCTAVO_HAS_AMX)
 // Whether the processor has tiles of the size that impl/amx.h uses and multiplies them in bfloat16, and Linux saves
 // them and lets this process use them: it is asked here, for all threads (Documentation/arch/x86/xstate.rst).
@@ -272,6 +275,7 @@ NB_MODULE(_cpu, m) {
     nb::set_leak_warnings(false);  // a model may live until the interpreter ends
     using unlocked = nb::call_guard<nb::gil_scoped_release>;
     m.doc() = "Kernels for processors. Arguments are addresses; octavo.kernels.cpu checks them and is the only caller.";
+    m.attr("INTERFACE") = INTERFACE;
     m.def("names", &names, "The instruction sets this processor can run, best first.");
     m.def("emulated", &emulated, "Instruction sets that run slowly on every processor, for tests alone.");
     m.def("use", &use, "Run the kernels of this name from now on.");

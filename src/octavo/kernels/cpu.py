@@ -20,6 +20,7 @@ _TYPES = frozenset((torch.bfloat16, torch.float32))
 MAX_HEAD_DIM = 256
 PANEL = 16
 
+cpu_choice.check_interface(getattr(_cpu, "INTERFACE", 0))
 _passed_over = cpu_choice.choose(_cpu.names())
 _cpu.set_threads(torch.get_num_threads())
 weights = Arena()  # packed

@@ -8,8 +8,19 @@ from collections.abc import Sequence
 import torch
 
 from octavo import _cpu
+from octavo.errors import ConfigError
 
+INTERFACE = 1  # as csrc/module.cpp has it; raised there and here with every change of what is called
 ROWS, INPUTS, OUTPUTS = 37, 1074, 80  # of tiles of rows, steps of inputs and groups of outputs: whole ones and parts
+
+
+def check_interface(built: int) -> None:
+    """Raises `ConfigError` for an extension that was ``built`` from other sources than these."""
+    if built != INTERFACE:
+        raise ConfigError(
+            f"the C++ extension is older or newer than its callers: interface {built}, not {INTERFACE}.",
+            "Build it again, in a checkout: python tools/build_native.py; else install octavo again.",
+        )
 
 
 def choose(names: Sequence[str]) -> str:
