@@ -40,17 +40,9 @@ def octavo(cases: list[str], model: Path, workload: Path, rounds: int) -> list[R
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "octavo", "bench", "throughput", str(model), "--workload", str(workload)]
-        command += [
-            "--cases",
-            ",".join(CASES[case] for case in cases),
-            "--rounds",
-            str(rounds),
-            "--max-num-seqs",
-            "64",
-            "--json",
-            str(out),
-        ]
-        command += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "450M", "--log-level", "warning"]
+        command += ["--cases", ",".join(CASES[case] for case in cases), "--rounds", str(rounds), "--json", str(out)]
+        command += ["--max-num-seqs", "64", "--max-model-len", "4096", "--kv-cache-memory-bytes", "450M"]
+        command += ["--log-level", "warning"]
         command += [] if cases == ["Q"] else ["--dtype", "bfloat16"]
         run(command, {"PYTHONPATH": str(HERE.parent / "src")})
         rows = json.loads(out.read_text(encoding="utf-8"))["rows"]

@@ -15,6 +15,8 @@ import resource
 import statistics
 import time
 
+from msgspec.structs import replace
+
 from octavo import LLM, SamplingParams, StructuredOutputsParams
 
 SCHEMA = {
@@ -61,14 +63,7 @@ def main() -> None:
     plain = SamplingParams(
         temperature=args.temperature, top_p=args.top_p, max_tokens=args.tokens, ignore_eos=True, seed=1
     )
-    held = SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        max_tokens=args.tokens,
-        ignore_eos=True,
-        seed=1,
-        structured_outputs=StructuredOutputsParams(json=SCHEMA, whitespace_pattern=" ?"),
-    )
+    held = replace(plain, structured_outputs=StructuredOutputsParams(json=SCHEMA, whitespace_pattern=" ?"))
     rounds = [(round_of(llm, prompts, plain), round_of(llm, prompts, held)) for _ in range(args.rounds + 1)][1:]
     for free, masked in rounds:
         print(
