@@ -30,13 +30,14 @@ STUB = (
 START_SECONDS = 2 * PATIENCE
 
 # For `Server(engines=…)`. Without it the stub makes 7,000 steps a second, and a client that has to wait for a processor
-# finds all of its requests answered.
+# finds all of its requests answered. Ten steps a second are so few that it finds none of the long ones answered.
 PACED = """
-import time
+import os, time
 from octavo.runtime.stub import StubWorker
 step = StubWorker.step
+held = os.path.join(os.path.dirname(__file__), "held")
 def paced(self, plan):
-    time.sleep(0.001)
+    time.sleep(0.1 if os.path.exists(held) else 0.001)
     step(self, plan)
 StubWorker.step = paced
 """
@@ -51,8 +52,9 @@ class Server:
     def __init__(self, command: list[str], log: Path, *, engines: str = "") -> None:
         self._log = log
         path = os.environ["PYTHONPATH"]
+        (folder := log.with_suffix(".engines")).mkdir()
+        self._held = folder / "held"
         if engines:
-            (folder := log.with_suffix(".engines")).mkdir()
             first = f"import sys\nif 'octavo.core.process' in sys.orig_argv:\n{textwrap.indent(engines, '    ')}"
             (folder / "sitecustomize.py").write_text(first)
             path = os.pathsep.join((str(folder), path))
@@ -65,6 +67,13 @@ class Server:
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
+
+    def hold(self) -> None:
+        """Engines that are `PACED` make ten steps a second until `release`."""
+        self._held.touch()
+
+    def release(self) -> None:
+        self._held.unlink()
 
     def metric(self, name: str) -> float:
         """The sum over all labels."""

@@ -74,12 +74,14 @@ async def terminal(client: httpx.AsyncClient, begun: asyncio.Semaphore) -> str:
 async def under_load(server: Server, count: int, fault: Callable[[], None] | None = None) -> collections.Counter[str]:
     """How ``count`` requests ended, each on a connection of its own, in the middle of which ``fault`` happened.
 
-    By then the engines have all of the requests, and as many as fit into a step have begun.
+    By then the engines have all of the requests, as many as fit into a step have begun, and none has ended.
     """
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     served = server.metric("request_success_total")
     async with httpx.AsyncClient(base_url=server.url, timeout=2 * PATIENCE, limits=limits) as client:
         begun = asyncio.Semaphore(0)
+        if fault is not None:
+            server.hold()
         tasks = [asyncio.create_task(terminal(client, begun)) for _ in range(count)]
         if fault is not None:
             for _ in range(8 * len(server.cores)):
@@ -90,6 +92,7 @@ async def under_load(server: Server, count: int, fault: Callable[[], None] | Non
                 there = sum(total(text, f"num_requests_{what}") for what in ("running", "waiting"))
                 there += total(text, "request_success_total") - served
             fault()
+            server.release()
         return collections.Counter(await asyncio.gather(*tasks))
 
 

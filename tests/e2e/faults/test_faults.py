@@ -91,8 +91,13 @@ def settle(server: Server) -> None:
 def test_an_engine_whose_loop_raises_answers_all_without_its_words_and_ends_the_server(
     server: Server, tmp_path: Path
 ) -> None:
+    def break_it() -> None:
+        (tmp_path / "told").touch()
+        server.release()
+
+    server.hold()
     bodies = [LONG | {"stream": i % 2 == 0} for i in range(30)]
-    answers = asyncio.run(ask_all(server.url, bodies, when_there=(tmp_path / "told").touch))
+    answers = asyncio.run(ask_all(server.url, bodies, when_there=break_it))
     assert len(answers) == 30
     for answer in answers:
         assert "ENG001" in answer.text
@@ -104,8 +109,13 @@ def test_an_engine_whose_loop_raises_answers_all_without_its_words_and_ends_the_
 
 @pytest.mark.parametrize("server", [{"error": "MemoryError('12 GB')"}], indirect=True)
 def test_out_of_memory_in_a_step_fails_its_requests_alone(server: Server, tmp_path: Path) -> None:
+    def break_it() -> None:
+        (tmp_path / "told").touch()
+        server.release()
+
+    server.hold()
     bodies = [LONG | {"max_tokens": 600} for _ in range(30)]
-    answers = asyncio.run(ask_all(server.url, bodies, when_there=(tmp_path / "told").touch))
+    answers = asyncio.run(ask_all(server.url, bodies, when_there=break_it))
     statuses = collections.Counter(answer.status_code for answer in answers)
     assert set(statuses) == {200, 503}
     assert 1 <= statuses[503] <= 8  # no more are in a step
