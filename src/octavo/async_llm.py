@@ -326,7 +326,8 @@ class AsyncLLM:
 
     async def _searched(self, state: RequestState, params: BeamSearchParams) -> AsyncGenerator[list[Delta], None]:
         prepared = state.prepared
-        requests, step = prepared.requests, msgspec.structs.replace(params.step, detokenize=False)
+        requests, wanted = prepared.requests, prepared.params.logprobs
+        step = msgspec.structs.replace(params.step(wanted or 0), detokenize=False)
         search = Search(prepared.prompt_token_ids, params, self.inputs.eos_ids, requests[0].sampling.max_tokens)
         for number in itertools.count():
             prompts = search.prompts()
@@ -337,8 +338,8 @@ class AsyncLLM:
                 yield _deltas(state, [TokenOutput(id=one.id, finish_reason="abort") for one in requests])
                 return
             search.take(found)
-        best, wanted = search.best(), prepared.params.logprobs
-        yield _deltas(state, [output_of(one.id, beam, wanted) for one, beam in zip(requests, best, strict=True)])
+        best = zip(requests, search.best(), strict=True)
+        yield _deltas(state, [output_of(one.id, beam, wanted) for one, beam in best])
 
     async def _scored(self, id: str, prompts: list[list[int]], params: SamplingParams, like: Request) -> list[Logprobs]:
         """The candidates for the next token of each prompt, run side by side with priority and salt as ``like`` has."""

@@ -183,7 +183,7 @@ class LLM:
         ]
         bar = Progress(use_tqdm, params.max_tokens, "step")
         while asked := [ids for search in searches for ids in search.prompts()]:
-            given = self._run(self._prepared([(None, ids) for ids in asked], [params.step] * len(asked)), False)
+            given = self._run(self._prepared([(None, ids) for ids in asked], [params.step()] * len(asked)), False)
             found = iter([(result.outputs[0].logprobs or [{}])[0] for result in given])
             for search in searches:
                 search.take([next(found) for _ in search.prompts()])

@@ -113,6 +113,7 @@ def test_a_parameter_out_of_range_is_named(llm: LLM, options: dict[str, Any], pa
 
 # --- over HTTP: an engine that always says one token, and gives those below it less and less --------------------------
 
+IDS = {"return_tokens_as_token_ids": True}  # their texts are not all different
 BEAMS = {"use_beam_search": True, "n": 2, "max_tokens": 3}
 
 
@@ -157,7 +158,7 @@ def test_a_stream_brings_the_answers_at_its_end(path: str, body: dict[str, Any])
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"n": 11}, "beam_width"),
+        ({"n": 11}, "n"),
         ({"top_p": 0.5}, "top_p"),
         ({"stop": "x"}, "stop"),
         ({"repetition_penalty": 1.5}, "repetition_penalty"),
@@ -168,6 +169,12 @@ def test_a_stream_brings_the_answers_at_its_end(path: str, body: dict[str, Any])
 )
 def test_what_a_search_does_not_know_is_refused(change: dict[str, Any], param: str) -> None:
     assert answered("/v1/completions", TEXT | BEAMS | change)["error"]["param"] == param
+
+
+def test_more_log_probabilities_than_a_search_needs_change_nothing_else() -> None:
+    few, many = (answered("/v1/completions", TEXT | BEAMS | IDS | {"logprobs": n})["choices"] for n in (1, 9))
+    assert [choice["text"] for choice in few] == [choice["text"] for choice in many]
+    assert {len(top) for choice in many for top in choice["logprobs"]["top_logprobs"]} == {9}
 
 
 def test_a_call_that_is_forced_is_refused() -> None:

@@ -37,28 +37,26 @@ class BeamSearchParams(msgspec.Struct):
     length_penalty: float = 1.0
     include_stop_str_in_output: bool = False
 
-    def validate(self, max_logprobs: int) -> None:
-        """Raises `RequestError`; an engine gives ``max_logprobs`` candidates at most."""
-        for name, low, high in (
-            ("beam_width", 1, max_logprobs // 2),
-            ("max_tokens", 1, 2**31 - 1),
-            ("length_penalty", -MAX_PENALTY, MAX_PENALTY),
+    def validate(self, max_logprobs: int, *, width: str = "beam_width") -> None:
+        """Raises `RequestError`; an engine gives ``max_logprobs`` candidates at most. ``width`` is its caller's name of
+        ``beam_width``."""
+        for name, value, kind, low, high in (
+            (width, self.beam_width, int, 1, max_logprobs // 2),
+            ("max_tokens", self.max_tokens, int, 1, 2**31 - 1),
+            ("length_penalty", self.length_penalty, int | float, -MAX_PENALTY, MAX_PENALTY),
         ):
-            value = getattr(self, name)
-            whole = name != "length_penalty"
-            if not isinstance(value, int if whole else int | float) or not math.isfinite(value):
+            if not isinstance(value, kind) or not math.isfinite(value):
                 raise RequestError(f"{name} is {value!r}.", "Give a number.", param=name)
             if not low <= value <= high:
                 remedy = "Give a value in that range."
-                if name == "beam_width" and high < MAX_LOGPROBS // 2:
+                if name == width and high < MAX_LOGPROBS // 2:
                     remedy = f"Give a value in that range, or raise --max-logprobs to {2 * value}."
                 raise RequestError(f"{name} is {value}, outside [{low}, {high}].", remedy, param=name)
-        self.step.validate()
+        self.step().validate()
 
-    @property
-    def step(self) -> SamplingParams:
-        """What each beam asks for."""
-        return SamplingParams(max_tokens=1, temperature=self.temperature, logprobs=2 * self.beam_width)
+    def step(self, shown: int = 0) -> SamplingParams:
+        """What each beam asks for; ``shown`` log-probabilities at least."""
+        return SamplingParams(max_tokens=1, temperature=self.temperature, logprobs=max(2 * self.beam_width, shown))
 
 
 def check_only_meant(params: SamplingParams) -> None:
@@ -112,7 +110,7 @@ class Search:
         longer = [
             beam.longer(token, candidates)
             for beam, candidates in zip(self._beams, found, strict=True)
-            for token in candidates
+            for token in self._likeliest(candidates)
         ]
         for beam in longer:
             if beam.tokens[-1] in self._ends:
@@ -125,6 +123,11 @@ class Search:
         for beam in self._beams:
             beam.finish_reason = "length"
         return self._best([*self._ended, *self._beams])
+
+    def _likeliest(self, candidates: Candidates) -> list[int]:
+        """Those that count, however many there are, and the one that was drawn, which is the first."""
+        drawn, *others = candidates
+        return [drawn, *(token for token in others if (candidates[token].rank or 0) <= 2 * self._params.beam_width)]
 
     def _best(self, beams: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
         return sorted(beams, key=self._score, reverse=True)[: self._params.beam_width]

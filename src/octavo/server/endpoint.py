@@ -121,7 +121,7 @@ def _params(service: Service, body: Sampled) -> SamplingParams:
     params = body.sampling_params(service.llm.default_params())
     if (beams := body.beams(params)) is None:
         return params
-    beams.validate(service.llm.info.max_logprobs)
+    beams.validate(service.llm.info.max_logprobs, width="n")
     params = body.sampling_params(SamplingParams())
     check_only_meant(params)
     return params
