@@ -27,6 +27,10 @@ CASES = [
     case if DEVICE == "cuda" else replace(case, items=tuple(item for item in case.items if item in SHORT))
     for case in grid.ATTENTION
 ]
+# Shapes of heads and of pages are the same to both kinds of a step; in the interpreter one kind goes through them.
+CAPTURED = [
+    case for case in CASES if DEVICE == "cuda" or replace(case, heads=4, kv_heads=2, head_dim=64, page_size=16) == case
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,7 +43,7 @@ def test_attention_equals_the_float64_answer(case: grid.Case, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES[-1:], ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CAPTURED, ids=str)
 def test_attention_of_a_captured_step_finds_out_which_items_have_one_query(case: grid.Case, dtype: torch.dtype) -> None:
     from octavo.kernels import attn_triton
 
