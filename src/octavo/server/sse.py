@@ -28,9 +28,9 @@ def event(chunk: msgspec.Struct) -> bytes:
     return b"data: %b\n\n" % _encode(chunk)
 
 
-def named_event(name: str, chunk: msgspec.Struct) -> bytes:
-    """An event with a name, as Anthropic's streams and OpenAI's responses have them."""
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(chunk))
+def named_event(chunk: msgspec.Struct) -> bytes:
+    """An event named by the tag of its struct, as Anthropic's streams and OpenAI's responses have them."""
+    return b"event: %b\ndata: %b\n\n" % (str(chunk.__struct_config__.tag).encode(), _encode(chunk))
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

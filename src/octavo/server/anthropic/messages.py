@@ -157,17 +157,17 @@ class _Answer:
             self._begun = True
             prompt = len(self._job.prepared[0].prompt_token_ids)
             usage = Usage(input_tokens=prompt, output_tokens=0, cache_read_input_tokens=0)
-            yield _event(MessageStart(self._message(usage, [])))
+            yield named_event(MessageStart(self._message(usage, [])))
         for change in self._blocks.feed(delta.text, final=delta.finish_reason is not None):
-            yield _event(_of_change(change))
+            yield named_event(_of_change(change))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         (result,) = results
-        yield _event(MessageDelta(self._stop(result.outputs[0]), _usage(result)))
-        yield _event(MessageStop())
+        yield named_event(MessageDelta(self._stop(result.outputs[0]), _usage(result)))
+        yield named_event(MessageStop())
 
     def broken(self, error: OctavoError) -> Iterable[bytes]:
-        return [named_event("error", errors.anthropic_body(error, self._job.origin.id))]
+        return [named_event(errors.anthropic_body(error, self._job.origin.id))]
 
     def _message(self, usage: Usage, content: list[Block]) -> Message:
         return Message(id=self._job.id, model=self._job.model, content=content, usage=usage)
@@ -213,10 +213,6 @@ _DELTAS: dict[Kind, type[TextDelta | ThinkingDelta | InputDelta]] = {
     "reasoning": ThinkingDelta,
     "call": InputDelta,
 }
-
-
-def _event(event: Event) -> bytes:
-    return named_event(str(event.__struct_config__.tag), event)
 
 
 ENDPOINT = Endpoint(MessagesRequest, "msg_", read, _Answer)

@@ -203,7 +203,7 @@ class ResponseWriter:
 
     def _event(self, event: events.Event) -> bytes:
         event.sequence_number, self._sent = self._sent, self._sent + 1
-        return named_event(str(event.__struct_config__.tag), event)
+        return named_event(event)
 
 
 def _empty() -> Block:
