@@ -107,19 +107,6 @@ class Timings(msgspec.Struct, kw_only=True):
         )
 
 
-class Tally:
-    """The usage of an answer so far, for streams that tell it with every piece."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self._prompt = prompt_tokens
-        self._made = 0
-
-    def add(self, tokens: int) -> Usage:
-        """So many tokens more."""
-        self._made += tokens
-        return Usage(self._prompt, self._made, self._prompt + self._made)
-
-
 class CompletionLogprobs(msgspec.Struct):
     """``text_offset`` counts characters from the start of the choice's text."""
 

@@ -82,7 +82,7 @@ class _Answer(CompletionAnswer[ChatRequest]):
             if self._body.return_token_ids:
                 chunk.prompt_token_ids = self._job.prepared[0].prompt_token_ids
             yield event(chunk)
-        usage = self._tally.add(len(delta.token_ids)) if self._tally else None
+        usage = self._usage_after(len(delta.token_ids))
         for choice in self._pieces(delta):
             yield event(self._chunk([choice], usage))
 

@@ -66,7 +66,7 @@ class _Answer(CompletionAnswer[CompletionRequest]):
                 choice.text = self._prompt_text(number) + choice.text
             if self._body.return_token_ids:
                 choice.prompt_token_ids = self._job.prepared[number].prompt_token_ids
-        yield event(self._chunk([choice], self._tally.add(len(delta.token_ids)) if self._tally else None))
+        yield event(self._chunk([choice], self._usage_after(len(delta.token_ids))))
 
     def end(self, results: list[RequestOutput]) -> Iterable[bytes]:
         return super().end(self._shown(results))
