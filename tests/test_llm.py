@@ -282,12 +282,21 @@ def test_options_of_vllm_without_effect_are_accepted() -> None:
         {"no_such_option": 1},
         {"dtype": "int8"},
         {"distributed_executor_backend": "ray"},
+        {"compilation_config": 3},
+        {"limit_mm_per_prompt": {"image": 1}},
     ],
 )
 def test_options_that_octavo_does_not_have_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         engine_config("m", options)
     assert caught.value.remedy
+
+
+def test_an_option_of_vllm_that_octavo_lacks_is_answered_as_on_the_command_line() -> None:
+    with pytest.raises(ConfigError, match="octavo has no compilation_config") as caught:
+        engine_config("m", {"compilation_config": 3})
+    assert caught.value.remedy == "Leave it out; --enforce-eager turns CUDA graphs off."
+    assert engine_config("m", {"served_model_name": "x"}) == engine_config("m", {})
 
 
 def test_a_misspelt_option_is_answered_with_the_one_that_was_meant() -> None:

@@ -175,6 +175,8 @@ class LLM:
 
         The end token is part of ``tokens``, and of ``text`` with ``include_stop_str_in_output``.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise _wrong_type("params", params, "Give BeamSearchParams.")
         tokenizer, info = self._own_tokenizer(), self.info
         params.validate(info.max_logprobs)
         encoded = self._inputs.encode_prompts(_prompts(prompts))

@@ -108,7 +108,8 @@ def _flag(name: str, known: Mapping[str, argparse.Action], where: str, instead: 
         if head in known and head not in (FLAG, "--help", "-h") and (not dot or known[head].metavar == "JSON"):
             return flag
     if f"--{name}" in instead:
-        raise ConfigError(f"{where}: octavo has no --{name}.", f"{instead[f'--{name}'].capitalize()}.")
+        remedy = instead[f"--{name}"]
+        raise ConfigError(f"{where}: octavo has no --{name}.", f"{remedy[0].upper()}{remedy[1:]}.")
     near = [flag.lstrip("-") for flag in difflib.get_close_matches(f"--{name}", known, n=2)]
     raise ConfigError(f"{where} is no option of this command.", f"Did you mean {' or '.join(near) or 'one of --help'}?")
 

@@ -123,6 +123,9 @@ def without(options: Mapping[str, Any]) -> dict[str, Any]:
     known = dict(options)
     known.pop("served_model_name", None)  # a name for clients
     known |= of_task(known.pop("task", None), known)
+    for name in known:
+        if (remedy := INSTEAD.get(_flag(name))) is not None:
+            raise ConfigError(f"octavo has no {name}.", f"{remedy[0].upper()}{remedy[1:]}.")
     for name in sorted(OPTIONS.keys() & known.keys()):
         _check(name, known.pop(name), OPTIONS[name].fine, str)
     return known

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from octavo.errors import RequestError
 from octavo.frontend.beams import BeamSearchParams
 from octavo.llm import LLM
+from octavo.sampling_params import SamplingParams
 from tests.server.fake import CHAT, TEXT, Server, events, run
 from tools import tiny
 
@@ -109,6 +110,11 @@ def test_a_parameter_out_of_range_is_named(llm: LLM, options: dict[str, Any], pa
         llm.beam_search("a", BeamSearchParams(**({"beam_width": 2, "max_tokens": 2} | options)))
     assert caught.value.param == param
     assert remedy in caught.value.remedy
+
+
+def test_parameters_of_sampling_are_none_of_a_search(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="params is of type SamplingParams"):
+        llm.beam_search("a", SamplingParams())  # type: ignore[arg-type]
 
 
 # --- over HTTP: an engine that always says one token, and gives those below it less and less --------------------------
