@@ -160,6 +160,14 @@ def test_a_model_that_transformers_cannot_load_is_nothing_to_verify_against(
     assert "HF045" in capsys.readouterr().err
 
 
+def test_a_model_that_embeds_has_no_text_to_compare(
+    tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.make(tmp_path / "m", "llama")
+    assert cli.main(["verify", str(folder), *SMALL, "--prompts", str(prompts), "--runner", "pooling"]) == 2
+    assert "--runner generate" in capsys.readouterr().err
+
+
 def test_a_file_without_prompts_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").write_text("\n \n")
     assert cli.main(["verify", str(tmp_path), "--prompts", str(tmp_path / "empty")]) != 0

@@ -89,8 +89,8 @@ class EngineCore:
             return _refusal(request, f"A request with id {request.id!r} is running. Use another id.", 400)
         pools = request.sampling.pooling is not None
         if pools == self.model_config.has_head:
-            does = "generates text" if self.model_config.has_head else "embeds"
-            return _refusal(request, f"This engine {does}. Start another one for this request.", 400)
+            does, other = ("generates text", "pooling") if self.model_config.has_head else ("embeds", "generate")
+            return _refusal(request, f"This engine {does}. Start one with --runner {other}.", 400)
         length, limit = len(request.token_ids) // 4, self.info.max_model_len - (not pools)
         if not 0 < length <= limit:
             return _refusal(request, f"The prompt has {length} tokens, outside [1, {limit}]. Shorten it.", 400)

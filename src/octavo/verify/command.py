@@ -92,7 +92,10 @@ def verify(config: EngineConfig, texts: Sequence[str], max_tokens: int) -> Repor
     from octavo.verify.subject import Subject
 
     files = find_files(config.model, weights=True)
-    shape = model_config(files.hf_dict(), generation=files.generation, traced=True)
+    hf = files.hf_dict()
+    if files.pooler(hf) is not None:
+        raise ConfigError("verify compares texts, and this model embeds.", "Add --runner generate.")
+    shape = model_config(hf, generation=files.generation, traced=True)
     platform = platforms.select(config.device.device)
     tokenizer = files.load_tokenizer()
     ids = [tokenizer.encode(text)[:MAX_PROMPT] for text in texts]
