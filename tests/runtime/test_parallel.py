@@ -164,8 +164,8 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_over(folder: Path) -> None:
 
 
 def test_a_rank_without_memory_is_named(tmp_path: Path) -> None:
-    sizes = {"num_hidden_layers": 1, "intermediate_size": 8192, "max_position_embeddings": 2048}
-    wide = tiny.make(tmp_path, "llama", **sizes)  # a step of 1800 tokens asks the system for 59 MB at once
+    sizes = {"num_hidden_layers": 2, "intermediate_size": 8192, "max_position_embeddings": 2048}
+    wide = tiny.make(tmp_path, "llama", **sizes)  # the first layer of 1800 tokens asks the system for 59 MB at once
     core, rank, _ = start(wide)
     used = int(Path(f"/proc/{rank.pid}/statm").read_text().split()[0]) * resource.getpagesize()
     limit = used + (40 << 20)  # for threads' own stacks and data, without which the C library ends the process

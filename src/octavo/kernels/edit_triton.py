@@ -14,7 +14,7 @@ from octavo.kernels.pdl import chained, release, wait
 from octavo.kernels.race_triton import SLOT
 
 
-@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["token_ptr"])
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["token_ptr", "settings_ptr"])
 def _record_kernel(token_ptr, settings_ptr, seen_ptr, count, SIZE, CHAINED: tl.constexpr):
     row = tl.program_id(0)
     release(CHAINED)

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from octavo.kernels import select
+from octavo.kernels.sampling import Setting
 from octavo.models.base import Model
 from octavo.platforms.base import Platform
 from octavo.runtime.inputs import Arrays, StepInputs, inputs_of
 from octavo.runtime.memory import step_bytes
-from octavo.runtime.tables import Ints, Tables
+from octavo.runtime.tables import NONE, Ints, Tables
 from octavo.types import StepPlan
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
@@ -71,6 +72,7 @@ class Decoded:
     logits: torch.Tensor  # [B, tokens of the model's `vocab_part`]
     best: torch.Tensor  # [2, size], see `kernels.sampling.greedy`; already in `Tables.last_token`
     rows: torch.Tensor  # [B]
+    settings: torch.Tensor  # as of `StepInputs`
 
 
 class DecodeStep:
@@ -84,7 +86,8 @@ class DecodeStep:
         self._ops = select.ops(platform.device, model.dtype)
         self._page_size = cache.shape[4]
         names = ("token_ids", "fed_rows", "positions", "slots", "rows", "seq_lens", "table_at", "table_values")
-        self._buffer = _Buffer(dict.fromkeys(names, size), tables, platform, self._page_size)
+        fields = {**dict.fromkeys(names, size), "settings": len(Setting) * size}
+        self._buffer = _Buffer(fields, tables, platform, self._page_size)
         starts = torch.arange(size + 1, dtype=torch.int32, device=platform.device)
         views = {**self._buffer.views, "query_start": starts, "logits_at": starts[1:] - 1}
         views["sampled_rows"] = views["rows"]
@@ -102,15 +105,15 @@ class DecodeStep:
         """Makes `run` replay what `forward` launches."""
         self._work = self._platform.capture(self.forward)
 
-    def run(self, plan: StepPlan) -> Decoded:
-        """A plan in which every item has one token and samples."""
+    def run(self, plan: StepPlan, settings: Ints) -> Decoded:
+        """A plan in which every item has one token and samples; for ``settings`` see `StepInputs`."""
         changes = self._tables.apply(plan)
-        self._upload(plan, changes)
+        self._upload(plan, changes, settings)
         logits, best = self._work()
-        count = len(plan.rows)
-        return Decoded(logits[:count], best, self._inputs.sampled_rows[:count])
+        count, inputs = len(plan.rows), self._inputs
+        return Decoded(logits[:count], best, inputs.sampled_rows[:count], inputs.settings[: len(settings)])
 
-    def _upload(self, plan: StepPlan, changes: tuple[Ints, Ints]) -> None:
+    def _upload(self, plan: StepPlan, changes: tuple[Ints, Ints], settings: Ints) -> None:
         tables, page_size = self._tables, self._page_size
         rows, computed = np.asarray(plan.rows, np.int32), np.asarray(plan.computed, np.int32)
         token_ids, fed_rows = np.zeros_like(rows), np.empty_like(rows)
@@ -125,6 +128,7 @@ class DecodeStep:
             "seq_lens": computed + 1,
             "table_at": changes[0],
             "table_values": changes[1],
+            "settings": settings,
         }
         self._buffer.fill(parts)
 
@@ -141,6 +145,7 @@ class PromptForward:
         of_items = ("rows", "seq_lens")
         changes = dict.fromkeys(("table_at", "table_values"), TABLE_CHANGES)
         fields = {**dict.fromkeys(of_tokens, tokens), **dict.fromkeys(of_items, rows), "query_start": rows + 1}
+        fields["settings"] = len(Setting) * rows
         self._buffer = _Buffer({**fields, **changes}, tables, platform, cache.shape[4])
         self._inputs = inputs_of(self._buffer.views, tables, num_decodes=None, max_query=tokens, max_seq=tables.max_len)
         self._work: Callable[[], torch.Tensor] = self.forward
@@ -157,9 +162,12 @@ class PromptForward:
         """(hidden states, inputs) of a step; of the inputs what comes after the forward has its own sizes."""
         starts = np.full(self._rows + 1, len(parts["token_ids"]), np.int32)  # items without a query are at the end
         starts[: len(parts["query_start"])] = parts["query_start"]
+        if len(parts["settings"]) > len(Setting) * self._rows:  # drafts are sampled, too
+            parts = {**parts, "settings": NONE}
         self._buffer.fill({**parts, "query_start": starts})
-        samples, views = len(parts["logits_at"]), self._buffer.views
-        views = {**views, "logits_at": views["logits_at"][:samples], "sampled_rows": views["sampled_rows"][:samples]}
+        views = {**self._buffer.views}
+        for name in ("logits_at", "sampled_rows", "settings"):
+            views[name] = views[name][: len(parts[name])]
         attention = self._inputs.attention
         inputs = inputs_of(
             views, self._tables, num_decodes=None, max_query=attention.max_query, max_seq=attention.max_seq

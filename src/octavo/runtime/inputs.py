@@ -12,7 +12,7 @@ from octavo.kernels.select import Ops
 from octavo.layers import context
 from octavo.models.base import Model
 from octavo.platforms.base import Platform
-from octavo.runtime.tables import Ints, Tables
+from octavo.runtime.tables import NONE, Ints, Tables
 from octavo.types import StepPlan
 
 Arrays = dict[str, Ints]
@@ -30,6 +30,7 @@ class StepInputs:
     sampled_rows: torch.Tensor  # [S]
     table_at: torch.Tensor  # [P], of the flat table
     table_values: torch.Tensor  # [P]
+    settings: torch.Tensor  # `kernels.sampling.Setting` of each sample, flat, or empty where nobody has sent them
     attention: AttentionMetadata
 
     def forward(
@@ -58,8 +59,9 @@ class StepInputs:
         return hidden
 
 
-def lay_out(plan: StepPlan, tables: Tables, page_size: int) -> Arrays:
-    """Applies the plan's deltas to ``tables`` and lays out its tokens, item after item."""
+def lay_out(plan: StepPlan, tables: Tables, page_size: int, settings: Ints = NONE) -> Arrays:
+    """Applies the plan's deltas to ``tables`` and lays out its tokens, item after item; for ``settings`` see
+    `StepInputs`."""
     table_at, table_values = tables.apply(plan)
     rows, counts, computed = (np.asarray(x, np.int32) for x in (plan.rows, plan.counts, plan.computed))
     starts = np.zeros(len(rows) + 1, np.int32)
@@ -81,6 +83,7 @@ def lay_out(plan: StepPlan, tables: Tables, page_size: int) -> Arrays:
         "sampled_rows": np.repeat(rows, samples),
         "table_at": table_at,
         "table_values": table_values,
+        "settings": settings,
     }
 
 
@@ -113,7 +116,7 @@ def inputs_of(
         max_query=max_query,
         max_seq=max_seq,
     )
-    own = ("token_ids", "fed_rows", "positions", "logits_at", "sampled_rows", "table_at", "table_values")
+    own = ("token_ids", "fed_rows", "positions", "logits_at", "sampled_rows", "table_at", "table_values", "settings")
     return StepInputs(**{name: views[name] for name in own}, attention=attention)
 
 
@@ -169,7 +172,8 @@ class HostSteps:
         views = {name: torch.from_numpy(array) for name, array in arrays.items()}
         views |= {"query_start": torch.arange(count + 1, dtype=torch.int32), "sampled_rows": views["rows"]}
         views["logits_at"] = views["query_start"][:count]
-        views["fed_rows"] = views["table_at"] = views["table_values"] = torch.zeros(0, dtype=torch.int32)
+        unused = ("fed_rows", "table_at", "table_values", "settings")
+        views |= dict.fromkeys(unused, torch.zeros(0, dtype=torch.int32))
         inputs = inputs_of(views, self._tables, num_decodes=count, max_query=1, max_seq=self._tables.max_len)
         self._kept[count] = arrays, inputs
         return arrays, inputs

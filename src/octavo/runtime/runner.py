@@ -22,7 +22,7 @@ from octavo.runtime.memory import cache_dtype
 from octavo.runtime.sampled import Sampled
 from octavo.runtime.sampler import NoSampler, Sampler
 from octavo.runtime.sampling_rows import SampleItem
-from octavo.runtime.tables import Tables
+from octavo.runtime.tables import NONE, Ints, Tables
 from octavo.types import StepPlan, StepResult, TokenLogprobs
 
 PROMPT_LOGITS_ROWS = 128  # logits of a prompt are computed in pieces: a row is a whole vocabulary in float32
@@ -115,27 +115,29 @@ class Runner:
                 self._scored[start.row] = (start.tokens[: start.prompt_len], start.sampling.prompt_logprobs)
         self._plan = plan
         self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
+        self._samples = _samples(plan)
         graph = self._graphs.fitting(plan) if self._graphs and not self._scored else None
         if graph is not None:
-            decoded = graph.run(plan)
+            decoded = graph.run(plan, self._sampler.settings(self._samples))
             self._logits, self._best, self._sampled_rows = decoded.logits, decoded.best, decoded.rows
+            self._settings = decoded.settings
         else:
             self._forward(plan)
 
     def _forward(self, plan: StepPlan) -> None:
-        hidden, inputs = self._hidden(plan, every=bool(self._scored))
+        hidden, inputs = self._hidden(plan, every=bool(self._scored), settings=self._sampler.settings(self._samples))
         if self._scored:
             self._prompt_logprobs = self._score_prompts(plan, hidden)
             hidden = hidden[inputs.logits_at]
-        self._sampled_rows, self._best = inputs.sampled_rows, None
+        self._sampled_rows, self._best, self._settings = inputs.sampled_rows, None, inputs.settings
         self._logits = self._model.logits(hidden) if any(plan.samples) else None
 
-    def _hidden(self, plan: StepPlan, *, every: bool) -> tuple[torch.Tensor, StepInputs]:
-        """Hidden states of every token, or of the last of each item that samples."""
+    def _hidden(self, plan: StepPlan, *, every: bool, settings: Ints = NONE) -> tuple[torch.Tensor, StepInputs]:
+        """Hidden states of every token, or of those after which one is sampled."""
         kept = self._host_steps.fill(plan) if self._host_steps is not None else None
         if kept is not None:
             return kept.run(self._model, self._cache), kept
-        parts = lay_out(plan, self._tables, self._page_size)
+        parts = lay_out(plan, self._tables, self._page_size, settings)
         graph = self._prompt_graphs.fitting(parts) if self._prompt_graphs is not None else None
         if graph is not None:
             hidden, inputs = graph.run(parts)
@@ -150,7 +152,7 @@ class Runner:
         plan = self._plan
         sampled = None
         if self._logits is not None:
-            where = _samples(plan)
+            where = self._samples
             if mask is not None:
                 places = list(accumulate(plan.samples, initial=0))  # of each item's first sample
                 mask = dataclasses.replace(mask, items=[places[b] for b in mask.items])
@@ -158,7 +160,8 @@ class Runner:
             if not found and self._announce is not None:
                 self._announce()
             logits = self._logits if found else self._whole_logits(self._logits)
-            sampled = self._sampler.sample(logits, where, self._best, mask)
+            settings = self._settings if len(self._settings) else None
+            sampled = self._sampler.sample(logits, where, self._best, mask, settings)
             if not found:
                 self._ops.put_(self._tables.last_token, self._sampled_rows, sampled.tokens)
                 if self._announce is not None:

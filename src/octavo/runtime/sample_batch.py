@@ -49,10 +49,15 @@ class BatchSampler:
         items: list[SampleItem],
         best: torch.Tensor | None,
         mask: TokenMask | None,
+        sent: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(outcome as of `kernels.sampling.greedy`, the settings of the rows on the device)."""
+        """(outcome as of `kernels.sampling.greedy`, the settings of the rows on the device: what was ``sent``, if it
+        was and says nothing of a mask)."""
         batch = self._batch_of([row for row, _ in items])
-        settings = upload(self._settings(batch, items, mask), self._rows.device)
+        if sent is None or mask is not None:
+            settings = upload(self._settings(batch, items, mask), self._rows.device)
+        else:
+            settings = sent.view(len(Setting), len(items))
         bits = settings if mask is None else self._operators.send(mask.all_bits(), self._rows.device)
         x = logits
         if batch.by_hand:
@@ -63,6 +68,10 @@ class BatchSampler:
             raw = self._ops.greedy(logits) if best is None else best
             outcome *= raw[1:, : len(items)]
         return outcome, settings
+
+    def settings(self, items: list[SampleItem]) -> npt.NDArray[np.int32]:
+        """Of ``items`` without a mask, as of `kernels.sampling.Setting`."""
+        return self._settings(self._batch_of([row for row, _ in items]), items, None)
 
     def _batch_of(self, rows: list[int]) -> _Batch:
         """What is the same in each step over ``rows``; found once, since steps are often over the same."""

@@ -20,6 +20,7 @@ from octavo.runtime.sample_batch import BatchSampler
 from octavo.runtime.sample_groups import GroupSampler, taken
 from octavo.runtime.sampled import LogprobGroup, Sampled, token_logprobs
 from octavo.runtime.sampling_rows import SampleItem, SamplingRows
+from octavo.runtime.tables import NONE, Ints
 from octavo.types import Sampling, TokenLogprobs
 
 _MAX_ELEMENTS = 1 << 24  # logits worked on at once; top_p takes most memory on CUDA, 50 bytes for each: 800 MiB
@@ -60,28 +61,37 @@ class Sampler:
         for row in (0, 1):
             self.end(row)
 
+    def settings(self, items: list[SampleItem]) -> Ints:
+        """What `sample` will read of ``items`` on the device, flat, so that it can be sent before the logits are
+        computed; empty if that is nothing."""
+        if self._batch is None or self.is_greedy(items):
+            return NONE
+        return self._batch.settings(items).reshape(-1)
+
     def sample(
         self,
         logits: torch.Tensor,
         items: list[SampleItem],
         best: torch.Tensor | None = None,
         mask: TokenMask | None = None,
+        settings: torch.Tensor | None = None,
     ) -> Sampled:
         """Samples one token for each row of ``logits[S, V]``; ``items[i]`` says for whom row i is.
 
         ``best``: what `Ops.greedy` returns for these logits (and maybe more rows), where the step has found it already;
-        then ``logits`` are read only if `looks_at_logits`. ``mask`` counts in ``items``.
+        then ``logits`` are read only if `looks_at_logits`. ``mask`` counts in ``items``. ``settings`` are those of the
+        method `settings`, if they were sent to the device.
         """
-        settings = None
+        read: torch.Tensor | None = None
         if mask is None and self.is_greedy(items):
             outcome = self._ops.greedy(logits) if best is None else best
         elif self._batch is not None:
-            outcome, settings = self._batch.sample(logits, items, best, mask)
+            outcome, read = self._batch.sample(logits, items, best, mask, settings)
         else:
             outcome = self._groups.sample(logits, items, mask)
         tokens = outcome[0, : len(items)]
         if self._rows.with_history:
-            self._record(tokens, items, settings)
+            self._record(tokens, items, read)
         logprobs = self._logprobs(logits, tokens, items) if self._rows.with_logprobs else []
         return Sampled(outcome, tokens, logprobs)
 
@@ -139,6 +149,9 @@ class NoSampler(Sampler):
 
     def end(self, row: int) -> None:
         pass
+
+    def settings(self, items: list[SampleItem]) -> Ints:
+        return NONE
 
     def prompt_logprobs(self, logits: torch.Tensor, targets: list[int], count: int) -> list[TokenLogprobs]:
         return []

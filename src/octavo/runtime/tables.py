@@ -42,12 +42,12 @@ class Tables:
             self.known[start.row] = np.asarray(start.tokens, np.int32)
             self._known_len[start.row] = len(start.tokens)
         if not changes:
-            return _NONE, _NONE
+            return NONE, NONE
         width = self.host_table.shape[1]
         for row, first, ids in changes:
             self.host_table[row, first : first + len(ids)] = ids
         if self._shared:
-            return _NONE, _NONE
+            return NONE, NONE
         at = [np.arange(row * width + first, row * width + first + len(ids)) for row, first, ids in changes]
         indices = np.concatenate(at).astype(np.int32)
         return indices, self.host_table.reshape(-1)[indices]
@@ -68,4 +68,4 @@ class Tables:
                 token_ids[item], fed_rows[item] = tokens[0], -1
 
 
-_NONE: Ints = np.zeros(0, np.int32)
+NONE: Ints = np.zeros(0, np.int32)
