@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,6 @@ from octavo.hub import bpe
 from octavo.hub import sentencepiece_file as spm
 from octavo.hub.configs import read_json
 from octavo.hub.mistral_chat import template_for
-from octavo.hub.source import mistral_version
 from octavo.hub.tokenizer import HfTokenizer
 
 _MAX_TOKENS: Final = 1 << 21
@@ -33,10 +33,32 @@ _UNLISTED: Final = (
 )
 
 
-def mistral_tokenizer(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
-    """The tokenizer in ``path``; ``templates`` are the repo's, which count before that of a ``tekken.json``.
+def find(folder: Path, *, bare: bool) -> Path | None:
+    """The tokenizer in Mistral's format: tekken before SentencePiece, the latest version before others.
 
-    They do not with SentencePiece: they have spaces that this tokenizer adds by itself.
+    ``bare``: a plain ``tokenizer.model``, which repos of other makers have, too, will do.
+    """
+    tekken = folder / "tekken.json"
+    if tekken.is_file():
+        return tekken
+    found = [(version, p.name, p) for p in folder.glob("tokenizer.model.v*") if (version := _version(p))]
+    if found:
+        return max(found)[2]
+    plain = folder / "tokenizer.model"
+    return plain if bare and plain.is_file() else None
+
+
+def _version(path: Path) -> int | None:
+    """``tokenizer.model.v7m1`` -> 7; None for another kind of name."""
+    match = re.fullmatch(r"tokenizer\.model\.v(\d+)(?:m\d+)?", path.name)
+    return int(match[1]) if match else None
+
+
+def load(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
+    """The tokenizer in ``path``, which `find` returned. ``templates`` are the repo's.
+
+    They count before that of a ``tekken.json``, but not with SentencePiece: theirs have spaces that this tokenizer adds
+    by itself.
 
     Raises `ModelError`: HF002 for a broken file, HF060 for a kind of model that is not Mistral's.
     """
@@ -133,4 +155,4 @@ def _sentencepiece(path: Path, templates: Mapping[str, str]) -> HfTokenizer:
     bpe.add_by_kind(tokenizer, model.tokens, model.kinds)
     bpe.add_template(tokenizer, model.tokens, model.bos if model.bos >= 0 else None, None)
     names = {name: text for name, text in _NAMES.items() if text in model.tokens}
-    return HfTokenizer(tokenizer, names, _templates(mistral_version(path) or 1) or templates)
+    return HfTokenizer(tokenizer, names, _templates(_version(path) or 1) or templates)

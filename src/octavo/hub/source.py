@@ -183,24 +183,3 @@ def _missing_weights(folder: Path, present: list[str], load_format: str) -> list
         if _weights(present, pattern):
             return []
     return ["model.safetensors"]
-
-
-def mistral_file(folder: Path, *, bare: bool) -> Path | None:
-    """The tokenizer in Mistral's format: tekken before SentencePiece, the latest version before others.
-
-    ``bare``: a plain ``tokenizer.model``, which repos of other makers have, too, will do.
-    """
-    tekken = folder / "tekken.json"
-    if tekken.is_file():
-        return tekken
-    found = [(version, p.name, p) for p in folder.glob("tokenizer.model.v*") if (version := mistral_version(p))]
-    if found:
-        return max(found)[2]
-    plain = folder / "tokenizer.model"
-    return plain if bare and plain.is_file() else None
-
-
-def mistral_version(path: Path) -> int | None:
-    """``tokenizer.model.v7m1`` -> 7; None for another kind of name."""
-    match = re.fullmatch(r"tokenizer\.model\.v(\d+)(?:m\d+)?", path.name)
-    return int(match[1]) if match else None

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from octavo.errors import ModelError, RequestError
 from octavo.hub.configs import read_json
 from octavo.hub.remote_code import RepoCode, reference
-from octavo.hub.source import Source, mistral_file
+from octavo.hub.source import Source
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -97,11 +97,11 @@ def load_tokenizer(source: Source, *, mode: str = "auto", code: RepoCode | None 
     if mode == "auto" and json_file is not None and not (named and code.trusted):
         return _from_json(source, json_file, config)
     if mode == "mistral" or (mode == "auto" and json_file is None and named is None):
-        own = mistral_file(source.path, bare=mode == "mistral")
-        if own is not None:
-            from octavo.hub.mistral_tokenizer import mistral_tokenizer
+        from octavo.hub import mistral_tokenizer
 
-            return mistral_tokenizer(own, {} if mode == "mistral" else _templates(source, config))
+        own = mistral_tokenizer.find(source.path, bare=mode == "mistral")
+        if own is not None:
+            return mistral_tokenizer.load(own, {} if mode == "mistral" else _templates(source, config))
         if mode == "mistral":
             raise ModelError(f"{source.path} has no tekken.json and no tokenizer.model.", _NAME_IT, id="HF060")
     if named and (code.trusted or json_file is None):

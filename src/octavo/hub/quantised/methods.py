@@ -56,7 +56,7 @@ def gptq(stored: Stored, settings: Settings) -> Found:
             size // count,
             transposed(stored.packed(f"{stem}.qweight", bits, 0, (size, out))),
             transposed(stored.matrix(f"{stem}.scales")),
-            _zeros(stored, f"{stem}.qzeros", bits, (count, out), add),
+            _gptq_zeros(stored, f"{stem}.qzeros", bits, (count, out), add),
             _order(stored, f"{stem}.g_idx", size, count),
         )
         found.spent |= {f"{stem}.{leaf}" for leaf in ("qweight", "qzeros", "scales", "g_idx")}
@@ -93,8 +93,8 @@ def _check_groups(stored: Stored, name: str, needed: tuple[int, ...], size: int,
         raise stored.misfit(name, f"{list(needed)}, of groups that divide {size} inputs, were expected")
 
 
-def _zeros(stored: Stored, name: str, bits: int, size: tuple[int, int], add: int) -> Part | int:
-    """GPTQ's zeros, with ``add`` added to each word: one number if they all are the middle of their range."""
+def _gptq_zeros(stored: Stored, name: str, bits: int, size: tuple[int, int], add: int) -> Part | int:
+    """The zeros, with ``add`` added to each word: one number if they all are the middle of their range."""
     zeros, middle = transposed(stored.packed(name, bits, 1, size, add=add)), 1 << bits - 1
     word = stored.uniform(name)
     if word is None:
