@@ -307,7 +307,9 @@ def test_override_of_architectures_makes_an_unknown_type_readable(tmp_path: Path
         ("bfloat16", "float", "cpu", "float32"),
     ],
 )
-def test_dtype(written_dtype: str | None, wanted: str, device: str, got: str) -> None:
+def test_the_dtype_is_the_one_asked_for_or_suits_file_and_device(
+    written_dtype: str | None, wanted: str, device: str, got: str
+) -> None:
     config = build(tiny.config("llama", dtype=written_dtype), dtype=wanted, device=device)
     assert config.dtype == got
     assert config.dtype_reason

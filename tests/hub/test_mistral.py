@@ -77,7 +77,9 @@ def test_params_say_what_the_config_says(hf: Path, repo: Path) -> None:
         ({"sliding_window": [None, 16]}, {"windows": [None, 16, None]}),
     ],
 )
-def test_rope_and_windows(params: dict[str, Any], expected: dict[str, Any], hf: Path, tmp_path: Path) -> None:
+def test_rope_and_windows_are_read_from_params(
+    params: dict[str, Any], expected: dict[str, Any], hf: Path, tmp_path: Path
+) -> None:
     write_params(tmp_path, json.loads((hf / "config.json").read_text()), **params)
     found = model_config(read_hf_dict(source(tmp_path)))
     rope = found.layers[0].rope
@@ -189,7 +191,7 @@ def test_turning_neighbours_is_turning_halves_of_what_is_read(repo: Path) -> Non
         ("something.else", "something.else"),
     ],
 )
-def test_names(name: str, expected: str) -> None:
+def test_tensors_get_the_names_of_hugging_face(name: str, expected: str) -> None:
     assert hf_name(name) == expected
 
 

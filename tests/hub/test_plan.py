@@ -190,11 +190,11 @@ def test_model_without_weights_is_an_error(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("count", "text"), [(0, "0 B"), (-5, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 40, "3.0 TiB")]
 )
-def test_sizes_for_people(count: int, text: str) -> None:
+def test_sizes_are_written_for_people(count: int, text: str) -> None:
     assert size(count) == text
 
 
-def test_named_gpus() -> None:
+def test_a_gpu_is_known_by_its_name_and_another_is_answered_with_those_that_are() -> None:
     assert machines.named("H100").bandwidth == 3350e9
     with pytest.raises(ConfigError, match="l40s"):
         machines.named("voodoo2")

@@ -337,7 +337,7 @@ def test_tokenizers_of_any_age_are_fetched(name: str, hub: Hub, client: Client) 
 # --- errors of the Hub ------------------------------------------------------------------------------------------------
 
 
-def test_gated_repo(hub: Hub, client: Client) -> None:
+def test_a_gated_repo_says_whether_a_token_was_sent(hub: Hub, client: Client) -> None:
     hub.push("owner/name", FILES, gated=True, token="good")
     without = client()
     assert without["id"] == "HF003"

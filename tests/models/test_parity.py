@@ -84,14 +84,14 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_whole_prompt(pair: tuple[Oracle, Any]) -> None:
+def test_logits_of_a_whole_prompt_equal_transformers(pair: tuple[Oracle, Any]) -> None:
     oracle, model = pair
     tokens, pages = prompt(45), Paged(model)
     row = pages.start()
     close(pages.step({row: tokens})[row], oracle.logits(tokens))
 
 
-def test_greedy_tokens(pair: tuple[Oracle, Any]) -> None:
+def test_greedy_tokens_equal_transformers(pair: tuple[Oracle, Any]) -> None:
     oracle, model = pair
     tokens, pages = prompt(21, seed=1), Paged(model)
     assert pages.greedy(pages.start(), tokens, 12) == oracle.greedy(tokens, 12)
@@ -128,7 +128,7 @@ def test_a_model_asked_for_some_tokens_returns_those(pair: tuple[Oracle, Any]) -
     _compare_last_tokens(oracle, Paged(model, seed=6))
 
 
-def test_shared_prefix_pages(pair: tuple[Oracle, Any]) -> None:
+def test_a_guest_on_the_pages_of_a_shared_prefix_gets_its_own_logits(pair: tuple[Oracle, Any]) -> None:
     oracle, model = pair
     pages = Paged(model, seed=7)
     first, second = prompt(40, seed=8), [*prompt(40, seed=8)[:24], *prompt(11, seed=9)]

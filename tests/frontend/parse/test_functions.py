@@ -47,7 +47,7 @@ def test_there_are_enough_functions_and_a_writer_for_every_format() -> None:
 
 
 @each
-def test_single_calls(name: str, write: Write, before: str, after: str) -> None:
+def test_a_single_call_is_read_as_it_was_meant(name: str, write: Write, before: str, after: str) -> None:
     for seed, call in enumerate(CALLS):
         answer = recovered(name, write([call]), seed)
         exactly(answer.calls, [call])
@@ -55,7 +55,7 @@ def test_single_calls(name: str, write: Write, before: str, after: str) -> None:
 
 
 @each
-def test_parallel_calls(name: str, write: Write, before: str, after: str) -> None:
+def test_parallel_calls_are_read_in_order(name: str, write: Write, before: str, after: str) -> None:
     source = random.Random(7)
     for seed in range(30):
         calls = source.sample(CALLS, source.randint(2, 5))
