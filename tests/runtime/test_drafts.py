@@ -9,6 +9,7 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.core.engine import EngineCore
+from octavo.platforms.cpu import FEW_TOKENS, CpuPlatform
 from octavo.types import CompletionOutput, TokenOutput
 from tests.core.stub_engine import NGRAM, make_request, run
 from tests.runtime.test_worker import engine, prompts
@@ -68,7 +69,8 @@ def _answer(outputs: list[TokenOutput]) -> dict[str, Any]:
         pytest.param({"max_model_len": 112, "kv_cache_memory_bytes": 1 << 17}, id="preempted"),
     ],
 )
-def test_drafts_change_no_answer(folder: Path, options: dict[str, Any]) -> None:
+def test_drafts_change_no_answer(folder: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CpuPlatform, "few_tokens", 32)
     core = engine(folder, speculative_config=NGRAM, **options)
     found, wanted = answers(core), answers(engine(folder, **options))
     for id, answer in wanted.items():
@@ -77,6 +79,12 @@ def test_drafts_change_no_answer(folder: Path, options: dict[str, Any]) -> None:
     stats = core.stats()
     assert 0 < stats.accepted_tokens < stats.draft_tokens
     assert ("kv_cache_memory_bytes" in options) == (stats.preemptions > 0)
+
+
+@pytest.mark.parametrize(("options", "most"), [({"dtype": "bfloat16"}, FEW_TOKENS), ({"quantization": "int8"}, 4)])
+def test_a_step_has_fewer_drafts_where_weights_are_blocks(folder: Path, options: dict[str, Any], most: int) -> None:
+    core = engine(folder, speculative_config=NGRAM, **options)
+    assert core.scheduler.limits.draft_tokens == most < core.scheduler.limits.max_tokens
 
 
 def test_a_stop_string_inside_a_draft_ends_the_text_there(folder: Path) -> None:

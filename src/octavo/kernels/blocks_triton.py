@@ -60,6 +60,8 @@ class Blocks:
 class BlockLinear:
     """See `select.PackedLinear`; ``parts`` lie one below the other."""
 
+    few_rows: int | None = MOST_ROWS
+
     def __init__(self, parts: Sequence[Blocks], bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         self.parts = list(parts)
         self.dtype = dtype

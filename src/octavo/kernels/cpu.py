@@ -19,6 +19,7 @@ from octavo.platforms.pages import Arena
 _TYPES = frozenset((torch.bfloat16, torch.float32))
 MAX_HEAD_DIM = 256
 PANEL = 16
+FEW_BLOCK_ROWS = 4  # with more, blocks are unpacked first (csrc/impl/block_gemm.h)
 
 cpu_choice.check_interface(getattr(_cpu, "INTERFACE", 0))
 _passed_over = cpu_choice.choose(_cpu.names())
@@ -324,6 +325,7 @@ class PackedLinear:
         self.dtype = dtype
         self.in_features = in_features
         self.out_features = sum(out for _, _, out in parts)
+        self.few_rows = None if all(kind == "bf16" for kind, _, _ in parts) else FEW_BLOCK_ROWS
         self.bias = None if bias is None else bias.to(dtype).contiguous()
         self.panels = [panels for _, panels, _ in parts]  # whose addresses the extension holds
         self.native = _cpu.Weight(

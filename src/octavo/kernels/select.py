@@ -61,7 +61,12 @@ class Greedy(Protocol):
 
 
 class PackedLinear(Protocol):
-    """A weight in the layout its kernel reads, the only copy of it."""
+    """A weight in the layout its kernel reads, the only copy of it.
+
+    ``few_rows``: with more the product takes several times as long as with one; None: that is never so, or not known.
+    """
+
+    few_rows: int | None
 
     @property
     def nbytes(self) -> int:

@@ -32,7 +32,7 @@ class Platform(Protocol):
     captures: bool  # `capture` is worth calling
     converts_float8: bool  # it has instructions for 8-bit floats, so that the KV cache may be of them
     fast_bfloat16: bool  # it has instructions for bfloat16, so that halving the weights' bytes costs no time
-    draft_tokens: int  # more in a step take longer about in proportion, so that drafts do not pay
+    few_tokens: int  # so many take a step little longer than one: it reads the same weights
     enough_tokens: int | None  # so many in a step take its products to their full rate; None: no number is enough
 
     def describe(self) -> str:

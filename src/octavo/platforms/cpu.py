@@ -17,6 +17,7 @@ from octavo.platforms.base import T
 KV_SHARE = 0.1  # of the machine's memory: others live here too
 CPU_INFO = Path("/proc/cpuinfo")
 ENOUGH_TOKENS = 128  # for each thread: at half as many, products reach the rate that they have at 2,048
+FEW_TOKENS = 8  # of bfloat16; with twice as many a step takes nearly twice as long
 BFLOAT16_FLAGS = frozenset(("avx512_bf16", "amx_bf16", "bf16"))  # x86, x86, Arm
 
 
@@ -37,7 +38,7 @@ class CpuPlatform:
     overlaps = False
     captures = False
     converts_float8 = False
-    draft_tokens = 16  # weights are read once for all of them, but beyond some 16 rows the arithmetic takes longer
+    few_tokens = FEW_TOKENS
 
     def __init__(self, ranks: int = 1) -> None:
         """``ranks`` processes share the CPU."""

@@ -56,11 +56,11 @@ class WorkerBase(Protocol):
 
     ``step(N+1)`` may be called before ``sample(N).result()``: the worker feeds a decoding row its own last token.
     Known after init: ``overlaps``, whether that gains anything; ``device``, which names the device for people; and
-    ``enough_tokens`` of a step, of which more at once save no time (None: that is never so); ``draft_tokens`` of a
-    step, of which more take so much longer that drafts do not pay.
+    ``enough_tokens`` of a step, of which more at once save no time (None: that is never so).
     Known after plan_memory: ``max_rows``, the sequences that there is room for at once, and ``shares_prefixes``: the
-    model keeps nothing of a sequence but pages. ``step_bytes`` are the weights that a step reads and ``bandwidth`` the
-    bytes a second of the device's memory, each 0 if not known.
+    model keeps nothing of a sequence but pages. ``draft_tokens`` of a step take little longer than one: no drafts are
+    made beyond. ``step_bytes`` are the weights that a step reads and ``bandwidth`` the bytes a second of the device's
+    memory, each 0 if not known.
     """
 
     overlaps: bool

@@ -10,6 +10,7 @@ from torch import nn
 from octavo.config import ModelConfig
 from octavo.errors import OutOfMemory, UnsupportedModel
 from octavo.hub.plan import active_experts, kv_remedy
+from octavo.kernels.select import PackedLinear
 from octavo.layers.embedding import Embedding
 from octavo.layers.experts import ATTRIBUTE, Experts
 from octavo.models.base import Model, OwnCache
@@ -52,6 +53,15 @@ def step_bytes(model: Model) -> int:
         if packed is not None:
             weights[id(packed)] = packed.nbytes
     return int(sum(weights.values()))
+
+
+def few_rows(model: Model, most: int) -> int:
+    """So many tokens, ``most`` if no product says less, take a step little longer than one does."""
+    for module in model.modules():
+        weight: PackedLinear | None = getattr(module, "packed", None)
+        if weight is not None and weight.few_rows is not None:
+            most = min(most, weight.few_rows)
+    return most
 
 
 def cache_dtype(config: ModelConfig) -> torch.dtype:

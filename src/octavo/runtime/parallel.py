@@ -62,8 +62,7 @@ class ParallelWorker:
         with self._failing_together():
             model = self._worker.init(config)
             self._executor.ask(Init())
-        self.overlaps = self._worker.overlaps
-        self.enough_tokens, self.draft_tokens = self._worker.enough_tokens, self._worker.draft_tokens
+        self.overlaps, self.enough_tokens = self._worker.overlaps, self._worker.enough_tokens
         ranks = config.parallel.tensor_parallel_size
         self.device = f"{self._worker.device}, {ranks} ranks"
         return model
@@ -87,6 +86,7 @@ class ParallelWorker:
             found = self._worker.plan_memory(announce=lambda: executor.tell(TakeTokens()))
             executor.wait()
         self.max_rows, self.shares_prefixes = self._worker.max_rows, self._worker.shares_prefixes
+        self.draft_tokens = self._worker.draft_tokens
         self.step_bytes, self.bandwidth = self._worker.step_bytes, self._worker.bandwidth
         get_logger().info("ranks: %d, joined by %s", self._worker.group.size, self._worker.group.name)
         return found

@@ -29,7 +29,7 @@ from octavo.parallel.shards import MOST_RANKS
 from octavo.runtime.base import Pending, TokenMask, WorkerBase
 from octavo.runtime.embed import PoolingRunner
 from octavo.runtime.loader import LoadReport, fill_dummy, load
-from octavo.runtime.memory import plan_cache, step_bytes
+from octavo.runtime.memory import few_rows, plan_cache, step_bytes
 from octavo.runtime.progress import LoadProgress
 from octavo.runtime.runner import Runner, RunnerLimits, largest_step, rehearse
 from octavo.runtime.safetensors_packages import safetensors_reader
@@ -62,7 +62,7 @@ class Worker:
         ranks, engines = config.parallel.tensor_parallel_size, config.parallel.data_parallel_size
         self.platform = platforms.select(config.device.device, self._rank, ranks, engines)
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
-        self.enough_tokens, self.draft_tokens = self.platform.enough_tokens, self.platform.draft_tokens
+        self.enough_tokens = self.platform.enough_tokens
         log.info("device: %s", self.platform.describe())
         hf = files.hf_dict()
         pooler = files.pooler(hf)
@@ -174,6 +174,7 @@ class Worker:
         get_logger().info("kv cache: %s", plan.reason)
         self.max_rows, self.shares_prefixes = plan.max_rows, self._model.own_cache is None
         self.step_bytes = step_bytes(self._model)
+        self.draft_tokens = few_rows(self._model, self.platform.few_tokens)
         self.bandwidth = bandwidth_of(self.platform.describe().partition(",")[0]) or 0.0
         cache = plan.allocate(self._model_config, self.platform)
         runner = Runner if self._model_config.has_head else PoolingRunner
