@@ -53,6 +53,13 @@ def test_tied_head_counts_once_and_is_read_whole(tmp_path: Path) -> None:
     assert made.weights.read == made.weights.loaded
 
 
+def test_a_model_that_embeds_needs_no_head(folder: Path) -> None:
+    made, whole = plan(folder, runner="pooling"), plan(folder)
+    assert whole.weights.parameters - made.weights.parameters == tiny.VOCAB_SIZE * 64
+    assert (made.weights.head, made.weights.layers) == (0, whole.weights.layers)
+    assert "pooling         last, of length 1 (asked for)" in describe(made)
+
+
 @pytest.mark.parametrize("sized", [{"kv_cache_memory_bytes": 1 << 20}, {"num_gpu_blocks_override": 40}])
 def test_tokens_that_fit_are_what_the_worker_gets(folder: Path, sized: dict[str, Any]) -> None:
     from octavo.core.engine import EngineCore

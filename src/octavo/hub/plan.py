@@ -90,6 +90,7 @@ class Plan:
     quantisation: str | None
     weights: Weights
     cache: Cache
+    pooling: str | None  # of a model that embeds
     sampling: Mapping[str, Any]
     eos_ids: tuple[int, ...]
     downloads: tuple[tuple[str, int], ...]
@@ -106,8 +107,8 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
     options, source = config.model, peeked.source
     files = files_of(options, source)
     hf = files.hf_dict()
-    pools = files.pooler(hf) is not None
-    hf = causal(hf) if pools else hf
+    pooler = files.pooler(hf)
+    hf = hf if pooler is None else causal(hf)
     check_wanted(options.quantization, hf)
     model = model_config(
         hf,
@@ -118,7 +119,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         kv_cache_dtype=config.memory.kv_cache_dtype,
         converts_float8=machine.device == "cuda",
         traced=models.is_traced(hf, options.model_impl),
-        has_head=not pools,
+        has_head=pooler is None,
     )
     max_len, max_len_reason = max_model_len(model, options.max_model_len)
     rope = _rope(model)  # before layers are traced, which shows their attention alone
@@ -154,6 +155,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
         quantisation=_quantisation(source, model, bits),
         weights=weights,
         cache=cache,
+        pooling=None if pooler is None else str(pooler),
         sampling=files.sampling_defaults(),
         eos_ids=model.eos_ids,
         downloads=peeked.downloads,
@@ -360,6 +362,7 @@ def describe(plan: Plan) -> str:
     room = f"{size(cache.bytes_per_token)} a token; {size(cache.budget)} = {cache.tokens:,} tokens"
     if not cache.bytes_per_token:
         room, sequences = f"{size(cache.budget)}; what a token takes is found out by running the model", "not known"
+    sampling = ", ".join(f"{k} {v}" for k, v in plan.sampling.items())
     speed = "" if machine.bandwidth is None else f", {machine.bandwidth / 1e9:.0f} GB/s"
     rows = [
         ("model", plan.model),
@@ -373,7 +376,7 @@ def describe(plan: Plan) -> str:
         ("kv cache", room),
         ("", cache.budget_reason),
         ("sequences", sequences),
-        ("sampling", ", ".join(f"{k} {v}" for k, v in plan.sampling.items()) or "octavo's own defaults"),
+        ("pooling", plan.pooling) if plan.pooling else ("sampling", sampling or "octavo's own defaults"),
         ("ends at", ", ".join(map(str, plan.eos_ids)) or "no id is named; the tokenizer's"),
         ("downloads", _downloads_text(plan.downloads)),
         ("floor", _floor_text(plan)),

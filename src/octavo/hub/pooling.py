@@ -63,6 +63,9 @@ class Pooler:
     dimensions: int | None
     reason: str
 
+    def __str__(self) -> str:
+        return f"{self.kind}, {'of length 1' if self.normalize else 'of any length'} ({self.reason})"
+
     def pooling(self, dimensions: int | None, normalize: bool | None) -> Pooling:
         """That of a request, whose None are the defaults; raises `RequestError` for a size that cannot be had."""
         dimensions = self.dimensions if dimensions is None else dimensions

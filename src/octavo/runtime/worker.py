@@ -68,7 +68,7 @@ class Worker:
         pooler = files.pooler(hf)
         if pooler is not None:
             hf = causal(hf)
-            log.info("pooling: %s (%s)", pooler.kind, pooler.reason)
+            log.info("pooling: %s", pooler)
         check_wanted(options.quantization, hf)
         self._model_config = model_config(
             hf,
