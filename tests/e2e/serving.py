@@ -52,7 +52,7 @@ class Server:
     def __init__(self, command: list[str], log: Path, *, engines: str = "") -> None:
         self._log = log
         path = os.environ["PYTHONPATH"]
-        (folder := log.with_suffix(".engines")).mkdir()
+        (folder := log.with_suffix(".engines")).mkdir(exist_ok=True)  # a server may be started again
         self._held = folder / "held"
         if engines:
             first = f"import sys\nif 'octavo.core.process' in sys.orig_argv:\n{textwrap.indent(engines, '    ')}"
