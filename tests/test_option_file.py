@@ -108,9 +108,18 @@ def test_what_is_wrong_is_named_with_its_line(
     assert re.search(said, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("argv", [("--config", "/nowhere/at/all.yaml"), ("--config",)])
-def test_a_file_that_cannot_be_read_is_a_usage_error(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--config", "/nowhere/at/all.yaml"), "the file of --config cannot be read"),
+        (("--config",), "--config names no file"),
+        (("--config=",), "--config names no file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_a_usage_error(
+    argv: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.build_parser().parse_args(["serve", *argv])
     assert ended.value.code == 2
-    assert "the file of --config cannot be read" in capsys.readouterr().err
+    assert said in capsys.readouterr().err

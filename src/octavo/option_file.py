@@ -74,6 +74,8 @@ def _entries(path: str) -> Iterator[tuple[str, int, Any]]:
         pass
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    if not path:
+        raise ConfigError(f"{FLAG} names no file.", f"{FLAG} FILE")
     try:
         text = Path(path).read_text(encoding="utf-8")
         loader = Loader(text)

@@ -70,7 +70,7 @@ SERVER_OPTIONS: dict[str, Foreign] = {
     "uvicorn_log_level": Foreign(None),
 }
 
-# What to do instead of options that are not accepted in any form.
+# What to do instead of options that are not accepted in any form: vLLM's, then those of TGI and llama-server.
 INSTEAD = {
     "--compilation-config": "leave it out; --enforce-eager turns CUDA graphs off",
     "--enable-force-include-usage": "send stream_options with each request",
@@ -91,6 +91,20 @@ INSTEAD = {
     "--tool-parser-plugin": "leave it out: --tool-call-parser has the formats",
     "--tool-server": "leave it out: tools are called by the client",
     "--trust-request-chat-template": "leave it out: templates are the server's, by --chat-template",
+    "-O3": "leave it out; --enforce-eager turns CUDA graphs off",
+    "--max-concurrent-requests": "use --max-num-seqs, and --max-waiting for those that wait",
+    "--max-input-length": "use --max-model-len, which counts prompt and answer",
+    "--max-total-tokens": "use --max-model-len",
+    "--model-id": "use --model, or MODEL alone",
+    "--num-shard": "use --tensor-parallel-size",
+    "--quantize": "use --quantization",
+    "--ctx-size": "use --max-model-len",
+    "--n-gpu-layers": "leave it out: all layers are where --device says",
+    "--parallel": "use --max-num-seqs",
+    "-c": "use --max-model-len",
+    "-m": "use --model, or MODEL alone",
+    "-ngl": "leave it out: all layers are where --device says",
+    "-np": "use --max-num-seqs",
 }
 
 # What scripts look for on vLLM's `LLM` and do not find here.
