@@ -10,9 +10,11 @@ import pytest
 
 from octavo.config import EngineConfig
 from octavo.errors import ConfigError, ModelError, RequestError, UnsupportedModel
+from octavo.hub.configs import read_hf_dict
 from octavo.hub.pooling import Pooler, causal, pooler_of
 from octavo.hub.source import Source, wanted_files
 from octavo.types import Pooling
+from tests.gguf_files import tiny_metadata, tiny_tensors, write_gguf
 
 QWEN = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64}
 BARE = {**QWEN, "architectures": ["Qwen3Model"]}
@@ -86,6 +88,16 @@ def test_the_kind_of_pooling_is_that_of_the_module(folder: Path, settings: dict[
     assert not pooler(folder).normalize
     write(folder, "Transformer", "Pooling", "Normalize", **settings)
     assert pooler(folder).normalize
+
+
+@pytest.mark.parametrize(("number", "kind"), [(1, "mean"), (2, "cls"), (3, "last")])
+def test_a_gguf_file_may_name_a_pooling(folder: Path, number: int, kind: str) -> None:
+    path = write_gguf(folder / "m.gguf", tiny_tensors(), tiny_metadata(pooling_type=number))
+    hf = read_hf_dict(Source("m", "gguf", path, None, ""))
+    assert (pooler(folder, hf).kind, pooler(folder, hf).normalize) == (kind, True)
+    assert found(folder, {**hf, "gguf_pooling": 0}) is None
+    with pytest.raises(UnsupportedModel, match="a pooling that octavo does not have"):
+        found(folder, {**hf, "gguf_pooling": 4})
 
 
 def test_options_of_pooling_come_before_the_files(folder: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from octavo.errors import UnsupportedModel
 from octavo.hub.gguf import GgufReader
+from octavo.hub.pooling import GGUF_POOLING
 from octavo.hub.sentencepiece_file import CONTROL
 
 _CLASSES = {
@@ -72,6 +73,8 @@ def config_from_gguf(reader: GgufReader) -> dict[str, Any]:
         "eos_token_id": end_ids(reader) or None,
         "pad_token_id": reader.integer("tokenizer.ggml.padding_token_id"),
     }
+    if (pooling := reader.integer(f"{arch}.pooling_type")) is not None:
+        config[GGUF_POOLING] = pooling
     config["rope_parameters"] = _rope(reader, arch, config)
     if window:
         config["sliding_window"] = window

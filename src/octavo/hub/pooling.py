@@ -1,7 +1,8 @@
 """Whether a model embeds texts in place of writing them, and how an embedding is made of its hidden states.
 
 Options come first, then the files of sentence-transformers (``modules.json``, which names the folder of a module
-``Pooling``), then the name of the architecture: one without a head embeds. The rules are vLLM's.
+``Pooling``) or what a GGUF file says, then the name of the architecture: one without a head embeds. The rules are
+vLLM's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from octavo.hub.source import Source
 from octavo.types import Pooling, PoolingKind
 
 MODULES: Final = "modules.json"
+GGUF_POOLING: Final = "gguf_pooling"  # the key of a config made from a GGUF file: llama.cpp's number of a kind
 
 _KINDS: Final[Mapping[str, PoolingKind]] = {
     "lasttoken": "last",
@@ -31,6 +33,7 @@ _KINDS: Final[Mapping[str, PoolingKind]] = {
     "cls": "cls",
     "pooling_mode_cls_token": "cls",
 }
+_GGUF_KINDS: Final[Mapping[int, PoolingKind]] = {1: "mean", 2: "cls", 3: "last"}  # 0 is none, and 4 ranks
 _HEADLESS: Final = ("ForTextEncoding", "EmbeddingModel", "Model")
 _CAUSAL: Final = {"GPT2Model": "GPT2LMHeadModel", "Gemma3TextModel": "Gemma3ForCausalLM"}
 _ENCODERS: Final = frozenset(
@@ -96,10 +99,15 @@ def pooler_of(hf: Hf, source: Source, options: ModelOptions) -> Pooler | None:
         return None
     _check_causal(hf)
     given = _given(options.pooler_config)
-    kind, normalize = _of_modules(source, modules) if modules else ("last", True)
+    kind: PoolingKind | None = "last"
+    normalize = True
+    if modules:
+        kind, normalize = _of_modules(source, modules)
+    elif hf.get(GGUF_POOLING):
+        kind = _GGUF_KINDS.get(hf[GGUF_POOLING])
     wanted = given.get("pooling_type", kind)
     if wanted is None:
-        raise _refused(f"{MODULES} names a pooling that octavo does not have", "Name one with --pooler-config.")
+        raise _refused("its files name a pooling that octavo does not have", "Name one with --pooler-config.")
     size = lookup(text_config(hf), "hidden_size") or 0
     sizes = hf.get("matryoshka_dimensions")
     return Pooler(
@@ -137,6 +145,8 @@ def _reason(hf: Hf, modules: list[Any] | None, options: ModelOptions) -> str | N
         return None
     if modules and pooling_folders(modules):
         return f"{MODULES} names a module Pooling; --runner generate generates text"
+    if hf.get(GGUF_POOLING):
+        return "the GGUF file names a pooling; --runner generate generates text"
     name = _architecture(hf)
     installed = any(point.name == name for point in metadata.entry_points(group=MODEL_ENTRY_POINTS))
     if name.endswith("LMHeadModel") or not name.endswith(_HEADLESS) or installed:
