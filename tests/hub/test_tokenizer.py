@@ -242,18 +242,21 @@ def test_adapter_of_transformers_gives_the_same_answers(name: str, tmp_path: Pat
     assert adapter.token_to_id("no such token") is fast.token_to_id("no such token") is None
 
 
-def test_ordinary_model_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+def test_ordinary_model_needs_neither_torch_nor_a_look_at_other_packages(tmp_path: Path) -> None:
     tiny.tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(tiny.config()))
     code = (
         "import sys\n"
-        "from octavo.hub.configs import model_config, read_hf_dict\n"
-        "from octavo.hub.resolve import resolve\n"
-        "from octavo.hub.tokenizer import load_tokenizer\n"
-        f"source = resolve({str(tmp_path)!r})\n"
-        "model_config(read_hf_dict(source))\n"
-        "load_tokenizer(source).encode('hi')\n"
-        "print([name for name in ('torch', 'transformers', 'huggingface_hub') if name in sys.modules])\n"
+        "from octavo.config import ModelOptions\n"
+        "from octavo.hub.configs import model_config\n"
+        "from octavo.hub.files import find_files\n"
+        f"files = find_files(ModelOptions(model={str(tmp_path)!r}), weights=False)\n"
+        "hf = files.hf_dict()\n"
+        "assert files.pooler(hf) is None\n"
+        "model_config(hf)\n"
+        "files.load_tokenizer().encode('hi')\n"
+        "costly = 'torch', 'transformers', 'huggingface_hub', 'importlib.metadata'\n"
+        "print([name for name in costly if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"

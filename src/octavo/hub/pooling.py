@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import PurePosixPath
 from typing import Any, Final
 
@@ -148,12 +147,18 @@ def _reason(hf: Hf, modules: list[Any] | None, options: ModelOptions) -> str | N
     if hf.get(GGUF_POOLING):
         return "the GGUF file names a pooling; --runner generate generates text"
     name = _architecture(hf)
-    installed = any(point.name == name for point in metadata.entry_points(group=MODEL_ENTRY_POINTS))
-    if name.endswith("LMHeadModel") or not name.endswith(_HEADLESS) or installed:
+    if name.endswith("LMHeadModel") or not name.endswith(_HEADLESS) or _is_installed(name):
         return None
     if reference(hf, "AutoModelForCausalLM"):
         return None
     return f"{name} has no head"
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a package brings a model called ``name``."""
+    from importlib import metadata  # looks into every package: a start does without where it can
+
+    return any(point.name == name for point in metadata.entry_points(group=MODEL_ENTRY_POINTS))
 
 
 def _check_causal(hf: Hf) -> None:
