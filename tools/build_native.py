@@ -18,29 +18,31 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "native"
 
 
-def main() -> int:
+def build(folder: Path, *settings: str) -> list[Path]:
+    """Builds the extension in ``folder``, with ``settings`` of cmake's; returns its files."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
+        raise SystemExit("cmake was not found; install it with: pip install cmake ninja nanobind")
+    configure = (cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
+    for command in ((*configure, *settings), (cmake, "--build", str(folder))):
+        if subprocess.run(command, env={**os.environ, "PATH": path}).returncode:
+            raise SystemExit(1)
+    return sorted(folder.glob("_cpu*.so"))
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--clean", action="store_true", help="build from nothing")
     if parser.parse_args().clean:
         shutil.rmtree(BUILD, ignore_errors=True)
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    cmake = shutil.which("cmake", path=path)
-    if cmake is None:
-        print("cmake was not found; install it with: pip install cmake ninja nanobind", file=sys.stderr)
-        return 1
-    env = {**os.environ, "PATH": path}
-    configure = (cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
-    for command in (configure, (cmake, "--build", str(BUILD))):
-        if subprocess.run(command, env=env).returncode:
-            return 1
-    for built in BUILD.glob("_cpu*.so"):
+    for built in build(BUILD):
         # A new file, not new bytes in the old one: a running interpreter may have that mapped.
         target = ROOT / "src" / "octavo" / built.name
         shutil.copy2(built, target.with_suffix(".tmp"))
         os.replace(target.with_suffix(".tmp"), target)
         print(target.relative_to(ROOT))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_native
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 NAMES = ("kernels", "sampling", "layer", "blocks", "experts", "amx")
@@ -21,29 +23,17 @@ TESTS = tuple(f"tests/kernels/test_cpu_{name}.py" for name in NAMES)
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 
 
-def build(env: dict[str, str]) -> Path:
+def package() -> Path:
     """Compiles the extension into a package that is otherwise links to the real one; returns its parent."""
-    cmake = shutil.which("cmake", path=env["PATH"])
-    if cmake is None:
-        raise SystemExit("cmake was not found; install it with: pip install cmake ninja nanobind")
-    subprocess.run(
-        (
-            cmake,
-            *("-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
-            *("-DCMAKE_BUILD_TYPE=Sanitize", f"-DCMAKE_CXX_FLAGS_SANITIZE={FLAGS}"),
-            f"-DPython_EXECUTABLE={sys.executable}",
-        ),
-        check=True,
-        env=env,
-    )
-    subprocess.run((cmake, "--build", str(BUILD)), check=True, env=env)
+    settings = ("-DCMAKE_BUILD_TYPE=Sanitize", f"-DCMAKE_CXX_FLAGS_SANITIZE={FLAGS}")
+    extension = build_native.build(BUILD, *settings)
     package = BUILD / "path" / "octavo"
     shutil.rmtree(package.parent, ignore_errors=True)
     package.mkdir(parents=True)
     for item in (ROOT / "src" / "octavo").iterdir():
         if item.suffix != ".so" and item.name != "__pycache__":
             (package / item.name).symlink_to(item)
-    for built in BUILD.glob("_cpu*.so"):
+    for built in extension:
         shutil.copy2(built, package / built.name)
     return package.parent
 
@@ -55,9 +45,9 @@ def runtime(name: str) -> str:
 
 
 def main() -> int:
-    env = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))}
-    path = build(env)
-    env |= {
+    path = package()
+    env = {
+        **os.environ,
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter and torch keep memory until the end
         "UBSAN_OPTIONS": "print_stacktrace=1",
