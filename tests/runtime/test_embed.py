@@ -13,6 +13,7 @@ import torch
 from octavo import LLM, PoolingParams
 from octavo.errors import ConfigError, RequestError
 from octavo.models.base import Model
+from octavo.platforms.cpu import CpuPlatform
 from tools import tiny
 
 Vectors = list[list[float]]
@@ -87,6 +88,18 @@ def test_an_embedding_does_not_depend_on_the_batch(folder: Path) -> None:
             alone = torch.tensor([embed([prompt])[0] for prompt in PROMPTS])
             for together in (embed(), embed(PROMPTS[::-1])[::-1]):
                 torch.testing.assert_close(torch.tensor(together), alone, atol=5e-7, rtol=0)
+
+
+@pytest.mark.parametrize("kind", POOLED)
+@pytest.mark.parametrize("budget", [24, 512])
+def test_captured_steps_launched_ahead_give_the_same(
+    folder: Path, states: list[torch.Tensor], kind: str, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuPlatform, "captures", True)  # "replays" by running the work again on the same memory
+    monkeypatch.setattr(CpuPlatform, "overlaps", True)
+    with embedder(folder, pooler_config={"pooling_type": kind}, max_num_batched_tokens=budget) as embed:
+        monkeypatch.setattr("octavo.runtime.runner.send", None)  # an eager step fails
+        assert_close(embed(), [torch.nn.functional.normalize(POOLED[kind](hidden), dim=0) for hidden in states])
 
 
 def test_a_checkpoint_without_a_head_embeds_by_itself(folder: Path, states: list[torch.Tensor], tmp_path: Path) -> None:
