@@ -10,9 +10,10 @@ import pytest
 
 from octavo.cache.prefix import page_hashes
 from octavo.errors import RequestError
-from octavo.frontend.inputs import InputProcessor, Prepared
-from octavo.sampling_params import SamplingParams
-from tests.frontend.fakes import byte_level, info, prepared, prompt_of, sentencepiece
+from octavo.frontend.inputs import InputProcessor, Prepared, pack, unpack
+from octavo.hub.pooling import Pooler
+from octavo.sampling_params import PoolingParams, SamplingParams
+from tests.frontend.fakes import FakeTokenizer, byte_level, info, prepared, prompt_of, sentencepiece
 
 TOKENIZER = byte_level()
 EOS = TOKENIZER.eos_id
@@ -201,3 +202,34 @@ def test_one_prompt_of_several_that_cannot_fit_is_refused_before_any_is_encoded(
     tokenizer.encode_all = lambda *args, **options: pytest.fail("encoded")  # type: ignore[method-assign]
     with pytest.raises(RequestError, match="100000 characters"):
         InputProcessor(tokenizer, info()).encode_prompts(["he", "w" * 100_000])
+
+
+class Framed(FakeTokenizer):
+    """Puts token 1 before and token 2 behind a text."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids = super().encode(text, add_special_tokens=False)
+        return [1, *ids, 2] if add_special_tokens else ids
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"), [(None, 9), (9, 9), (100, 9), (8, 8), (4, 4), (3, 3), (2, 2), (1, 1), (-1, 9)]
+)
+def test_a_text_to_embed_that_is_cut_keeps_its_special_tokens(keep: int | None, left: int) -> None:
+    tokenizer = Framed(byte_level().lib)
+    pooler = Pooler("last", normalize=True, size=4, nested=False, dimensions=None, reason="")
+    inputs = InputProcessor(tokenizer, info(max_model_len=32), pooler=pooler)
+    whole = tokenizer.encode("xyzxyzx")
+    params = PoolingParams(truncate_prompt_tokens=keep)
+    made = inputs.process_ids("r", whole, params, text="xyzxyzx")
+    wanted = whole[:1] if left == 1 else [*whole[: left - 1], 2]
+    assert made.prompt_token_ids == prompt_of(made.requests[0]) == wanted
+    assert made.prompt == ("xyzxyzx" if left == 9 else None)
+    cut = inputs.process_ids("r", whole, params)
+    assert cut.prompt_token_ids == whole[:left]  # of token ids nobody knows which are special
+
+
+def test_numbers_are_packed_little_endian_and_unpacked() -> None:
+    numbers = [0.5, -2.0, 1e-30]
+    assert pack(numbers, "f") == np.array(numbers, "<f4").tobytes()
+    assert unpack(pack(numbers, "f"), "f").tolist() == np.array(numbers, np.float32).tolist()
