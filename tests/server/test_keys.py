@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from octavo.config import ServerConfig
 from octavo.errors import ConfigError
 from octavo.server.keys import Keys
 from tests.server.fake import Server
@@ -89,3 +90,24 @@ def test_every_known_key_is_compared_whichever_fits(monkeypatch: pytest.MonkeyPa
         compared.clear()
         keys.owner(given)
         assert len(compared) == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "environ", "key"),
+    [
+        (None, {}, None),
+        (None, {"OCTAVO_API_KEY": "", "VLLM_API_KEY": "v"}, b"v"),
+        (None, {"OCTAVO_API_KEY": "o", "VLLM_API_KEY": "v"}, b"o"),
+        ("k", {"OCTAVO_API_KEY": "o", "VLLM_API_KEY": "v"}, b"k"),
+    ],
+)
+def test_a_key_is_the_option_s_else_the_environment_s_octavo_before_vllm(
+    option: str | None, environ: dict[str, str], key: bytes | None
+) -> None:
+    keys = Keys.given(ServerConfig(api_key=option), environ | {"OCTAVO_ADMIN_API_KEY": "a"} if key else environ)
+    assert keys.any is (key is not None)
+    if key is not None:
+        owner = keys.owner(key)
+        assert owner is not None
+        assert not keys.is_admin(owner)
+        assert len(keys.users) == 1

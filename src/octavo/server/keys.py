@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hmac
+from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 
+from octavo.config import ServerConfig
 from octavo.errors import ConfigError
 
 MAX_KEYS = 1000
+USERS = ("OCTAVO_API_KEY", "VLLM_API_KEY")  # of the environment: a server that had a key is not open here
+ADMIN = "OCTAVO_ADMIN_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,12 @@ class Keys:
 
     users: tuple[bytes, ...] = ()
     admin: bytes | None = None
+
+    @classmethod
+    def given(cls, server: ServerConfig, environ: Mapping[str, str]) -> Keys:
+        """Those of the options, else of the environment; raises `ConfigError`."""
+        users = server.api_key or next((environ[name] for name in USERS if environ.get(name)), None)
+        return cls.of(users, server.admin_api_key or environ.get(ADMIN))
 
     @classmethod
     def of(cls, users: str | None, admin: str | None = None) -> Keys:

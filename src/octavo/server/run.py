@@ -118,8 +118,7 @@ class Session:
         announce: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ) -> None:
         self._config, self._server, self._worker, self._listener = config, server, worker, listener
-        admin = server.admin_api_key or os.environ.get("OCTAVO_ADMIN_API_KEY")
-        self._keys = Keys.of(server.api_key or os.environ.get("OCTAVO_API_KEY"), admin)
+        self._keys = Keys.given(server, os.environ)
         self._engines, self._announce = engines, announce
         traces, names = server.otlp_traces_endpoint, served_names(config.model, server.served_model_name)
         self._tracing = None if traces is None else Tracing(traces, names[0])
