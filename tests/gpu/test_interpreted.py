@@ -22,7 +22,7 @@ from octavo import platforms
 from octavo.config import EngineConfig, MemoryOptions
 from octavo.core.engine import EngineCore
 from octavo.kernels import attn_triton, experts_triton, linear_triton, select, triton_ops
-from octavo.platforms.base import T
+from octavo.platforms.base import NOTHING_CAPTURED, Captured, T
 from octavo.platforms.cpu import CpuPlatform
 from octavo.runtime import graphs
 from octavo.runtime.worker import Worker
@@ -55,12 +55,20 @@ class Card(CpuPlatform):
 class ThoroughCard(Card):
     """Does before the first request what a card does then, too: the largest step, and each step that is captured."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs = 0  # bytes of what captured steps leave
+
     def capture(self, work: Callable[[], T]) -> Callable[[], T]:
-        work()
+        left = work()
+        self.outputs += (left[0] if isinstance(left, tuple) else left).nbytes  # type: ignore[attr-defined]
         return work
 
-    def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
+    def kv_budget(
+        self, memory: MemoryOptions, measure: Callable[[], None], captured: Captured = NOTHING_CAPTURED
+    ) -> tuple[int, str]:
         measure()
+        self.captured = captured
         return super().kv_budget(memory, measure)
 
 
@@ -73,7 +81,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "TOKENS", (8, 24))
 
 
-def as_on_a_card(monkeypatch: pytest.MonkeyPatch, kind: type[Card]) -> None:
+def as_on_a_card(monkeypatch: pytest.MonkeyPatch, kind: Callable[[], Card]) -> None:
     triton = select._triton()
     assert isinstance(triton, select.Ops), triton
     operators = dataclasses.replace(triton, rehearse=lambda work: None)  # nothing is compiled
@@ -206,3 +214,16 @@ def test_no_request_launches_what_was_not_launched_before(
     serve(core, requests, temperature=0.7, top_p=0.8, frequency_penalty=0.1, logprobs=3)
     serve(core, {"r4": requests["r4"]}, temperature=0.7, top_k=5, repetition_penalty=1.1)
     assert launches.seen - before == set()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 40, "max_num_seqs": 6}], ids=str)
+def test_memory_is_set_aside_for_what_captured_steps_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    cards: list[ThoroughCard] = []
+    as_on_a_card(monkeypatch, lambda: cards.append(ThoroughCard()) or cards[0])
+    Launches(monkeypatch)
+    engine(tiny.make(tmp_path, num_hidden_layers=1), **{"max_num_batched_tokens": 300, "max_num_seqs": 20, **options})
+    (card,) = cards
+    assert card.captured.outputs == card.outputs
+    assert card.captured.share == (256 / 300 if not options else 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -22,6 +23,18 @@ class HostCopy(Protocol):
     def wait(self) -> torch.Tensor:
         """The tensor on the host, complete."""
         ...
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Memory that captured steps keep: a ``share`` of what the largest step takes besides the weights, and
+    ``outputs`` bytes."""
+
+    share: float = 0.0
+    outputs: int = 0
+
+
+NOTHING_CAPTURED = Captured()
 
 
 class Platform(Protocol):
@@ -55,6 +68,9 @@ class Platform(Protocol):
         """``work`` recorded: the result replays it on the same memory and returns the same tensors each time."""
         ...
 
-    def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
-        """(bytes the KV cache may take, the arithmetic behind it). ``measure`` runs the largest step once."""
+    def kv_budget(
+        self, memory: MemoryOptions, measure: Callable[[], None], captured: Captured = NOTHING_CAPTURED
+    ) -> tuple[int, str]:
+        """(bytes the KV cache may take, the arithmetic behind it). ``measure`` runs the largest step once; steps will
+        be ``captured``."""
         ...

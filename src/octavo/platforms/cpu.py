@@ -12,7 +12,7 @@ import torch
 
 from octavo.config import MemoryOptions
 from octavo.platforms import pages
-from octavo.platforms.base import T
+from octavo.platforms.base import NOTHING_CAPTURED, Captured, T
 
 KV_SHARE = 0.1  # of the machine's memory: others live here too
 CPU_INFO = Path("/proc/cpuinfo")
@@ -74,7 +74,9 @@ class CpuPlatform:
         """Nothing to record: the work itself."""
         return work
 
-    def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
+    def kv_budget(
+        self, memory: MemoryOptions, measure: Callable[[], None], captured: Captured = NOTHING_CAPTURED
+    ) -> tuple[int, str]:
         """What the user set, else a tenth of the machine's memory."""
         if memory.kv_cache_memory_bytes is not None:
             return memory.kv_cache_memory_bytes, "--kv-cache-memory-bytes"

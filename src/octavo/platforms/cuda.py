@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from octavo.config import MemoryOptions
-from octavo.platforms.base import T
+from octavo.platforms.base import NOTHING_CAPTURED, Captured, T
 
 KV_MARGIN = 1 << 28  # bytes left for what the measuring step did not show
 
@@ -84,8 +84,11 @@ class CudaPlatform:
 
         return replay
 
-    def kv_budget(self, memory: MemoryOptions, measure: Callable[[], None]) -> tuple[int, str]:
-        """What the user set, else the share of the card that the weights and the largest step leave."""
+    def kv_budget(
+        self, memory: MemoryOptions, measure: Callable[[], None], captured: Captured = NOTHING_CAPTURED
+    ) -> tuple[int, str]:
+        """What the user set, else the share of the card that the weights, the largest step and graphs leave."""
+        weights = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         measure()  # in any case: it compiles and loads kernels, which no request should wait for
         if memory.kv_cache_memory_bytes is not None:
@@ -96,9 +99,10 @@ class CudaPlatform:
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         others = total - free - torch.cuda.memory_reserved(self.device)
-        budget = int(total * memory.gpu_memory_utilization) - others - peak - KV_MARGIN
+        graphs = int((peak - weights) * captured.share) + captured.outputs
+        budget = int(total * memory.gpu_memory_utilization) - others - peak - graphs - KV_MARGIN
         gib = 2**30
         return budget, (
             f"{memory.gpu_memory_utilization:.0%} of {total / gib:.1f} GiB - weights and largest step "
-            f"{peak / gib:.1f} - others {others / gib:.1f} - margin {KV_MARGIN / gib:.2f}"
+            f"{peak / gib:.1f} - graphs {graphs / gib:.1f} - others {others / gib:.1f} - margin {KV_MARGIN / gib:.2f}"
         )

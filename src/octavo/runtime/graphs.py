@@ -19,7 +19,7 @@ import torch
 from octavo.kernels import select
 from octavo.kernels.sampling import Setting
 from octavo.models.base import Model
-from octavo.platforms.base import Platform
+from octavo.platforms.base import Captured, Platform
 from octavo.runtime.inputs import Arrays, StepInputs, inputs_of
 from octavo.runtime.memory import step_bytes
 from octavo.runtime.tables import NONE, Ints, Tables
@@ -201,8 +201,7 @@ class PromptGraphs:
     def __init__(
         self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int, max_tokens: int
     ) -> None:
-        most = min(max_tokens, MOST_WORK // max(1, step_bytes(model)))
-        self._tokens = [tokens for tokens in TOKENS if tokens <= most] or [min(most, TOKENS[0])]
+        self._tokens = _token_counts(model, max_tokens)
         self._forwards: dict[int, PromptForward] = {}
         for tokens in reversed(self._tokens):
             forward = PromptForward(model, cache, tables, platform, tokens, min(tokens, max_rows))
@@ -217,6 +216,16 @@ class PromptGraphs:
         return self._forwards[next(tokens for tokens in self._tokens if tokens >= count)]
 
 
+def captured(model: Model, max_rows: int, max_tokens: int, ranks: int) -> Captured:
+    """What `DecodeGraphs` and, on one of one rank, `PromptGraphs` keep. Each step leaves its result; what is between is
+    memory that all share, since one runs at a time."""
+    sizes = _sizes(max_rows) if model.config.has_head else []
+    tokens = _token_counts(model, max_tokens) if ranks == 1 else []
+    logits, hidden = -(-model.config.vocab_size // ranks), model.config.hidden_size
+    values = sum(sizes) * logits + sum(tokens) * hidden
+    return Captured(min(1.0, max(sizes + tokens) / max_tokens), values * model.dtype.itemsize)
+
+
 def warm_up(model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, max_rows: int) -> None:
     """Launches a step of each size, so that every kernel that a step may need is compiled: what capturing does too.
 
@@ -229,6 +238,11 @@ def warm_up_prompts(model: Model, cache: torch.Tensor, tables: Tables, platform:
     """As `warm_up` for what `PromptGraphs` captures; with few items their keys are split."""
     for rows in {min(TOKENS[0], max_rows), max_rows}:
         PromptForward(model, cache, tables, platform, TOKENS[0], rows).forward()
+
+
+def _token_counts(model: Model, max_tokens: int) -> list[int]:
+    most = min(max_tokens, MOST_WORK // max(1, step_bytes(model)))
+    return [tokens for tokens in TOKENS if tokens <= most] or [min(most, TOKENS[0])]
 
 
 def _sizes(max_rows: int) -> list[int]:

@@ -233,25 +233,30 @@ def rehearse(model: Model, num_tokens: int, max_rows: int, page_size: int, platf
 
 
 def largest_step(model: Model, num_tokens: int, max_rows: int, page_size: int, platform: Platform) -> None:
-    """Runs a forward of ``num_tokens`` tokens with random ids on a cache of its own, to see what it allocates."""
-    config, device = model.config, platform.device
-    pages = -(-num_tokens // page_size)
+    """Runs a forward of ``num_tokens`` tokens with random ids, in sequences as long as the model takes, on a cache of
+    its own, to see what it allocates."""
+    config, device, longest = model.config, platform.device, min(num_tokens, model.max_len)
+    starts = [*range(0, num_tokens, longest), num_tokens]
+    sequences, pages = len(starts) - 1, -(-longest // page_size)
     with torch.inference_mode():
-        cache = torch.zeros(config.cache_shape(pages, page_size), dtype=cache_dtype(config), device=device)
-        positions = torch.arange(num_tokens, dtype=torch.int32, device=device)
+        cache = torch.zeros(config.cache_shape(sequences * pages, page_size), dtype=cache_dtype(config), device=device)
+        token = torch.arange(num_tokens, dtype=torch.int32, device=device)
+        positions, rows = token % longest, torch.arange(sequences, dtype=torch.int32, device=device)
+        query_start = torch.tensor(starts, dtype=torch.int32, device=device)
         meta = AttentionMetadata(
-            query_start=torch.tensor([0, num_tokens], dtype=torch.int32, device=device),
-            seq_lens=torch.tensor([num_tokens], dtype=torch.int32, device=device),
-            rows=torch.zeros(1, dtype=torch.int32, device=device),
-            block_table=torch.arange(pages, dtype=torch.int32, device=device).unsqueeze(0),
-            slots=positions,
+            query_start=query_start,
+            seq_lens=query_start.diff(),
+            rows=rows,
+            block_table=torch.arange(sequences * pages, dtype=torch.int32, device=device).view(sequences, pages),
+            slots=positions + token // longest * (pages * page_size),
             num_decodes=0,
-            max_query=num_tokens,
-            max_seq=num_tokens,
+            max_query=longest,
+            max_seq=longest,
         )
         token_ids = torch.randint(config.vocab_size, (num_tokens,), dtype=torch.int32, device=device)
         with context.use(context.ForwardContext(meta, cache)):
             hidden = model(token_ids, positions)
         if config.has_head:
             model.logits(hidden[: min(max_rows, num_tokens)]).float()
-        model.release(0)
+        for row in range(sequences):
+            model.release(row)

@@ -26,8 +26,10 @@ from octavo.models import registry
 from octavo.models.base import Model
 from octavo.parallel import group
 from octavo.parallel.shards import MOST_RANKS
+from octavo.platforms.base import NOTHING_CAPTURED
 from octavo.runtime.base import Pending, TokenMask, WorkerBase
 from octavo.runtime.embed import PoolingRunner
+from octavo.runtime.graphs import captured
 from octavo.runtime.loader import LoadReport, fill_dummy, load
 from octavo.runtime.memory import few_rows, plan_cache, step_bytes
 from octavo.runtime.progress import LoadProgress
@@ -154,10 +156,13 @@ class Worker:
         """See `runtime.base.WorkerBase.plan_memory`; for ``announce`` see `Runner`."""
         limits, memory = self._config.limits, self._config.memory
         page_size = int(memory.block_size)
-        tokens = min(limits.max_num_batched_tokens, self._max_len)
+        tokens = min(limits.max_num_batched_tokens, self._max_len * limits.max_num_seqs)
+        graphs = self.platform.captures and self._model.capturable and not self._config.device.enforce_eager
         rehearse(self._model, tokens, limits.max_num_seqs, page_size, self.platform)
         budget, why = self.platform.kv_budget(
-            memory, lambda: largest_step(self._model, tokens, limits.max_num_seqs, page_size, self.platform)
+            memory,
+            lambda: largest_step(self._model, tokens, limits.max_num_seqs, page_size, self.platform),
+            captured(self._model, limits.max_num_seqs, tokens, self.group.size) if graphs else NOTHING_CAPTURED,
         )
         budget, why = self._least_of_all(budget, why)
         plan = plan_cache(
@@ -183,7 +188,7 @@ class Worker:
             cache,
             self.platform,
             RunnerLimits(plan.max_rows, tokens, plan.max_len),
-            graphs=not self._config.device.enforce_eager,
+            graphs=graphs,
             group=self.group,
             announce=announce,
         )
