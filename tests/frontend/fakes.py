@@ -54,9 +54,6 @@ class FakeTokenizer:
     def for_transformers(self) -> FakeTokenizer:
         return self
 
-    def for_transformers(self) -> FakeTokenizer:
-        return self
-
 
 def byte_level(**options: Any) -> FakeTokenizer:
     """Byte-level BPE: 256 bytes, some merges that join parts of characters, special and added tokens."""
