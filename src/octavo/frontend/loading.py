@@ -10,7 +10,7 @@ from octavo.config import EngineConfig
 from octavo.hub.configs import model_config
 from octavo.hub.files import find_files
 from octavo.hub.live import LiveModel
-from octavo.hub.pooling import Pooler, causal
+from octavo.hub.pooling import Pooler
 from octavo.hub.tokenizer import Tokenizer
 
 
@@ -35,9 +35,7 @@ def load_text_model(config: EngineConfig, live: LiveModel | None = None) -> Text
     """
     options = config.model
     files = live or find_files(options, weights=False)
-    hf = files.hf_dict()
-    pooler = files.pooler(hf)
-    hf = hf if pooler is None else causal(hf)
+    hf, pooler = files.read_config()
     model = model_config(hf, generation=files.generation, traced=True)  # the worker is strict
     ends = set(model.eos_ids)
     tokenizer = None if options.skip_tokenizer_init else files.load_tokenizer()

@@ -10,7 +10,7 @@ from octavo.config import ModelOptions
 from octavo.hub.configs import read_hf_dict
 from octavo.hub.generation import generation_config, sampling_defaults
 from octavo.hub.patches import Hf
-from octavo.hub.pooling import Pooler, pooler_of
+from octavo.hub.pooling import Pooler, causal, pooler_of
 from octavo.hub.remote_code import RepoCode, completed
 from octavo.hub.resolve import resolve
 from octavo.hub.source import Source
@@ -34,9 +34,14 @@ class ModelFiles:
         """See `hub.configs.read_hf_dict`; what only code of the repo tells is asked of that code, if it is trusted."""
         return completed(read_hf_dict(self.config, self.options.hf_overrides, self.options.config_format), self.code())
 
-    def pooler(self, hf: Hf) -> Pooler | None:
-        """See `hub.pooling.pooler_of`; ``hf`` is what `hf_dict` returned."""
-        return pooler_of(hf, self.weights, self.options)
+    def read_config(self) -> tuple[Hf, Pooler | None]:
+        """`hf_dict`, and how the model embeds if it does; its architecture is then one with a head.
+
+        Raises as `hub.pooling.pooler_of`.
+        """
+        hf = self.hf_dict()
+        pooler = pooler_of(hf, self.weights, self.options)
+        return hf if pooler is None else causal(hf), pooler
 
     def sampling_defaults(self) -> dict[str, Any]:
         """Fields of `SamplingParams` that hold for requests which do not set them; raises `ModelError` HF002."""

@@ -99,9 +99,9 @@ class LiveModel:
         hf = {**self.model.config.to_dict(), "architectures": [type(self.model).__name__]}
         return override(hf, {})
 
-    def pooler(self, hf: Hf) -> Pooler | None:
-        """None: a loaded model generates text."""
-        return None
+    def read_config(self) -> tuple[Hf, Pooler | None]:
+        """`hf_dict`; a loaded model generates text."""
+        return self.hf_dict(), None
 
     def sampling_defaults(self) -> dict[str, Any]:
         """As `hub.files.ModelFiles.sampling_defaults`."""

@@ -16,7 +16,6 @@ from octavo.hub.files import files_of
 from octavo.hub.gguf import GgufReader
 from octavo.hub.machines import Machine, larger_than
 from octavo.hub.peek import Peeked
-from octavo.hub.pooling import causal
 from octavo.hub.quantised.checkpoint import unquantised
 from octavo.hub.quantised.settings import check_wanted
 from octavo.hub.safetensors_file import TensorInfo
@@ -106,9 +105,7 @@ def make_plan(peeked: Peeked, config: EngineConfig, machine: Machine, models: Mo
     """
     options, source = config.model, peeked.source
     files = files_of(options, source)
-    hf = files.hf_dict()
-    pooler = files.pooler(hf)
-    hf = hf if pooler is None else causal(hf)
+    hf, pooler = files.read_config()
     check_wanted(options.quantization, hf)
     model = model_config(
         hf,

@@ -17,7 +17,6 @@ from octavo.hub.configs import max_model_len, model_config
 from octavo.hub.files import ModelFiles, find_files
 from octavo.hub.live import LiveModel
 from octavo.hub.machines import bandwidth_of
-from octavo.hub.pooling import causal
 from octavo.hub.quantised.checkpoint import unquantised
 from octavo.hub.quantised.settings import check_wanted
 from octavo.kernels import select
@@ -66,10 +65,8 @@ class Worker:
         self.overlaps, self.device = self.platform.overlaps, str(self.platform.device)
         self.enough_tokens = self.platform.enough_tokens
         log.info("device: %s", self.platform.describe())
-        hf = files.hf_dict()
-        pooler = files.pooler(hf)
+        hf, pooler = files.read_config()
         if pooler is not None:
-            hf = causal(hf)
             log.info("pooling: %s", pooler)
         check_wanted(options.quantization, hf)
         self._model_config = model_config(

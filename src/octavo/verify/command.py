@@ -92,8 +92,8 @@ def verify(config: EngineConfig, texts: Sequence[str], max_tokens: int) -> Repor
     from octavo.verify.subject import Subject
 
     files = find_files(config.model, weights=True)
-    hf = files.hf_dict()
-    if files.pooler(hf) is not None:
+    hf, pooler = files.read_config()
+    if pooler is not None:
         raise ConfigError("verify compares texts, and this model embeds.", "Add --runner generate.")
     shape = model_config(hf, generation=files.generation, traced=True)
     platform = platforms.select(config.device.device)
