@@ -165,6 +165,16 @@ def test_drafts_take_neither_pages_nor_room_that_others_need() -> None:
     assert all(plan.num_tokens <= 12 for plan in plans)
 
 
+def test_no_draft_goes_into_a_page_that_is_not_free() -> None:
+    core = speculating(pages=4, max_len=64)
+    for id in "ab":  # of two pages each, which are all there are
+        core.add(make_request(core, id, PROMPT, max_tokens=30))
+    plans = traced(core)
+    assert collect(run(core)) == {id: expected(PROMPT, 30) for id in "ab"}
+    assert core.stats().preemptions > 0 and core.stats().accepted_tokens > 0
+    assert any(plan.samples == [1, 1] and not plan.starts for plan in plans)
+
+
 def test_a_prompt_of_a_full_step_has_the_step_for_itself() -> None:
     core = speculating(max_num_batched_tokens=16)
     core.add(make_request(core, "a", PROMPT, max_tokens=60))

@@ -34,10 +34,10 @@ class Item:
         return self.epoch == self.seq.epoch
 
     @property
-    def inputs(self) -> list[int] | None:
-        """See `StepPlan.inputs`: of all that go on behind what may be a sample. A worker does not know which of several
-        samples hold."""
-        return [self.seq.tokens[self.first], *self.drafts] if self.count == len(self.drafts) + 1 else None
+    def inputs(self) -> list[int]:
+        """See `StepPlan.inputs`: of an item that may begin with a sample, since a worker does not know which of several
+        samples hold; nothing of others."""
+        return [self.seq.tokens[self.first], *self.drafts] if self.count == len(self.drafts) + 1 else []
 
     def suppose(self, drafts: list[int]) -> None:
         """``drafts`` are launched behind the item's one token, as if it would sample them."""

@@ -1,7 +1,8 @@
 """Decides what a step computes. Pure Python over counters and pages; never sees a tensor or a text.
 
 A step hands out at most ``max_tokens`` tokens: first one to every sequence that decodes, so that a long prompt cannot
-stall a stream, then chunks to prompts under way, then to waiting requests, first come, first served within a priority.
+stall a stream, then chunks to prompts under way, then to waiting requests, first come, first served within a priority,
+and with speculation then to drafts, which take no page from anybody.
 When pages run out, the latest arrival of the lowest priority is preempted: its pages are released (their content stays
 findable until it is overwritten) and it is recomputed later. The same happens to it when a request of higher priority
 finds no row or no pages. The first in line can always run: the pool holds at least
@@ -335,7 +336,7 @@ class Scheduler:
         items.sort(key=lambda item: item.count > 1)  # stable: single tokens first
         self._launched.append(items)
         ended, self._ended = self._ended, []
-        inputs = {b: item.inputs for b, item in enumerate(items)} if self.limits.speculation is not None else {}
+        told = enumerate(items if self.limits.speculation is not None else ())
         self.counters.steps += 1
         self.counters.slots_allocated += sum([seq.capacity for seq in self._running])
         self.counters.slots_filled += sum([seq.computed for seq in self._running])
@@ -347,7 +348,7 @@ class Scheduler:
             computed=[item.first for item in items],
             samples=[item.samples for item in items],
             ended=ended,
-            inputs={b: tokens for b, tokens in inputs.items() if tokens is not None},
+            inputs={b: tokens for b, item in told if (tokens := item.inputs)},
         )
 
     def _commit(self, item: Item, result: StepResult, place: int, scores: list[TokenLogprobs]) -> list[TokenOutput]:
