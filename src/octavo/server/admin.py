@@ -22,8 +22,9 @@ from octavo.server.answers import (
     json_response,
     now,
 )
+from octavo.server.decoding import decode
 from octavo.server.metrics import bandwidth_here
-from octavo.server.protocol import DetokenizeRequest, TokenizeRequest, decode
+from octavo.server.protocol import DetokenizeRequest, TokenizeRequest
 from octavo.server.service import Service
 
 _STARTED = now()

@@ -16,8 +16,8 @@ from starlette.responses import HTMLResponse, Response
 
 import octavo
 from octavo.server.answers import json_response
+from octavo.server.decoding import decode_query
 from octavo.server.history import Span
-from octavo.server.protocol import decode_query
 from octavo.server.service import Service
 from octavo.types import Stats
 

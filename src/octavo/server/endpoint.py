@@ -24,7 +24,8 @@ from octavo.frontend.outputs import Delta
 from octavo.sampling_params import SamplingParams
 from octavo.server.answers import json_response, now
 from octavo.server.blocks import Blocks
-from octavo.server.protocol import EmbeddingRequest, Sampled, decode
+from octavo.server.decoding import decode
+from octavo.server.protocol import EmbeddingRequest, Sampled
 from octavo.server.runs import Runs
 from octavo.server.service import Service
 from octavo.server.sse import EventStream, while_connected

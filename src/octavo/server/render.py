@@ -9,8 +9,9 @@ from starlette.responses import Response
 from octavo.errors import RequestError
 from octavo.sampling_params import SamplingParams
 from octavo.server.answers import json_response
+from octavo.server.decoding import decode
 from octavo.server.endpoint import Origin
-from octavo.server.protocol import Sampled, decode
+from octavo.server.protocol import Sampled
 from octavo.server.service import Service
 
 

@@ -44,8 +44,8 @@ from octavo.server.anthropic.body import (
 )
 from octavo.server.blocks import Block as Part
 from octavo.server.blocks import Change, Kind
+from octavo.server.decoding import decode
 from octavo.server.endpoint import Conversation, Endpoint, Job, Origin, prepare
-from octavo.server.protocol import decode
 from octavo.server.service import Service
 from octavo.server.sse import named_event
 from octavo.server.tools import ToolUse, function_tool, past_call

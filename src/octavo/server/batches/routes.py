@@ -15,9 +15,10 @@ from octavo.errors import Overloaded, RequestError
 from octavo.server.answers import json_response, now, page_of
 from octavo.server.batches.runner import BatchRun
 from octavo.server.batches.store import WINDOW_SECONDS, Batch, BatchStore
+from octavo.server.decoding import decode, decode_query
 from octavo.server.errors import shutting_down
 from octavo.server.files.routes import store_of
-from octavo.server.protocol import check_metadata, decode, decode_query
+from octavo.server.protocol import check_metadata
 from octavo.server.service import Service
 
 MAX_RUNNING = 64  # batches that one API process works on

@@ -12,9 +12,9 @@ from starlette.responses import FileResponse, Response
 
 from octavo.errors import RequestError
 from octavo.server.answers import json_response, page_of
+from octavo.server.decoding import decode_query
 from octavo.server.files.multipart import parse
 from octavo.server.files.store import FileStore
-from octavo.server.protocol import decode_query
 from octavo.server.service import Service
 
 MAX_PAGE = 10_000

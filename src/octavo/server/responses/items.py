@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from octavo.server.blocks import Block
-from octavo.server.protocol import convert
+from octavo.server.decoding import convert
 from octavo.server.responses.body import (
     CallOutput,
     InputItem,
