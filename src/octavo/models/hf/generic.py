@@ -2,8 +2,8 @@
 own. Slow, but right.
 
 The model runs as it is, one sequence at a time, and for each sequence Transformers' own cache is kept here. How its
-cache may be used is not believed but tried after loading: some take any number of tokens at a time, some only one
-after the first call, some have none. The first way that gives the logits of the model without a cache is taken.
+cache may be used is not believed but tried after loading: some are told positions, some have no cache. The first way
+that gives the logits of the model without a cache is taken.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ PREFIX = 9  # tokens that show how much rounding differs from call to call
 NOISE = 4.0  # a way may differ by so many times that
 FIRST_ROW = -2  # rows of the trial; those of requests are not negative
 
-History = Literal["chunks", "steps", "none"]
+History = Literal["cache", "none"]
 _TOLD: dict[History, str] = {
-    "chunks": "one sequence at a time",
-    "steps": "one sequence at a time, and one token at a time after the first piece of a prompt",
+    "cache": "one sequence at a time",
     "none": "one sequence at a time, which is computed anew from its start for each token",
 }
 
@@ -132,9 +131,7 @@ class Generic:
         if self._way.history == "none":
             kept.tokens = torch.cat([known for known in (kept.tokens, tokens) if known is not None])
             return self._hidden(kept.tokens, 0, None)[first:]
-        if self._way.history == "chunks" or first == 0:
-            return self._hidden(tokens, first, kept)
-        return torch.cat([self._hidden(tokens[i : i + 1], first + i, kept) for i in range(len(tokens))])
+        return self._hidden(tokens, first, kept)
 
     def _hidden(self, tokens: torch.Tensor, first: int, kept: _Sequence | None) -> torch.Tensor:
         """Hidden states of ``tokens``; what the model returns to be kept replaces what ``kept`` has."""

@@ -79,6 +79,9 @@ class StateRecorder(States):
         """What attention keeps: nothing here."""
         return key_states, value_states
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"octavo's cache of states has no {name}")
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
 
