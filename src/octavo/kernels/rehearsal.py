@@ -15,6 +15,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 _SLOW = 0.15  # seconds: what takes longer was not in the cache on disk
+_WORD = 2  # bytes of a job's number: all of them fit into a pipe
 _PATIENCE = 30.0  # seconds that the others get to compile
 
 
@@ -42,14 +43,19 @@ class _Recorder(Executor):
             start = time.perf_counter()
             future.set_result(compile_one())
             if not alone and time.perf_counter() - start > _SLOW:
-                _share([job for _, job in self.jobs[number + 1 :]])
+                share([job for _, job in self.jobs[number + 1 :]])
                 alone = True
 
 
-def _share(jobs: list[Callable[[], Any]]) -> None:
-    """Runs ``jobs`` in copies of this process, one a core; what they leave is on disk. Compilers written in Python hold
-    its lock, so that threads would wait for each other."""
-    children = [_fork(jobs[first :: os.cpu_count() or 1]) for first in range(min(len(jobs), os.cpu_count() or 1))]
+def share(jobs: list[Callable[[], Any]]) -> None:
+    """Runs ``jobs`` in copies of this process, one a core, each of which takes the next job when it is done with one;
+    what they leave is on disk. Compilers written in Python hold its lock, so that threads would wait for each other."""
+    queue, end = os.pipe()
+    for number in range(len(jobs)):
+        os.write(end, number.to_bytes(_WORD, "little"))
+    os.close(end)
+    children = [_fork(jobs, queue) for _ in range(min(len(jobs), os.cpu_count() or 1))]
+    os.close(queue)
     deadline = time.monotonic() + _PATIENCE
     while children and time.monotonic() < deadline:
         children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
@@ -59,16 +65,17 @@ def _share(jobs: list[Callable[[], Any]]) -> None:
         os.waitpid(child, 0)
 
 
-def _fork(jobs: list[Callable[[], Any]]) -> int:
-    """The id of a child that runs ``jobs`` and ends without touching what it shares with this process."""
+def _fork(jobs: list[Callable[[], Any]], queue: int) -> int:
+    """The id of a child that runs those of ``jobs`` whose numbers it gets out of ``queue``, and ends without touching
+    what it shares with this process."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # other threads exist; the child needs none of their locks
         child = os.fork()
     if child:
         return child
     try:
-        for job in jobs:
-            job()
+        while number := os.read(queue, _WORD):
+            jobs[int.from_bytes(number, "little")]()
     finally:
         os._exit(0)
 

@@ -219,6 +219,8 @@ def rehearse(model: Model, num_tokens: int, max_rows: int, page_size: int, platf
     device, ops = platform.device, select.ops(platform.device, model.dtype)
 
     def steps() -> None:
+        if model.config.has_head:  # first, since what takes longest to compile is best begun with
+            Sampler(model.config.vocab_size, device, ops).warm_up(model.dtype)
         largest_step(model, min(num_tokens, 256), max_rows, page_size, platform)
         if not model.config.has_head:
             return
@@ -226,7 +228,6 @@ def rehearse(model: Model, num_tokens: int, max_rows: int, page_size: int, platf
         tables = Tables(max_rows, page_size, page_size, 1, device)
         warm_up(model, cache, tables, platform, max_rows)
         warm_up_prompts(model, cache, tables, platform, max_rows)
-        Sampler(model.config.vocab_size, device, ops).warm_up(model.dtype)
 
     with torch.inference_mode():
         ops.rehearse(steps)
