@@ -166,7 +166,7 @@ def test_broken_files_are_named(folder: Path, text: str) -> None:
 def test_the_file_of_a_pooling_module_must_be_there_and_inside_of_the_folder(folder: Path) -> None:
     (folder / "model").mkdir()
     (folder / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    for path in ("1_Pooling", ".."):
+    for path in ("1_Pooling", "..", str(folder)):
         (folder / "model" / "modules.json").write_text(json.dumps([{"type": ST + "Pooling", "path": path}]))
         with pytest.raises(ModelError, match="has no"):
             found(folder / "model")

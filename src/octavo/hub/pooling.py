@@ -164,7 +164,7 @@ def _is_installed(name: str) -> bool:
 def _check_causal(hf: Hf) -> None:
     text = text_config(hf)
     both = hf.get("is_causal") is False or text.get("use_bidirectional_attention")
-    if hf.get("model_type") in _ENCODERS or hf.get("is_encoder_decoder") or both:
+    if str(hf.get("model_type")) in _ENCODERS or hf.get("is_encoder_decoder") or both:
         raise _refused(
             f"{_architecture(hf)} ({hf.get('model_type')}) attends in both directions, and octavo embeds with "
             "decoders, whose tokens see those before them",
@@ -223,8 +223,8 @@ def _modules(source: Source) -> list[Any] | None:
 
 
 def _read(source: Source, name: str) -> Any:
-    path = source.file(name)
-    if path is None or ".." in PurePosixPath(name).parts:
+    path, inside = source.file(name), PurePosixPath(name)
+    if path is None or inside.is_absolute() or ".." in inside.parts:
         raise ModelError(f"{source.path} has no {name}, which {MODULES} names.", "Download it.", id="HF002")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
