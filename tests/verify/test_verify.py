@@ -13,6 +13,7 @@ from octavo import cli
 from octavo.verify.command import fitted
 from octavo.verify.compare import EXACT, Expected, compare
 from octavo.verify.subject import Subject
+from tests.models.test_hf_backend import saved
 from tools import sweep, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Transformers' own code
@@ -99,6 +100,19 @@ def test_the_first_layer_that_differs_is_named(
     assert status == 1
     assert report["differs_first"] == f"layer {layer} (of 0 to 3)"
     assert not report["passed"]
+
+
+def test_so_is_one_of_a_model_with_recurrent_layers(
+    tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, "lfm2")
+    tiny.tokenizer(tmp_path)
+    status, report = verify(tmp_path, prompts, capsys)
+    assert (status, report["passed"]) == (0, True)
+    spoil(monkeypatch, lambda model: model.body.layers[2].ffn_norm.weight.mul_(1.5))
+    status, report = verify(tmp_path, prompts, capsys)
+    assert status == 1
+    assert report["differs_first"] == "layer 2 (of 0 to 3)"
 
 
 def test_a_difference_outside_of_the_layers_is_named_so(

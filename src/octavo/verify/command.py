@@ -190,7 +190,8 @@ def _locate(files: ModelFiles, shape: ModelConfig, device: torch.device, subject
     oracle = Reference(files, shape, subject.dtype, device)
     tolerance = EXACT if failed.rounded is None else ROUNDED_LAYER
     theirs, ours = (oracle.model, oracle.logits), (subject.model, subject.logits)
-    return first_difference(theirs, ours, failed.text, subject.layers, tolerance)
+    layers = oracle.model.config.get_text_config().num_hidden_layers
+    return first_difference(theirs, ours, failed.text, layers, tolerance)
 
 
 ROUNDED_LAYER = 0.05  # of the largest logit: more than 16 bits lose in a few layers

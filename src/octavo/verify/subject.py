@@ -33,11 +33,6 @@ class Subject:
         """The type that the model runs in."""
         return self._worker.model.dtype
 
-    @property
-    def layers(self) -> int:
-        """How many decoder layers the model has."""
-        return len(self._worker.model.config.layers)
-
     def greedy(self, prompts: list[list[int]], count: int) -> list[list[int]]:
         """The ``count`` likeliest tokens after each of ``prompts``, which run together, past any end of text."""
         return self._run(prompts, Sampling(temperature=0.0, max_tokens=count))
