@@ -124,10 +124,10 @@ class PageGrant(msgspec.Struct, frozen=True, array_like=True):
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One step, as deltas. Item b computes ``counts[b]`` tokens of row ``rows[b]``, from position ``computed[b]`` on.
 
-    Items of one token come first. After each of its last ``samples[b]`` tokens item b samples one: none before the end
-    of what is known is reached, more than one where drafts follow that end. ``inputs[b]`` are its tokens, where given;
-    else those of the row's start, and behind these the row's last sample. ``ended`` rows are free before anything else
-    happens.
+    Items of one token come first, then those of which every token is sampled after, drafts. After each of its last
+    ``samples[b]`` tokens item b samples one: none before the end of what is known is reached, more than one where
+    drafts follow that end. ``inputs[b]`` are its tokens, where given; else those of the row's start, and behind these
+    the row's last sample. ``ended`` rows are free before anything else happens.
     """
 
     starts: list[RowStart]

@@ -81,6 +81,19 @@ def test_drafts_change_no_answer(folder: Path, options: dict[str, Any], monkeypa
     assert ("kv_cache_memory_bytes" in options) == (stats.preemptions > 0)
 
 
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8", "max_num_seqs": 1}], ids=str)
+def test_drafts_change_no_bit_where_a_row_does_not_feel_others(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in bfloat16 in C++. Each draft is attended to by itself, as it would be without drafts."""
+    pytest.importorskip("octavo._cpu")
+    monkeypatch.setattr(CpuPlatform, "few_tokens", 32)
+    wide = tiny.make(tmp_path, "llama", hidden_size=256, num_hidden_layers=4)  # heads of 64: one query has a kernel
+    core = engine(wide, dtype="bfloat16", speculative_config=NGRAM, **options)
+    assert answers(core) == answers(engine(wide, dtype="bfloat16", **options))
+    assert core.stats().accepted_tokens > 0
+
+
 @pytest.mark.parametrize(("options", "most"), [({"dtype": "bfloat16"}, FEW_TOKENS), ({"quantization": "int8"}, 4)])
 def test_a_step_has_fewer_drafts_where_weights_are_blocks(folder: Path, options: dict[str, Any], most: int) -> None:
     core = engine(folder, speculative_config=NGRAM, **options)

@@ -50,7 +50,7 @@ def test_filled_in_place_or_made_anew_inputs_are_the_same() -> None:
     steps = HostSteps(kept_tables, PAGE)
     for plan in (NEXT, GROWN):
         kept = steps.fill(plan)
-        made = send(lay_out(plan, tables, PAGE), plan, tables, CpuPlatform())
+        made = send(lay_out(plan, tables, PAGE), tables, CpuPlatform())
         made.take_in(REFERENCE, tables)
         assert kept is not None
         for name in ("token_ids", "positions", "logits_at", "sampled_rows"):

@@ -140,7 +140,7 @@ class PromptForward:
         self, model: Model, cache: torch.Tensor, tables: Tables, platform: Platform, tokens: int, rows: int
     ) -> None:
         self._tables, self._platform, self._model, self._cache = tables, platform, model, cache
-        self._ops, self._rows = select.ops(platform.device, model.dtype), rows
+        self._ops, self.rows = select.ops(platform.device, model.dtype), rows
         of_tokens = ("token_ids", "fed_rows", "positions", "slots", "logits_at", "sampled_rows")
         of_items = ("rows", "seq_lens")
         changes = dict.fromkeys(("table_at", "table_values"), TABLE_CHANGES)
@@ -160,9 +160,9 @@ class PromptForward:
 
     def run(self, parts: Arrays) -> tuple[torch.Tensor, StepInputs]:
         """(hidden states, inputs) of a step; of the inputs what comes after the forward has its own sizes."""
-        starts = np.full(self._rows + 1, len(parts["token_ids"]), np.int32)  # items without a query are at the end
+        starts = np.full(self.rows + 1, len(parts["token_ids"]), np.int32)  # items without a query are at the end
         starts[: len(parts["query_start"])] = parts["query_start"]
-        if len(parts["settings"]) > len(Setting) * self._rows:  # drafts are sampled, too
+        if len(parts["settings"]) > len(Setting) * self.rows:  # drafts are sampled, too
             parts = {**parts, "settings": NONE}
         self._buffer.fill({**parts, "query_start": starts})
         views = {**self._buffer.views}
@@ -204,7 +204,7 @@ class PromptGraphs:
         self._tokens = _token_counts(model, max_tokens)
         self._forwards: dict[int, PromptForward] = {}
         for tokens in reversed(self._tokens):
-            forward = PromptForward(model, cache, tables, platform, tokens, min(tokens, max_rows))
+            forward = PromptForward(model, cache, tables, platform, tokens, min(tokens, max(max_rows, TOKENS[0])))
             forward.capture()
             self._forwards[tokens] = forward
 
@@ -213,7 +213,8 @@ class PromptGraphs:
         count = len(parts["token_ids"])
         if count > self._tokens[-1] or len(parts["table_at"]) > TABLE_CHANGES:
             return None
-        return self._forwards[next(tokens for tokens in self._tokens if tokens >= count)]
+        forward = self._forwards[next(tokens for tokens in self._tokens if tokens >= count)]
+        return forward if len(parts["rows"]) <= forward.rows else None
 
 
 def captured(model: Model, max_rows: int, max_tokens: int, ranks: int) -> Captured:

@@ -61,7 +61,10 @@ class StepInputs:
 
 def lay_out(plan: StepPlan, tables: Tables, page_size: int, settings: Ints = NONE) -> Arrays:
     """Applies the plan's deltas to ``tables`` and lays out its tokens, item after item; for ``settings`` see
-    `StepInputs`."""
+    `StepInputs`.
+
+    To attention each token of an item with drafts is an item of its own, so that it is summed as it is without drafts.
+    """
     table_at, table_values = tables.apply(plan)
     rows, counts, computed = (np.asarray(x, np.int32) for x in (plan.rows, plan.counts, plan.computed))
     starts = np.zeros(len(rows) + 1, np.int32)
@@ -71,14 +74,18 @@ def lay_out(plan: StepPlan, tables: Tables, page_size: int, settings: Ints = NON
     token_ids, fed_rows = _token_ids(plan, tables, rows, computed, starts)
     samples = np.asarray(plan.samples, np.int32)
     ends = np.cumsum(samples, dtype=np.int32)  # of each item's samples
+    pieces = np.where(samples == counts, counts, 1)
+    sizes = np.repeat(counts // pieces, pieces)
+    query_start = np.zeros(len(sizes) + 1, np.int32)
+    np.cumsum(sizes, out=query_start[1:])
     return {
         "token_ids": token_ids,
         "fed_rows": fed_rows,
         "positions": positions,
         "slots": pages * page_size + positions % page_size,
-        "rows": rows,
-        "query_start": starts,
-        "seq_lens": computed + counts,
+        "rows": np.repeat(rows, pieces),
+        "query_start": query_start,
+        "seq_lens": positions[query_start[1:] - 1] + 1,
         "logits_at": np.arange(samples.sum(), dtype=np.int32) + np.repeat(starts[1:] - ends, samples),
         "sampled_rows": np.repeat(rows, samples),
         "table_at": table_at,
@@ -87,8 +94,9 @@ def lay_out(plan: StepPlan, tables: Tables, page_size: int, settings: Ints = NON
     }
 
 
-def send(parts: Arrays, plan: StepPlan, tables: Tables, platform: Platform) -> StepInputs:
+def send(parts: Arrays, tables: Tables, platform: Platform) -> StepInputs:
     """``parts`` on the device."""
+    counts = np.diff(parts["query_start"])
     buffer = platform.host_buffer(sum(len(part) for part in parts.values()))
     np.concatenate(list(parts.values()), out=buffer.numpy())
     device = buffer.to(platform.device, non_blocking=True)
@@ -96,8 +104,8 @@ def send(parts: Arrays, plan: StepPlan, tables: Tables, platform: Platform) -> S
     return inputs_of(
         views,
         tables,
-        num_decodes=plan.counts.count(1),
-        max_query=max(plan.counts),
+        num_decodes=int((counts == 1).sum()),
+        max_query=int(counts.max()),
         max_seq=int(parts["seq_lens"].max()),
     )
 

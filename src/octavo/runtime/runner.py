@@ -142,7 +142,7 @@ class Runner:
         if graph is not None:
             hidden, inputs = graph.run(parts)
             return hidden if every else hidden[inputs.logits_at], inputs
-        inputs = send(parts, plan, self._tables, self._platform)
+        inputs = send(parts, self._tables, self._platform)
         every = every or len(parts["logits_at"]) == len(parts["token_ids"])
         return inputs.forward(self._model, self._ops, self._tables, self._cache, every=every), inputs
 

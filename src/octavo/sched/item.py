@@ -39,6 +39,10 @@ class Item:
         samples hold; nothing of others."""
         return [self.seq.tokens[self.first], *self.drafts] if self.count == len(self.drafts) + 1 else []
 
+    def place(self) -> int:
+        """Its place in a plan: one token, one and drafts, pieces of prompts."""
+        return (self.count > 1) + (self.count > max(self.samples, 1))
+
     def suppose(self, drafts: list[int]) -> None:
         """``drafts`` are launched behind the item's one token, as if it would sample them."""
         self.drafts = drafts

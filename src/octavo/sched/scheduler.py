@@ -333,7 +333,7 @@ class Scheduler:
     def _plan(self, items: list[Item], starts: list[RowStart], grants: list[PageGrant]) -> StepPlan | None:
         if not items:
             return None
-        items.sort(key=lambda item: item.count > 1)  # stable: single tokens first
+        items.sort(key=Item.place)  # stable
         self._launched.append(items)
         ended, self._ended = self._ended, []
         told = enumerate(items if self.limits.speculation is not None else ())
