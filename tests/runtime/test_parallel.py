@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,9 @@ from octavo.async_llm import AsyncLLM
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import ConfigError, EngineDead, OctavoError, OutOfMemory
+from octavo.parallel import group
+from octavo.runtime import parallel
+from octavo.runtime.executor import Executor
 from octavo.runtime.worker import worker_for
 from tests.core.stub_engine import collect, make_request, run
 from tests.waiting import PATIENCE, children, ended, until
@@ -65,6 +70,33 @@ def test_answers_are_those_of_one_rank(wish: str, both: tuple[LLM, LLM]) -> None
         for a, b in zip(wanted[1:], found[1:], strict=True):
             assert a is not None and b is not None and a.keys() == b.keys()
             assert all(abs(a[token].logprob - b[token].logprob) < 1e-4 for token in a)
+
+
+def test_threads_that_listen_to_ranks_do_not_keep_what_joins_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may end last. A process group that one of them lets go of while the interpreter ends aborts the process."""
+    joined: list[weakref.ref[group.Group]] = []
+    executors: list[Executor] = []
+
+    def connect(*args: Any) -> group.Group:
+        made = connected(*args)
+        joined.append(weakref.ref(made))
+        return made
+
+    def start_ranks(*args: Any, **options: Any) -> Executor:
+        executors.append(Executor(*args, **options))
+        return executors[0]
+
+    connected = group.connect
+    monkeypatch.setattr(group, "connect", connect)
+    monkeypatch.setattr(parallel, "Executor", start_ranks)
+    core = EngineCore(config_of(folder), worker_for(config_of(folder)))
+    assert joined[0]() is not None
+    core.close()
+    del core
+    gc.collect()
+    assert len(executors) == 1 and joined[0]() is None
 
 
 def test_steps_that_overlap_give_the_same(folder: Path, both: tuple[LLM, LLM]) -> None:

@@ -217,6 +217,9 @@ class Executor:
     def close(self) -> None:
         """Ends the followers at once; may be called twice."""
         self._closing = True
+        # A thread that listens may be the last to end. If it kept what this belongs to, a process group would go while
+        # the interpreter ends and in another thread than the main one, which aborts the process.
+        self.on_failure = None
         for follower in self._followers.values():
             follower.process.kill()
         for rank, follower in self._followers.items():
@@ -269,14 +272,15 @@ class Executor:
             if self._failure is not None or self._closing:
                 return self._failure or error
             self._failure = error
+            on_failure = self.on_failure
             self._changed.notify_all()
         get_logger().error("%s", error)
         for follower in self._followers.values():  # one that is stopped would not see that this process ends
             follower.process.kill()
         if self._on_death is not None:  # which may end this process; what follows can wait for the device
             self._on_death(error)
-        if self.on_failure is not None:
-            threading.Thread(target=self.on_failure, name="octavo-ranks-abort", daemon=True).start()
+        if on_failure is not None:
+            threading.Thread(target=on_failure, name="octavo-ranks-abort", daemon=True).start()
         return error
 
 
