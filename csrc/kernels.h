@@ -40,6 +40,7 @@ struct NormArgs {
     void *out, *sum;                    // sum only with residual
     isize rows, cols, x_stride, residual_stride;
     float eps;
+    bool wide = false;  // the weight is float32, whatever x is, and multiplies before anything is rounded
 };
 
 enum class Gate { silu, gelu_tanh };

@@ -29,7 +29,7 @@ using namespace octavo;
 namespace {
 
 // Raised with every change of what Python calls here, and with it `INTERFACE` in octavo/kernels/cpu_choice.py.
-constexpr int INTERFACE = 1;
+constexpr int INTERFACE = 2;
 
 #if defined(OCTAVO_HAS_AMX)
 // Whether the processor has tiles of the size that impl/amx.h uses and multiplies them in bfloat16, and Linux saves
@@ -108,10 +108,10 @@ T* at(address a) {
 }
 DType type_of(bool bf16) { return bf16 ? DType::bf16 : DType::f32; }
 
-void norm(bool bf16, address x, address residual, address weight, address out, address sum, isize rows, isize cols,
+void norm(bool bf16, bool wide, address x, address residual, address weight, address out, address sum, isize rows, isize cols,
           isize x_stride, isize residual_stride, float eps) {
     active->norm(type_of(bf16),
-                 {at(x), at(residual), at(weight), at(out), at(sum), rows, cols, x_stride, residual_stride, eps});
+                 {at(x), at(residual), at(weight), at(out), at(sum), rows, cols, x_stride, residual_stride, eps, wide});
 }
 
 void gate(bool bf16, bool silu, address x, address out, isize rows, isize cols, isize x_stride) {

@@ -5,8 +5,8 @@
 
 namespace octavo::OCTAVO_ISA {
 
-template <class T>
-OCTAVO_INLINE void norm_row(const T* x, const T* residual, const T* weight, T* out, T* total, isize cols,
+template <class T, class W = T>
+OCTAVO_INLINE void norm_row(const T* x, const T* residual, const W* weight, T* out, T* total, isize cols,
                             float eps) {
     vf squares{};
     float tail = 0;
@@ -30,22 +30,25 @@ OCTAVO_INLINE void norm_row(const T* x, const T* residual, const T* weight, T* o
     const T* source = residual ? total : x;
     float scale = 1.0f / std::sqrt((sum(squares) + tail) / float(cols) + eps);
     for (i = 0; i + kLanes <= cols; i += kLanes)
-        store(out + i, rounded<T>(load(source + i) * scale) * load(weight + i));
+        store(out + i, rounded<W>(load(source + i) * scale) * load(weight + i));
     for (; i < cols; i++)
-        out[i] = narrow<T>(rounded<T>(widen(source[i]) * scale) * widen(weight[i]));
+        out[i] = narrow<T>(rounded<W>(widen(source[i]) * scale) * widen(weight[i]));
 }
 
-template <class T>
+template <class T, class W>
 void norm_of(const NormArgs& a) {
     parallel(a.rows > 1 && a.rows * a.cols >= kParallelFrom, a.rows, [&](isize row) {
         const T* residual = a.residual ? (const T*)a.residual + row * a.residual_stride : nullptr;
         T* total = a.residual ? (T*)a.sum + row * a.cols : nullptr;
-        norm_row((const T*)a.x + row * a.x_stride, residual, (const T*)a.weight, (T*)a.out + row * a.cols, total,
+        norm_row((const T*)a.x + row * a.x_stride, residual, (const W*)a.weight, (T*)a.out + row * a.cols, total,
                  a.cols, a.eps);
     });
 }
 
-inline void norm(DType type, const NormArgs& a) { type == DType::f32 ? norm_of<float>(a) : norm_of<bf16>(a); }
+inline void norm(DType type, const NormArgs& a) {
+    if (type == DType::f32) return norm_of<float, float>(a);
+    a.wide ? norm_of<bf16, float>(a) : norm_of<bf16, bf16>(a);
+}
 
 // x / (1 + e^-y)
 OCTAVO_INLINE vf times_sigmoid(vf x, vf y) { return x / (1.0f + vexp2(vmin(splat(126.0f), y * -kLog2e))); }

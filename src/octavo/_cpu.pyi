@@ -11,6 +11,7 @@ def set_threads(count: int, /) -> None: ...
 def threads() -> int: ...
 def norm(
     bf16: bool,
+    wide: bool,
     x_at: int,
     residual_at: int,
     weight_at: int,

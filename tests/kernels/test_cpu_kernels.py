@@ -118,10 +118,12 @@ def test_metadata_that_point_outside_are_refused(field: str, value: int) -> None
 
 
 @pytest.mark.parametrize("shape", [(1, 576), (3, 64), (5, 100), (2, 3, 128), (40, 1030), (1, 7)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_norms_equal_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"), [*zip(DTYPES, DTYPES, strict=True), (torch.bfloat16, torch.float32)]
+)
+def test_norms_equal_the_reference(shape: tuple[int, ...], dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     x, residual = normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1)
-    weight = normal(shape[-1], dtype=dtype, seed=2)
+    weight = normal(shape[-1], dtype=weight_dtype, seed=2)
     assert_near(cpu.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
     got, total = cpu.add_rms_norm(x, residual, weight, 1e-5)
     expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-5)

@@ -17,9 +17,11 @@ from bench.gpu_reference import Reference
 from octavo.config import EngineConfig
 from octavo.core.engine import EngineCore
 from octavo.errors import ModelError, UnsupportedModel
+from octavo.kernels import select
 from octavo.models.hf.backend import TransformersModel
 from octavo.models.hf.build import config_of
-from octavo.models.hf.norms import NormFormula, norm_formula
+from octavo.models.hf.norms import NormFormula, native_norm, norm_formula
+from octavo.models.hf.probe import Call
 from octavo.runtime.worker import Worker
 from tests.core.stub_engine import collect, make_request, run
 from tests.models.harness import Paged
@@ -403,6 +405,19 @@ def test_the_epsilon_of_a_norm_is_found_by_trying(changes: dict[str, float], for
     norm = LlamaRMSNorm(32, eps=1e-6)
     vars(norm).update(changes)
     assert norm_formula(norm) == formula
+
+
+def test_a_norm_that_adds_one_to_its_weight_is_as_exact_as_its_own_code() -> None:
+    """In bfloat16 the sum would lose up to seven bits of a small weight."""
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+
+    generator = torch.Generator().manual_seed(1)
+    norm = Gemma2RMSNorm(256, eps=1e-6).bfloat16()
+    norm.weight = torch.nn.Parameter(0.1 * torch.randn(256, generator=generator).bfloat16(), requires_grad=False)
+    x = torch.randn(1, 40, 256, generator=generator).bfloat16()
+    made = native_norm(norm, Call((x,), {}, norm(x)), select.ops(x.device, x.dtype), {})
+    assert made is not None
+    assert (made(x) != norm(x)).float().mean() < 0.01
 
 
 def test_a_norm_that_also_subtracts_the_mean_is_no_rms_norm() -> None:

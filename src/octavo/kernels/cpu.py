@@ -60,12 +60,13 @@ def put_(target: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `reference.rms_norm`."""
     cols = x.shape[-1]
-    if x.dtype not in _TYPES or weight.dtype is not x.dtype or weight.shape != (cols,) or not weight.is_contiguous():
+    if x.dtype not in _TYPES or not _multiplies(weight, x):
         return reference.rms_norm(x, weight, eps)
     flat = _rows_of(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     _cpu.norm(
         x.dtype is torch.bfloat16,
+        weight.dtype is torch.float32,
         flat.data_ptr(),
         0,
         weight.data_ptr(),
@@ -85,13 +86,14 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.add_rms_norm`."""
     cols = x.shape[-1]
-    same = x.dtype is residual.dtype is weight.dtype and x.shape == residual.shape and weight.shape == (cols,)
-    if x.dtype not in _TYPES or not same or not weight.is_contiguous():
+    same = x.dtype is residual.dtype and x.shape == residual.shape
+    if x.dtype not in _TYPES or not same or not _multiplies(weight, x):
         return reference.add_rms_norm(x, residual, weight, eps)
     flat, other = _rows_of(x), _rows_of(residual)
     out, total = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
     _cpu.norm(
         x.dtype is torch.bfloat16,
+        weight.dtype is torch.float32,
         flat.data_ptr(),
         other.data_ptr(),
         weight.data_ptr(),
@@ -104,6 +106,11 @@ def add_rms_norm(
         eps,
     )
     return out, total
+
+
+def _multiplies(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `_cpu.norm` takes a norm's ``weight`` for ``x``."""
+    return weight.dtype in (x.dtype, torch.float32) and weight.shape == x.shape[-1:] and weight.is_contiguous()
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:

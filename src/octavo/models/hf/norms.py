@@ -59,7 +59,8 @@ def norm_formula(module: nn.Module) -> NormFormula | None:
 def native_norm(module: nn.Module, call: Call, chosen: Ops, known: Formulas) -> RMSNorm | None:
     """`RMSNorm` with the weight of ``module``, if it computes the same, by formula and for the input of ``call``.
 
-    The weight is the same memory, unless the formula adds something to it.
+    The weight is the same memory, unless the formula adds something to it: the sum is in float32, which is what such
+    norms multiply by.
     """
     weight: Any = getattr(module, "weight", None)
     x: Any = call.args[0] if len(call.args) == 1 and not call.kwargs else None  # a gated norm has two
@@ -70,8 +71,8 @@ def native_norm(module: nn.Module, call: Call, chosen: Ops, known: Formulas) -> 
     formula = formula_of_kind(module, known)
     if formula is None:
         return None
-    made = RMSNorm(weight.shape[0], formula.eps, dtype=weight.dtype)
-    value = weight.data + formula.add if formula.add else weight.data
+    value = weight.data.float() + formula.add if formula.add else weight.data
+    made = RMSNorm(weight.shape[0], formula.eps, dtype=value.dtype)
     made.weight = nn.Parameter(value, requires_grad=False)
     made.finish(chosen)
     return made if same(made(x), call.output) else None
