@@ -218,7 +218,7 @@ class PromptGraphs:
 
 
 def captured(model: Model, max_rows: int, max_tokens: int, ranks: int) -> Captured:
-    """What `DecodeGraphs` and, on one of one rank, `PromptGraphs` keep. Each step leaves its result; what is between is
+    """What `DecodeGraphs` and, with one rank, `PromptGraphs` keep. Each step leaves its result; what is between is
     memory that all share, since one runs at a time."""
     sizes = _sizes(max_rows) if model.config.has_head else []
     tokens = _token_counts(model, max_tokens) if ranks == 1 else []
